@@ -1,0 +1,116 @@
+"""The `windlass` command. A verb's code, and torch with it, is imported only when the verb is used."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import windlass
+from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
+
+TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 2 the user's mistake, 75 stopped on request, 1 the rest."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["train"]:  # Hydra reads the rest
+            from windlass.launch.main import train
+
+            return train(arguments[1:])
+        options = _parser(arguments).parse_args(arguments)
+        return options.run(options)
+    except WindlassError as error:
+        print(f"windlass: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("windlass: interrupted", file=sys.stderr)
+        return EXIT_FAILURE
+    except BrokenPipeError:  # `windlass ckpt list | head`
+        sys.stderr.close()
+        return EXIT_FAILURE
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="windlass",
+        description="Trains models too big for the machine at hand, and loses nothing when a process or a disk dies.",
+        epilog="Exit codes: 0 done, 2 your input is at fault, 75 stopped on request (the same command resumes), "
+        "1 anything else.",
+    )
+    parser.add_argument("--version", action="version", version=f"windlass {windlass.__version__}")
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    verbs.add_parser("train", help=TRAIN_HELP, add_help=False)
+    _add_report(verbs)
+    _add_doctor(verbs)
+    _add_checkpoint(verbs)
+    _add_data(verbs, arguments)
+    return parser
+
+
+def _add_report(verbs: argparse._SubParsersAction) -> None:
+    report = verbs.add_parser("report", help="write report.html, with plots, into a run's folder")
+    report.add_argument("run_dir", type=Path, help="the folder of a run")
+    report.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from windlass.train.report import write_report
+
+    print(write_report(options.run_dir))
+    return EXIT_DONE
+
+
+def _add_doctor(verbs: argparse._SubParsersAction) -> None:
+    doctor = verbs.add_parser("doctor", help="check this machine: torch, backends, memory, disk")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from windlass.train.doctor import diagnose, render
+
+    checks = diagnose()
+    print(render(checks, as_json=options.json))
+    return EXIT_FAILURE if any(check.status == "fail" for check in checks) else EXIT_DONE
+
+
+def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
+    checkpoint = verbs.add_parser("ckpt", help="list or verify checkpoints")
+    actions = checkpoint.add_subparsers(title="actions", metavar="ACTION", required=True)
+    for name, text in (
+        ("list", "list the checkpoints of a run"),
+        ("verify", "read every byte of a checkpoint again and compare checksums"),
+    ):
+        action = actions.add_parser(name, help=text, description=text)
+        action.add_argument("path", type=Path, help="a run's folder, its checkpoints/ folder, or one checkpoint")
+        action.add_argument("--json", action="store_true", help="print JSON")
+        action.set_defaults(run=_checkpoint, action=name)
+
+
+def _checkpoint(options: argparse.Namespace) -> int:
+    from windlass.checkpoint import inspect
+
+    if options.action == "list":
+        print(inspect.render_list(inspect.list_checkpoints(options.path), as_json=options.json))
+        return EXIT_DONE
+    results = inspect.verify(options.path)
+    print(inspect.render_verification(results, as_json=options.json))
+    return EXIT_DONE if all(result.is_sound for result in results) else EXIT_FAILURE
+
+
+def _add_data(verbs: argparse._SubParsersAction, arguments: Sequence[str]) -> None:
+    data = verbs.add_parser("data", help="prepare text for training")
+    actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
+    if arguments[:1] == ["data"]:  # pyarrow takes a while to import
+        from windlass.train.data import cli as data_cli
+
+        data_cli.add_parser(actions)
+        actions.choices["prepare"].set_defaults(run=data_cli.run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
