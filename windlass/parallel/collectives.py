@@ -1,0 +1,66 @@
+"""Collectives that count the bytes they carry.
+
+A count is *logical*: what the algorithm has to send or receive a rank, with the volumes of an ideal ring. Backends may
+move more (gloo's reduce-scatter is an all-reduce inside). For a group of N ranks and a full tensor of B bytes:
+all-gather and reduce-scatter B (N-1)/N, all-reduce 2 B (N-1)/N, broadcast B.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+
+class CommCounter:
+    """Bytes a rank has carried since the start, by collective."""
+
+    def __init__(self) -> None:
+        self.bytes_by_kind: Counter[str] = Counter()
+
+    def add(self, kind: str, full_bytes: int, num_ranks: int) -> None:
+        """Counts one collective over `num_ranks` whose full (unsharded) tensor has `full_bytes`."""
+        rounds = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
+        if kind == "broadcast":
+            self.bytes_by_kind[kind] += full_bytes if num_ranks > 1 else 0
+        else:
+            self.bytes_by_kind[kind] += rounds[kind] * full_bytes * (num_ranks - 1) // num_ranks
+
+    @property
+    def total_bytes(self) -> int:
+        return self.bytes_by_kind.total()
+
+
+COMM = CommCounter()
+"""What this process has carried. One a process, as torch's process groups are."""
+
+
+def all_reduce(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> torch.Tensor:
+    """Reduces `tensor` in place over `group`; a group of None is this rank alone."""
+    if group is not None:
+        COMM.add("all_reduce", tensor.nbytes, group.size())
+        dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def all_reduce_async(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:
+    """Starts to sum `tensor` in place over `group`; wait for what it returns, if anything, before reading it."""
+    if group is None:
+        return None
+    COMM.add("all_reduce", tensor.nbytes, group.size())
+    return dist.all_reduce(tensor, group=group, async_op=True)
+
+
+def all_gather_object(value: object, group: dist.ProcessGroup | None) -> list:
+    """`value` of every rank of `group`, in rank order. For small things at set-up and at a checkpoint, not for steps.
+
+    torch pickles objects between the ranks of one job; nothing that comes from a file or from outside goes this way.
+    """
+    if group is None:
+        return [value]
+    values: list = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -1,0 +1,100 @@
+"""How the model is cut over ranks. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from windlass.errors import ConfigError, require
+
+if TYPE_CHECKING:
+    import torch
+
+    from windlass.parallel.mesh import Mesh
+
+
+class Cut(StrEnum):
+    """The dim along which a matrix is cut; see `windlass.parallel.zero.placement`."""
+
+    longer_dim = "longer_dim"
+    dim0 = "dim0"
+
+
+class Sharding(StrEnum):
+    """What is cut over ranks (ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020)."""
+
+    none = "none"
+    ddp = "ddp"
+    zero1 = "zero1"
+    zero2 = "zero2"
+    zero3 = "zero3"
+    hsdp = "hsdp"
+
+
+@dataclass
+class ParallelConfig:
+    name: Sharding = Sharding.zero3
+    cut: Cut = Cut.longer_dim
+    num_replicas: int | None = None
+    """hsdp: groups that each hold the whole model; null is one a node."""
+    timeout_s: float = 300.0
+    """A collective that waits longer fails."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.num_replicas is None or self.num_replicas >= 1,
+            "parallel.num_replicas",
+            self.num_replicas,
+            "must be at least 1",
+            "leave it null for one replica a node",
+        )
+        require(
+            self.num_replicas is None or self.name == Sharding.hsdp,
+            "parallel.num_replicas",
+            self.num_replicas,
+            f"is a setting of parallel=hsdp, not of parallel={self.name}",
+            "leave it out, or choose parallel=hsdp",
+        )
+        require(
+            self.timeout_s > 0,
+            "parallel.timeout_s",
+            self.timeout_s,
+            "must be above 0",
+            "set parallel.timeout_s=300",
+        )
+
+    def mesh_shape(self, world_size: int, local_world_size: int) -> tuple[int, int]:
+        """(replicas, shards): how `world_size` ranks are laid out.
+
+        Raises:
+            ConfigError: the layout does not divide the world size.
+        """
+        if self.name == Sharding.none and world_size > 1:
+            raise ConfigError(
+                "parallel",
+                "none",
+                f"trains on one rank, and {world_size} were started",
+                "choose parallel=ddp, zero1, zero2, zero3 or hsdp, or set launch.nproc_per_node=1",
+            )
+        if self.name == Sharding.ddp:
+            return world_size, 1
+        if self.name != Sharding.hsdp:
+            return 1, world_size
+        num_replicas = self.num_replicas
+        if num_replicas is None:
+            num_replicas = max(1, world_size // local_world_size)
+        if world_size % num_replicas:
+            raise ConfigError(
+                "parallel.num_replicas",
+                num_replicas,
+                f"must divide the number of ranks, {world_size}",
+                f"choose one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}",
+            )
+        return num_replicas, world_size // num_replicas
+
+    def build(self, device: torch.device) -> Mesh:
+        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank."""
+        from windlass.parallel.mesh import Mesh
+
+        return Mesh.start(self, device)
