@@ -1,0 +1,1 @@
+"""Optimizers and learning-rate schedules, each usable in any training loop."""
