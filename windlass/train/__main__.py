@@ -1,0 +1,26 @@
+"""`torchrun --nproc-per-node N -m windlass.train [overrides]`: the same loop under the user's own launcher.
+
+Every rank composes the configuration; none writes anything for Hydra.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from windlass.conf.compose import run_hydra
+from windlass.errors import EXIT_USER_ERROR, WindlassError
+from windlass.launch.worker import run_worker
+
+
+def main() -> int:
+    try:
+        return run_hydra(run_worker, "python -m windlass.train", sys.argv[1:])
+    except WindlassError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"windlass: error: {error}\n")
+        return EXIT_USER_ERROR
+
+
+if __name__ == "__main__":
+    sys.exit(main())

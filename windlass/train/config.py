@@ -1,0 +1,249 @@
+"""What a run trains, on what, for how long, and how it is watched. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+from typing import TYPE_CHECKING
+
+from windlass.errors import require
+
+if TYPE_CHECKING:
+    from windlass.train.model import Llama
+
+
+class DType(StrEnum):
+    """The dtype of the forward and backward pass. Weights and optimizer state are float32 in either."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class ActivationCheckpoint(StrEnum):
+    none = "none"
+    full = "full"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Borders(StrEnum):
+    """What respects the borders between the documents that are packed into one sequence."""
+
+    none = "none"
+    loss = "loss"
+    attention = "attention"
+
+
+class EncodingErrors(Enum):
+    """What becomes of bytes that are not UTF-8: an error, U+FFFD, nothing."""
+
+    strict = "strict"
+    replace = "replace"
+    ignore = "ignore"
+
+
+class WandbMode(StrEnum):
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+class ConsoleMode(StrEnum):
+    auto = "auto"
+    rich = "rich"
+    plain = "plain"
+
+
+@dataclass
+class ModelConfig:
+    """A Llama-style decoder (LLaMA: Open and Efficient Foundation Language Models, 2023; GQA, 2023).
+
+    `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64.
+    """
+
+    name: str = "tiny"
+    vocab_size: int | None = None
+    hidden_size: int = 192
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_heads: int = 6
+    num_kv_heads: int = 2
+    rope_theta: float = 10_000.0
+    rms_norm_eps: float = 1e-6
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            value = getattr(self, key)
+            require(value >= 1, f"model.{key}", value, "must be at least 1", "give a positive number")
+        require(
+            self.hidden_size % (2 * self.num_heads) == 0,
+            "model.hidden_size",
+            self.hidden_size,
+            f"must be a multiple of 2 * model.num_heads={2 * self.num_heads}, so that a head has an even width",
+            "change model.hidden_size or model.num_heads",
+        )
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"must divide model.num_heads={self.num_heads}",
+            "choose a divisor; num_kv_heads=num_heads is plain multi-head attention",
+        )
+        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)", "set model.dropout=0.0")
+        if self.vocab_size is not None:
+            require(self.vocab_size >= 1, "model.vocab_size", self.vocab_size, "must be at least 1", "leave it null")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    def build(self) -> Llama:
+        """The model on the meta device; `Llama.materialize` gives it weights."""
+        from windlass.train.model import Llama
+
+        return Llama.on_meta(self)
+
+
+@dataclass
+class DataConfig:
+    """What every data group has. `borders`: see `Borders`; a label across a border is not counted unless `none`."""
+
+    name: str = "stdlib"
+    borders: Borders = Borders.loss
+    prefetch: int = 4
+    """Micro-batches that a rank's background thread keeps ready."""
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1", "set data.prefetch=4")
+
+
+@dataclass
+class PreparedDataConfig(DataConfig):
+    """A group whose text is tokenised before the run, once, into `cache_dir`."""
+
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
+    validation_fraction: float = 0.05
+    num_workers: int | None = None
+    """Processes that tokenise; null is one a core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must be between 0 and 1",
+            "set data.validation_fraction=0.05",
+        )
+        require(
+            self.num_workers is None or self.num_workers >= 1,
+            "data.num_workers",
+            self.num_workers,
+            "must be at least 1",
+            "leave it null for one process a core",
+        )
+
+
+@dataclass
+class StdlibDataConfig(PreparedDataConfig):
+    """The `.py` files of the running Python's standard library, split into train and validation by file."""
+
+
+@dataclass
+class TextDataConfig(PreparedDataConfig):
+    """Text files (a document each) and `.jsonl` files (a document a line) in `path`, a file or folder."""
+
+    name: str = "text"
+    path: str = "???"
+    glob: str = "**/*"
+    text_key: str = "text"
+    """The field of a JSON line that holds the text."""
+    encoding_errors: EncodingErrors = EncodingErrors.strict
+    """For text that is not UTF-8."""
+    separator: str | None = None
+    """What ends a document in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.separator != "", "data.separator", "''", "must not be empty", "leave it null")
+
+
+@dataclass
+class ParquetDataConfig(PreparedDataConfig):
+    """Parquet files in `path`, a file or folder; a document a row of the column `text_key`."""
+
+    name: str = "parquet"
+    path: str = "???"
+    glob: str = "**/*.parquet"
+    text_key: str = "text"
+    encoding_errors: EncodingErrors = EncodingErrors.strict
+
+
+@dataclass
+class TokensDataConfig(DataConfig):
+    """A folder that `windlass data prepare` wrote."""
+
+    name: str = "tokens"
+    path: str = "???"
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 300
+    seed: int = 0
+    deterministic: bool = False
+    """Only deterministic kernels (`torch.use_deterministic_algorithms`). Needed for bitwise resumes on a GPU."""
+    batch_size: int = 8
+    """Sequences a rank and micro-step."""
+    seq_len: int = 256
+    grad_accum_steps: int = 1
+    max_norm: float | None = 1.0
+    """Largest global gradient norm; null does not clip."""
+    dtype: DType = DType.float32
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
+    compile: bool = False
+    """Compile each block with `torch.compile`."""
+    eval_every: int = 100
+    """Steps between evaluations; 0 evaluates only at the end."""
+    eval_samples: int = 128
+    """Most sequences of the validation split to evaluate, over all ranks; always the same ones."""
+    log_every: int = 10
+    mock_step: bool = True
+    """Run forward, backward and optimizer once on made-up tokens before step 1: fails early on too little memory."""
+    device: Device = Device.auto
+
+    def __post_init__(self) -> None:
+        for key in ("steps", "batch_size", "seq_len", "grad_accum_steps", "eval_samples", "log_every"):
+            value = getattr(self, key)
+            require(value >= 1, f"train.{key}", value, "must be at least 1", f"give a positive train.{key}")
+        for key in ("seed", "eval_every"):
+            value = getattr(self, key)
+            require(value >= 0, f"train.{key}", value, "must not be negative", f"give a train.{key} of 0 or more")
+        require(
+            self.max_norm is None or self.max_norm > 0,
+            "train.max_norm",
+            self.max_norm,
+            "must be above 0",
+            "set train.max_norm=null to leave gradients as they are",
+        )
+
+
+@dataclass
+class MetricsConfig:
+    wandb: WandbMode = WandbMode.disabled
+    wandb_project: str = "windlass"
+    console: ConsoleMode = ConsoleMode.auto
+    """`rich` is a live view, `plain` a line every `train.log_every` steps; `auto` is rich on a terminal."""
+    peak_flops: float | None = None
+    """Peak FLOP/s of one device for the MFU; null looks the GPU up, and times a matrix product on a CPU."""

@@ -1,0 +1,117 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.parallel.collectives import COMM, all_reduce, all_reduce_async
+from windlass.parallel.mesh import Mesh, all_ranks_finite
+from windlass.train.data.loader import Batch
+from windlass.train.loss import count_tokens, forward_loss_sum
+from windlass.train.signals import StopRequest
+from windlass.train.state import Run
+
+
+def train(run: Run, stop: StopRequest) -> int:
+    """Trains from `run.state.step` to the last step, or until `stop` is requested.
+
+    Returns:
+        `EXIT_DONE`, or `EXIT_STOPPED` after the step and the checkpoint that followed a request.
+    """
+    cfg, mesh, state = run.config.train, run.mesh, run.state
+    model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
+    stall_s = 0.0  # of the checkpoint after the step before
+    while state.step < cfg.steps:
+        begin, comm_bytes = time.perf_counter(), COMM.total_bytes
+        batches = [next(data) for _ in range(cfg.grad_accum_steps)]
+        agreement = StepAgreement(batches, stop, mesh)  # comes in while the first forward runs
+        batches = [batch.to(mesh.device) for batch in batches]
+        loss_sum = torch.zeros((), device=mesh.device)
+        for i, batch in enumerate(batches):
+            run.sharder.begin_micro_step(model, is_last=i == len(batches) - 1)
+            micro_loss_sum = forward_loss_sum(model, batch, run.mask_documents)
+            (micro_loss_sum / agreement.num_tokens).backward()
+            loss_sum += micro_loss_sum.detach()
+        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_norm, mesh)
+        lr = optimizer.param_groups[0]["lr"]
+        if all_ranks_finite(grad_norm, mesh):  # one host sync
+            optimizer.step()
+            scheduler.step()
+        else:
+            state.skipped_steps += 1
+            run.metrics.count_skipped_step(state.step + 1)
+            run.console.message(f"step {state.step + 1} skipped: its gradients are not finite")
+        optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.tokens += agreement.num_tokens
+
+        logged = run.metrics.step(
+            state.step,
+            loss=mean_loss(loss_sum, agreement.num_tokens, mesh) if run.metrics.due(state.step) else None,
+            grad_norm=float(grad_norm) if run.metrics.due(state.step) else None,
+            lr=lr,
+            num_tokens=agreement.num_tokens,
+            step_s=time.perf_counter() - begin,
+            **step_figures(mesh, stall_s, COMM.total_bytes - comm_bytes),
+        )
+        if logged is not None:
+            run.console.update(logged)
+        if evaluation_due(state.step, cfg.eval_every, cfg.steps):
+            run.evaluate()
+        # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.
+        due = run.checkpoint is not None and run.checkpoint.due(state.step)
+        stall_s = run.save() if due or agreement.stopping or state.step == cfg.steps else 0.0
+        if agreement.stopping and state.step < cfg.steps:
+            run.metrics.event("preempted", state.step)
+            return EXIT_STOPPED
+    if run.last_evaluation is None:  # resumed at the end: nothing was left to train
+        run.evaluate()
+    run.metrics.event("done", state.step)
+    return EXIT_DONE
+
+
+class StepAgreement:
+    """What all ranks must know of a step, from one all-reduce on the host that runs behind the first forward."""
+
+    def __init__(self, batches: Sequence[Batch], stop: StopRequest, mesh: Mesh) -> None:
+        self._counts = torch.tensor([count_tokens(batches), int(stop.received)], dtype=torch.int64)
+        self._work = all_reduce_async(self._counts, mesh.host_group)
+
+    def _wait(self) -> torch.Tensor:
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._counts
+
+    @property
+    def num_tokens(self) -> int:
+        """Labels that count, of all ranks' batches; at least 1, as it divides."""
+        return max(1, int(self._wait()[0]))
+
+    @property
+    def stopping(self) -> bool:
+        """Whether any rank was asked to stop after this step."""
+        return int(self._wait()[1]) > 0
+
+
+def mean_loss(loss_sum: torch.Tensor, num_tokens: int, mesh: Mesh) -> float:
+    """Nats a token over all ranks. `loss_sum` is this rank's."""
+    return float(all_reduce(loss_sum.double(), mesh.group)) / num_tokens
+
+
+def step_figures(mesh: Mesh, stall_s: float, comm_bytes: int) -> dict[str, float | int | None]:
+    on_gpu = mesh.device.type == "cuda"
+    return {
+        "checkpoint/stall_s": stall_s,
+        "comm/bytes": comm_bytes,
+        "memory/device_peak_bytes": torch.cuda.max_memory_allocated(mesh.device) if on_gpu else None,
+    }
+
+
+def evaluation_due(step: int, eval_every: int, num_steps: int) -> bool:
+    return step == num_steps or (eval_every > 0 and step % eval_every == 0)

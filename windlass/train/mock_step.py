@@ -1,0 +1,126 @@
+"""One step on made-up tokens before the first real one: a run that does not fit fails now and not in an hour."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from windlass.errors import EXIT_USER_ERROR, DoesNotFit
+from windlass.parallel.fragment import local_tensor
+from windlass.train.data.loader import Batch
+from windlass.train.loss import forward_loss_sum
+from windlass.train.outcome import report_outcome
+
+if TYPE_CHECKING:
+    from windlass.train.state import Run
+
+LOW_WATER_FRACTION = 0.02
+"""Host memory that a step must leave free; below it Linux may kill any process without a word."""
+FIXES = (
+    "lower train.batch_size (and raise train.grad_accum_steps), lower train.seq_len, "
+    "set train.activation_checkpoint=full, use parallel=zero3 with more ranks, or choose a smaller model"
+)
+
+
+def mock_step(run: Run) -> None:
+    """Runs forward, backward and optimizer at full size, and leaves weights, state and generators as they were.
+
+    Raises:
+        DoesNotFit: a device ran out of memory. (Where the host runs out, the process prints the same message and
+            exits: Linux gives no error to catch.)
+    """
+    train = run.config.train
+    shape = (train.batch_size, train.seq_len)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    batch = Batch(ids, ids.clone(), torch.zeros(shape, dtype=torch.int32)).to(run.mesh.device)
+    rng_state = torch.get_rng_state()
+    device_rng_state = torch.cuda.get_rng_state() if run.mesh.device.type == "cuda" else None
+    try:
+        with _host_memory_watched():
+            for is_last in [False] * (train.grad_accum_steps > 1) + [True]:
+                run.sharder.begin_micro_step(run.model, is_last)
+                loss_sum = forward_loss_sum(run.model, batch, run.mask_documents)
+                (loss_sum / batch.labels.numel()).backward()
+            _step_without_effect(run.optimizer)
+    except torch.OutOfMemoryError as error:
+        total = torch.cuda.get_device_properties(run.mesh.device).total_memory
+        raise DoesNotFit(
+            "train.batch_size",
+            train.batch_size,
+            f"a step does not fit into the {total / 2**30:.1f} GiB of {run.mesh.device} ({error})",
+            FIXES,
+        ) from error
+    finally:
+        torch.set_rng_state(rng_state)
+        if device_rng_state is not None:
+            torch.cuda.set_rng_state(device_rng_state)
+            torch.cuda.reset_peak_memory_stats()
+
+
+@torch.no_grad()
+def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer allocate its state and run its kernels; zero gradients at rate 0 change no bit."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                local_tensor(parameter.grad).zero_()
+    type(optimizer).step(optimizer)  # not the instance's, which the scheduler has wrapped to count calls
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.state.clear()
+    optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _host_memory_watched() -> Iterator[None]:
+    """Ends the process with a message when the host is about to run out of memory."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.02):
+            free, total = host_memory()
+            if free < LOW_WATER_FRACTION * total:
+                rss = psutil.Process().memory_info().rss
+                error = DoesNotFit(
+                    "train.batch_size",
+                    "...",
+                    f"the first step had used {rss / 2**30:.1f} GiB on this rank when only {free / 2**30:.2f} of the "
+                    f"host's {total / 2**30:.1f} GiB were left",
+                    FIXES,
+                )
+                sys.stderr.write(f"windlass: error: {error}\n")
+                sys.stderr.flush()
+                report_outcome(EXIT_USER_ERROR, str(error))
+                os._exit(EXIT_USER_ERROR)
+
+    watcher = threading.Thread(target=watch, name="windlass-memory-watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def host_memory() -> tuple[int, int]:
+    """(available, total) bytes of this host, or of the control group that it confines us to."""
+    memory = psutil.virtual_memory()
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group, or its limit is "max"
+        return memory.available, memory.total
+    used -= int(fields["file"]) - int(fields["shmem"])  # cached files give way to whoever asks for memory
+    return min(memory.available, limit - used), min(memory.total, limit)

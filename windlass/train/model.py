@@ -1,0 +1,210 @@
+"""A Llama-style decoder. Parameter names are those of Hugging Face's Llama without its `model.` prefix.
+
+Weights may be float32 while the pass runs in bfloat16: a module casts its weight to the dtype of its input where it
+uses it. Under FSDP2's mixed precision the gathered weight has that dtype already and the cast does nothing, so one
+rank and many compute alike.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from windlass.parallel.fragment import fragment_of, local_tensor
+from windlass.parallel.random import fill_normal_
+from windlass.parallel.zero import Unit
+from windlass.train.config import ModelConfig
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without bias that computes in its input's dtype."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+class RMSNorm(nn.Module):
+    """Root Mean Square Layer Normalization (2019), in its input's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions (RoFormer, 2021) and grouped queries (GQA, 2023)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.dropout = config.dropout
+        query_width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, query_width)
+        self.k_proj = Linear(config.hidden_size, kv_width)
+        self.v_proj = Linear(config.hidden_size, kv_width)
+        self.o_proj = Linear(query_width, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        batch, seq_len, _ = x.shape
+        # (batch, heads, seq_len, head_dim)
+        query, key, value = (
+            projection(x).view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, rope),
+            rotate(key, rope),
+            value,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq_len, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (GLU Variants Improve Transformer, 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One layer. With `recompute`, backward runs the layer's forward again instead of keeping its activations."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.recompute = False
+        self.dropout = config.dropout
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self.layer, x, rope, mask, use_reentrant=False)
+        return self.layer(x, rope, mask)
+
+    def layer(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class Llama(nn.Module):
+    """LLaMA: Open and Efficient Foundation Language Models (2023).
+
+    Attributes:
+        compute_dtype: the dtype of the forward and backward pass.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.vocab_size is not None, "the data's tokenizer decides a vocabulary that was left null"
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+
+    @staticmethod
+    def on_meta(config: ModelConfig) -> Llama:
+        """A model without storage, to be cut and then given weights by `materialize`."""
+        with torch.device("meta"):
+            return Llama(config)
+
+    def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of the next token.
+
+        Args:
+            input_ids: int64 (batch, seq_len).
+            document_ids: int (batch, seq_len); a token attends only to those of its own document. None: to all before.
+
+        Returns:
+            (batch, seq_len, vocab_size) in `compute_dtype`.
+        """
+        rope = rope_angles(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, input_ids.device)
+        mask = None if document_ids is None else document_mask(document_ids)
+        x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        x = self.norm(x)
+        return F.linear(x, self.embed_tokens.weight.to(x.dtype)) if self.lm_head is None else self.lm_head(x)
+
+    def units(self) -> list[Unit]:
+        """What to gather and free together when the model is cut; what no unit names goes with the model itself."""
+        layers = [Unit([layer]) for layer in self.layers]
+        if self.lm_head is None:
+            return layers  # a tied embedding is used first and last, so it stays with the model
+        return [Unit([self.embed_tokens]), *layers, Unit([self.norm, self.lm_head], is_last=True)]
+
+    def prepare(self, dtype: torch.dtype, recompute: bool, compile_blocks: bool) -> None:
+        """Sets how the passes run. To be called before the model is cut."""
+        self.compute_dtype = dtype
+        for layer in self.layers:
+            assert isinstance(layer, Block)
+            layer.recompute = recompute
+            if compile_blocks:
+                layer.compile()
+
+    @torch.no_grad()
+    def materialize(self, device: torch.device, seed: int) -> None:
+        """Gives a model on the meta device, whole or cut, its first weights.
+
+        Matrices are N(0, `init_std`^2), those that write to the residual stream smaller by sqrt(2 * layers)
+        (Language Models are Unsupervised Multitask Learners, 2019); norms are 1. They depend on `seed` and the
+        parameters' names alone, so every cut starts from the same model.
+        """
+        self.to_empty(device=device)
+        residual_scale = (2 * self.config.num_layers) ** -0.5
+        for name, parameter in self.named_parameters():
+            local = local_tensor(parameter)
+            if parameter.ndim < 2:
+                local.fill_(1.0)
+                continue
+            std = self.config.init_std * (residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
+            fill_normal_(local, fragment_of(name, parameter), seed=seed, std=std)
+
+
+def rope_angles(seq_len: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
+    """Cosines and sines of the rotary angles, float32 (2, seq_len, head_dim / 2)."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(seq_len, device=device, dtype=torch.float32), frequencies)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
+    """Turns each pair (i, i + head_dim / 2) of `x` (..., seq_len, head_dim) by its position's angle."""
+    cos, sin = rope.to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
+    """Which token may attend to which: bool (batch, 1, seq_len, seq_len), the same document and not later."""
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
+    return same.tril()
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

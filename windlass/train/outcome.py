@@ -1,0 +1,52 @@
+"""How a worker and its launcher understand each other, through two files that the launcher names.
+
+torch's elastic agent starts every worker again that exits with another code than 0. A worker that was asked to stop,
+or that refused bad input, must not be started again: it leaves its code in the outcome file. And a request to stop
+that comes while workers are starting would only kill them: the launcher leaves a stop file for those that come next.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+OUTCOME_FILE = "WINDLASS_OUTCOME_FILE"
+STOP_FILE = "WINDLASS_STOP_FILE"
+"""Environment variables with the files' paths; unset where no launcher of ours listens."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    exit_code: int
+    message: str | None = None
+    """What the user must be told and rank 0 may not have said."""
+    rank: int = 0
+
+
+def report_outcome(exit_code: int, message: str | None = None) -> int:
+    """Leaves an outcome for the launcher, rank 0's above others'; returns the code to exit with: 0 if it listens."""
+    path = os.environ.get(OUTCOME_FILE)
+    if path is None:
+        return exit_code
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not Path(path).exists():
+        temporary = Path(f"{path}.{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(Outcome(exit_code, message, rank))), encoding="utf-8")
+        temporary.replace(path)
+    return 0
+
+
+def reported_outcome() -> Outcome | None:
+    """What a worker of this job has left, if any has."""
+    path = os.environ.get(OUTCOME_FILE)
+    if path is None or not Path(path).exists():
+        return None
+    return Outcome(**json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+def stop_requested() -> bool:
+    """Whether the launcher was asked to stop before this worker could hear it."""
+    path = os.environ.get(STOP_FILE)
+    return path is not None and Path(path).exists()

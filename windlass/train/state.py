@@ -1,0 +1,222 @@
+"""What a run is made of, and how it is put together."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from windlass.checkpoint.config import CheckpointKind
+from windlass.checkpoint.manager import Checkpointer, Restored, find_checkpoint
+from windlass.errors import ConfigError
+from windlass.parallel.collectives import all_reduce
+from windlass.parallel.mesh import Mesh
+from windlass.parallel.zero import Sharder
+from windlass.train.config import ActivationCheckpoint, Borders, Device
+from windlass.train.console import Console
+from windlass.train.data.loader import Loader, evaluation_batches
+from windlass.train.data.shards import TokenDataset
+from windlass.train.evaluate import Evaluation, evaluate
+from windlass.train.flops import peak_device_flops
+from windlass.train.metrics import Metrics
+from windlass.train.model import Llama
+
+if TYPE_CHECKING:
+    from windlass.conf.schema import Config
+    from windlass.optim.scheduler import WarmupScheduler
+
+VOCAB_MULTIPLE = 64
+
+
+@dataclass
+class TrainState:
+    """How far a run is, over all its lives."""
+
+    step: int = 0
+    tokens: int = 0
+    """Label tokens trained on, over all ranks."""
+    skipped_steps: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
+
+
+@dataclass
+class Run:
+    """Everything that the loop uses."""
+
+    config: Config
+    mesh: Mesh
+    model: Llama
+    sharder: Sharder
+    optimizer: torch.optim.Optimizer
+    scheduler: WarmupScheduler
+    data: Loader
+    validation: TokenDataset
+    state: TrainState
+    checkpoint: Checkpointer | None
+    metrics: Metrics
+    console: Console
+    last_evaluation: Evaluation | None = None
+
+    @property
+    def mask_documents(self) -> bool:
+        return self.config.data.borders == Borders.attention
+
+    def save(self) -> float:
+        """Writes a durable checkpoint of this step and returns the seconds that training stood still for it."""
+        if self.checkpoint is None or self.checkpoint.current_step == self.state.step:
+            return 0.0
+        begin = time.perf_counter()
+        self.checkpoint.save(self.state.step)
+        seconds = time.perf_counter() - begin
+        self.metrics.event("persisted", self.state.step, seconds=seconds)
+        return seconds
+
+    def evaluate(self) -> None:
+        """Measures the validation loss on the same samples as always, and records it."""
+        train = self.config.train
+        batches = evaluation_batches(
+            self.validation,
+            batch_size=train.batch_size,
+            seq_len=train.seq_len,
+            max_samples=train.eval_samples,
+            rank=self.mesh.rank,
+            world_size=self.mesh.world_size,
+            borders=self.config.data.borders,
+        )
+        result = evaluate(self.model, self.sharder, batches, self.mask_documents, self.mesh)
+        self.console.update(self.metrics.evaluated(self.state.step, result.loss, result.seconds, result.num_tokens))
+        self.last_evaluation = result
+
+
+def choose_device(device: Device) -> torch.device:
+    """`auto` is CUDA where every rank of this host can have a GPU of its own.
+
+    Raises:
+        ConfigError: CUDA is wanted and there are too few GPUs.
+    """
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == Device.cuda and num_gpus < num_ranks:
+        raise ConfigError(
+            "train.device",
+            "cuda",
+            f"{num_ranks} ranks need a GPU each, and torch finds {num_gpus} here",
+            "set train.device=auto, or launch.nproc_per_node to the number of GPUs",
+        )
+    use_cuda = device != Device.cpu and num_gpus >= num_ranks
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def resolve_vocabulary(config: Config, dataset: TokenDataset) -> None:
+    """Sets a `model.vocab_size` that was left null; refuses one that the data's tokens do not fit.
+
+    Raises:
+        ConfigError: the vocabulary is smaller than a token id of the data.
+    """
+    if config.model.vocab_size is None:
+        config.model.vocab_size = math.ceil(dataset.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    if config.model.vocab_size <= dataset.max_token_id:
+        raise ConfigError(
+            "model.vocab_size",
+            config.model.vocab_size,
+            f"must be above the data's largest token id, {dataset.max_token_id}",
+            "set model.vocab_size=null to take the tokenizer's",
+        )
+
+
+def build_model(config: Config, mesh: Mesh) -> tuple[Llama, Sharder]:
+    """The model, cut over the ranks, with its first weights."""
+    train = config.train
+    dtype = getattr(torch, train.dtype.value)
+    model = config.model.build()
+    model.prepare(dtype, train.activation_checkpoint == ActivationCheckpoint.full, train.compile)
+    sharder = Sharder(config.parallel, mesh)
+    sharder.shard(model, model.units(), dtype)
+    model.materialize(mesh.device, train.seed)
+    return model, sharder
+
+
+def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh) -> Loader:
+    train = config.train
+    return Loader(
+        dataset,
+        batch_size=train.batch_size,
+        seq_len=train.seq_len,
+        rank=mesh.rank,
+        world_size=mesh.world_size,
+        seed=train.seed,
+        shuffle=config.data.shuffle,
+        borders=config.data.borders,
+        prefetch=config.data.prefetch,
+        pin_memory=mesh.device.type == "cuda",
+    )
+
+
+def build_checkpointer(
+    config: Config,
+    plain_config: dict[str, Any],
+    mesh: Mesh,
+    model: Llama,
+    optimizer: torch.optim.Optimizer,
+    scheduler: WarmupScheduler,
+    data: Loader,
+    state: TrainState,
+) -> Checkpointer | None:
+    if config.checkpoint.name == CheckpointKind.none:
+        return None
+    return Checkpointer(
+        {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": data, "train": state},
+        checkpoint_dir(config),
+        mesh,
+        persist_every=config.checkpoint.persist_every,
+        keep=config.checkpoint.keep,
+        info={"config": plain_config},
+        # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
+        restore_hyperparameters=False,
+    )
+
+
+def checkpoint_dir(config: Config) -> Path:
+    return Path(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run_dir) / "checkpoints"
+
+
+def restore(config: Config, checkpoint: Checkpointer | None, is_restart: bool) -> Restored | None:
+    """Goes on from where `resume` says; returns None for a fresh run. Collective.
+
+    A path inside the run's own folder goes back to that checkpoint, and moves newer ones aside. A path elsewhere is
+    where this run begins; once it has a checkpoint of its own, it goes on from that. So does a restarted worker.
+
+    Raises:
+        ConfigError, CorruptCheckpoint, IncompatibleCheckpoint: on all ranks.
+    """
+    if checkpoint is None or config.resume == "never":
+        return None if checkpoint is None or not is_restart else checkpoint.restore_latest()
+    if config.resume != "auto":
+        folder = checkpoint.mesh.agree(lambda: find_checkpoint(Path(config.resume)))
+        is_own = folder.resolve().parent == checkpoint.store.directory.resolve()
+        if is_own and not is_restart:
+            step = checkpoint.restore(folder)
+            return Restored(step, folder, checkpoint.set_newer_aside(step))
+        if not is_own and not checkpoint.has_any():
+            return Restored(checkpoint.restore(folder), folder)
+    return checkpoint.restore_latest()
+
+
+def total_peak_flops(config: Config, mesh: Mesh) -> float:
+    """FLOP/s of all devices together at their best. Collective: ranks that share a CPU measure at the same time."""
+    peak = config.metrics.peak_flops
+    if peak is None:
+        mesh.barrier()
+        peak = peak_device_flops(mesh.device, getattr(torch, config.train.dtype.value))
+    return float(all_reduce(torch.tensor(peak, dtype=torch.float64), mesh.host_group))
