@@ -1,0 +1,1 @@
+"""Starting workers, one a rank, and the entry that each of them runs."""

@@ -1,0 +1,301 @@
+"""One life of a run: from the folder and the data to the loop, and what is said before and after."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import windlass
+from windlass.checkpoint.config import CheckpointKind
+from windlass.checkpoint.manager import Restored
+from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
+from windlass.conf.schema import Config
+from windlass.conf.store import load_config, save_config, to_plain
+from windlass.errors import EXIT_DONE, RunFolderError, WindlassError
+from windlass.parallel.mesh import Mesh
+from windlass.train.console import open_console
+from windlass.train.data.shards import TokenDataset
+from windlass.train.flops import model_flops_per_token
+from windlass.train.loop import train
+from windlass.train.metrics import Metrics
+from windlass.train.mock_step import mock_step
+from windlass.train.model import count_parameters
+from windlass.train.report import write_report
+from windlass.train.run_folder import (
+    CONFIG_FILE,
+    RunFolder,
+    changed_keys,
+    lock_folder,
+    refuse_another_run,
+    unusable,
+)
+from windlass.train.signals import StopRequest
+from windlass.train.state import (
+    Run,
+    TrainState,
+    build_checkpointer,
+    build_loader,
+    build_model,
+    checkpoint_dir,
+    resolve_vocabulary,
+    restore,
+    total_peak_flops,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> int:
+    """Trains until the last step or until `stop`. Collective.
+
+    Args:
+        tokens: the prepared data.
+
+    Returns:
+        `EXIT_DONE` or `EXIT_STOPPED`.
+    """
+    restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    datasets = mesh.agree(lambda: (TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")))
+    mesh.agree(lambda: resolve_vocabulary(config, datasets[0]))
+    with ExitStack() as stack:
+        changes = mesh.agree(lambda: _open_folder(config, mesh, stack, is_restart=restart_count > 0))
+        mesh.agree(lambda: stack.enter_context(_logging_to(Path(config.run_dir) / "logs" / f"rank{mesh.rank}.log")))
+        run, restored = _build_run(config, mesh, datasets, stack, is_restart=restart_count > 0)
+        # Only now: a run that was refused leaves the folder's configuration as it is.
+        mesh.agree(lambda: _record_config(config, mesh))
+        with run.console:
+            run.console.start()
+            _say_start(run, datasets[0], restored, restart_count, changes)
+            exit_code = train(run, stop)
+        if mesh.rank == 0:
+            _say_end(run, datasets[0], stop, exit_code)
+    return exit_code
+
+
+def _open_folder(config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool) -> dict[str, tuple[Any, Any]]:
+    """Locks the run folder and looks at what it holds. On rank 0; returns what differs from the life before."""
+    if mesh.rank != 0:
+        return {}
+    folder = stack.enter_context(RunFolder(Path(config.run_dir)))
+    checkpoints = checkpoint_dir(config)
+    if config.checkpoint.name != CheckpointKind.none and config.checkpoint.dir is not None:
+        try:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(lock_folder(checkpoints, "checkpoint.dir"))
+        except OSError as error:
+            raise unusable(checkpoints, error) from error
+    config_file = folder.path / CONFIG_FILE
+    steps = committed_steps(checkpoints)
+    if (config_file.exists() or steps) and config.resume == "never" and not is_restart:
+        raise RunFolderError(
+            "run_dir",
+            folder.path,
+            "holds a run, and resume=never begins a new one",
+            "choose another run_dir, or leave resume=auto to go on with this one",
+        )
+    now = to_plain(config)
+    if config_file.exists():
+        before, holder = to_plain(load_config(config_file)), folder.path
+    elif steps:  # a checkpoint.dir that another run has used
+        before, holder = _config_of(step_folder(checkpoints, steps[-1])), checkpoints
+    else:
+        return {}
+    if config.resume == "auto":
+        refuse_another_run(holder, before, now)
+    return changed_keys(before, now)
+
+
+def _config_of(checkpoint: Path) -> dict[str, Any]:
+    return Manifest.read(checkpoint).objects["info"]["config"]
+
+
+def _record_config(config: Config, mesh: Mesh) -> None:
+    if mesh.rank != 0:
+        return
+    try:
+        save_config(config, Path(config.run_dir) / CONFIG_FILE)
+    except OSError as error:
+        raise unusable(Path(config.run_dir), error) from error
+
+
+def _build_run(
+    config: Config, mesh: Mesh, datasets: tuple[TokenDataset, TokenDataset], stack: ExitStack, is_restart: bool
+) -> tuple[Run, Restored | None]:
+    train_config = config.train
+    torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
+    torch.use_deterministic_algorithms(train_config.deterministic)
+    model, sharder = build_model(config, mesh)
+    optimizer = config.optim.build(model.named_parameters())
+    scheduler = config.optim.build_scheduler(optimizer, train_config.steps)
+    state = TrainState()
+    data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
+    stack.callback(data.close)
+    plain_config = to_plain(config)
+    checkpoint = build_checkpointer(config, plain_config, mesh, model, optimizer, scheduler, data, state)
+    if checkpoint is not None:
+        mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
+    peak_flops = total_peak_flops(config, mesh)
+    metrics = mesh.agree(
+        lambda: Metrics(
+            Path(config.run_dir),
+            config.metrics,
+            rank=mesh.rank,
+            total_steps=train_config.steps,
+            log_every=train_config.log_every,
+            flops_per_token=model_flops_per_token(config.model, config.model.vocab_size or 0, train_config.seq_len),
+            peak_flops=peak_flops,
+            run_config=plain_config,
+        )
+    )
+    stack.enter_context(metrics)
+    console = open_console(
+        config.metrics.console, rank=mesh.rank, total_steps=train_config.steps, title=str(config.run_dir)
+    )
+    run = Run(
+        config=config,
+        mesh=mesh,
+        model=model,
+        sharder=sharder,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        data=data,
+        validation=datasets[1],
+        state=state,
+        checkpoint=checkpoint,
+        metrics=metrics,
+        console=console,
+    )
+    if train_config.mock_step:
+        mock_step(run)
+    begin = time.perf_counter()
+    restored = restore(config, checkpoint, is_restart)
+    metrics.load_state_dict(state.state_dict())
+    if restored is not None:
+        metrics.event(
+            "recovered",
+            restored.step,
+            source="durable",
+            lost_nodes=0,
+            seconds=time.perf_counter() - begin,
+            checkpoint=restored.folder.name,
+            set_aside=[path.name for path in restored.set_aside],
+        )
+    return run, restored
+
+
+def _say_start(
+    run: Run,
+    dataset: TokenDataset,
+    restored: Restored | None,
+    restart_count: int,
+    changes: dict[str, tuple[Any, Any]],
+) -> None:
+    config, mesh, say = run.config, run.mesh, run.console.message
+    num_parameters = count_parameters(run.model)
+    if restart_count:
+        run.metrics.event("restart", run.state.step, count=restart_count)
+        say(f"restart {restart_count}: a worker died, all were started again")
+    run.metrics.event(
+        "start",
+        run.state.step,
+        world_size=mesh.world_size,
+        parallel=config.parallel.name.value,
+        device=str(mesh.device),
+        num_parameters=num_parameters,
+        unigram_entropy_nats=dataset.unigram_entropy_nats,
+        data_fingerprint=dataset.fingerprint,
+        versions={
+            "windlass": windlass.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    )
+    ranks = f"{mesh.world_size} ranks, {config.parallel.name}" if mesh.world_size > 1 else "1 rank"
+    say(
+        f"model   {config.model.name}, {num_parameters:,} parameters, {config.train.dtype}, {ranks}, {mesh.device.type}"
+    )
+    say(
+        f"data    {config.data.name}, {dataset.num_tokens:,} tokens of {dataset.num_documents:,} documents, "
+        f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token"
+    )
+    say(f"run     {config.run_dir}")
+    for key, (before, now) in changes.items():
+        say(f"changed {key}: {before} -> {now}")
+    if restored is not None:
+        for path in restored.set_aside:
+            say(f"warning: {path.name}: a newer checkpoint that is damaged or superseded was moved there")
+        say(f"resumed at step {restored.step} from {restored.folder}")
+
+
+def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, exit_code: int) -> None:
+    config = run.config
+    lines = []
+    saved = run.checkpoint is not None
+    if exit_code == EXIT_DONE:
+        assert run.last_evaluation is not None
+        lines += [
+            f"done    step {run.state.step}, {run.state.tokens:,} tokens",
+            f"validation loss {run.last_evaluation.loss:.4f} nats/token; "
+            f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token (a model that knows only frequencies)",
+        ]
+        if importlib.util.find_spec("matplotlib") is not None:
+            lines.append(f"report  {_report_or_reason(Path(config.run_dir))}")
+        else:
+            lines.append(f"report  windlass report {config.run_dir} (needs `pip install 'windlass[report]'`)")
+        if saved:
+            more = 2 * config.train.steps
+            lines.append(f"resume  the same command with train.steps={more} trains on from here")
+    elif saved:
+        lines.append(
+            f"stopped at step {run.state.step} by {stop.signal_name or 'a signal to another rank'}; "
+            "its checkpoint is written, and the same command resumes"
+            + (" (without resume=PATH, which would begin from there again)" if config.resume != "auto" else "")
+        )
+    else:
+        lines.append(f"stopped at step {run.state.step}; checkpoint=none, so nothing was saved")
+    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.flush()
+
+
+def _report_or_reason(run_dir: Path) -> str:
+    """The report's path. The run is done and saved by now: a plot that fails must not make it a failure."""
+    try:
+        return str(write_report(run_dir))
+    except Exception as error:
+        logger.exception("the report could not be written")
+        return f"could not be written ({error}); `windlass report {run_dir}` tries again"
+
+
+@contextmanager
+def _logging_to(path: Path) -> Iterator[None]:
+    """Adds this process's log records, warnings and the error that ends it to a file of the run folder."""
+    try:
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise unusable(path.parent.parent, error) from error
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.captureWarnings(True)
+    try:
+        yield
+    except WindlassError as error:
+        logger.error("%s", error)
+        raise
+    except Exception:
+        logger.exception("this rank failed")
+        raise
+    finally:
+        logging.captureWarnings(False)
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,99 @@
+"""What every rank runs: `python -m windlass.launch.worker CONFIG.yaml`, started by a launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import os
+import signal
+import sys
+from pathlib import Path
+
+from windlass.conf.schema import Config
+from windlass.conf.store import load_config
+from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
+from windlass.launch.session import run_session
+from windlass.parallel.mesh import Mesh
+from windlass.train.data.prepare import prepared_folder
+from windlass.train.outcome import report_outcome, reported_outcome, stop_requested
+from windlass.train.signals import StopRequest
+from windlass.train.state import choose_device
+
+PR_SET_PDEATHSIG = 1
+
+
+def run_worker(config: Config) -> int:
+    """Trains as one rank of the run that torchrun's environment describes; alone without one.
+
+    Returns:
+        The exit code. Errors that a user can mend are printed here, by the first rank of a host or by the only
+        one that met them.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    mesh: Mesh | None = None
+    try:
+        with StopRequest() as stop:
+            if config.train.deterministic:
+                # cuBLAS has no deterministic mode without it, and reads it when it is first used.
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            device = choose_device(config.train.device)
+            # Before the ranks meet: preparing much text takes longer than any collective may wait.
+            tokens = prepared_folder(config.data, progress=local_rank == 0)
+            mesh = config.parallel.build(device)
+            exit_code = run_session(config, mesh, tokens, stop)
+        mesh.stop()
+        return exit_code
+    except WindlassError as error:
+        is_alone = mesh is not None and not error.on_all_ranks
+        if local_rank == 0 or is_alone:
+            sys.stderr.write(f"windlass: error: {error}\n")
+        report_outcome(EXIT_USER_ERROR, str(error))
+        if is_alone and mesh.world_size > 1:
+            # The others wait for this rank in a collective: an exit code that the agent sees ends them at once.
+            sys.stderr.flush()
+            os._exit(EXIT_USER_ERROR)
+        return EXIT_USER_ERROR
+
+
+def main() -> int:
+    """The process that a launcher started. What it leaves for the launcher: see `windlass.train.outcome`."""
+    faulthandler.enable()
+    _end_with_parent()
+    if reported_outcome() is not None:  # the agent starts all ranks again when one of them has refused
+        return 0
+    if stop_requested():
+        return report_outcome(EXIT_STOPPED)
+    try:
+        config = load_config(Path(sys.argv[1]))
+    except WindlassError as error:
+        sys.stderr.write(f"windlass: error: {error}\n")
+        return report_outcome(EXIT_USER_ERROR, str(error))
+    if int(os.environ.get("RANK", "0")) != 0:
+        _redirect_output(Path(config.run_dir) / "logs" / f"rank{os.environ['RANK']}.log")
+    try:
+        return report_outcome(run_worker(config))
+    except KeyboardInterrupt:  # the second Ctrl-C: no restart either
+        return report_outcome(EXIT_FAILURE, "interrupted")
+
+
+def _end_with_parent() -> None:
+    """Has the kernel send SIGTERM when the launcher dies, so that no rank trains on unseen. Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _redirect_output(path: Path) -> None:
+    """Sends stdout and stderr of a rank that is not shown to its log, tracebacks of crashes included."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError:
+        return  # rank 0 finds the same folder unusable and says so
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
