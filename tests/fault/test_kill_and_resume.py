@@ -1,0 +1,78 @@
+"""All ranks are killed with SIGKILL, at random moments or in the middle of a checkpoint; the run goes on to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import time
+from pathlib import Path
+
+import pytest
+from support import runs
+
+from windlass.errors import EXIT_DONE
+
+NUM_RANKS = 2
+SHORT = [("zero3", 1, "float32"), ("zero1", 4, "bfloat16"), ("zero2", 1, "float32")]
+FULL = list(itertools.product(("zero1", "zero2", "zero3"), (1, 4), ("float32", "bfloat16")))
+
+
+def survive(tmp_path: Path, sharding: str, accumulation: int, dtype: str, num_kills: int, seed: int) -> list[str]:
+    """Runs undisturbed, then with `num_kills` kills, and compares. Returns when each kill struck, for the log."""
+    overrides = (f"parallel={sharding}", f"train.grad_accum_steps={accumulation}", f"train.dtype={dtype}")
+    overrides += ("model.dropout=0.1", "train.steps=30", "checkpoint.persist_every=2")
+    calm = runs.run_config(tmp_path, "calm", *overrides)
+    begin = time.monotonic()
+    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(calm)
+    life_s = time.monotonic() - begin
+    expected = runs.losses(calm)
+
+    stormy = runs.run_config(tmp_path, "stormy", *overrides)
+    randomness = random.Random(seed)
+    struck = []
+    for number in range(num_kills):
+        life = runs.start(stormy, NUM_RANKS)
+        if number % 2:
+            moment = wait_for_writing(life, runs.checkpoints(stormy), skip=randomness.randrange(4))
+        else:
+            moment = "random"
+            time.sleep(randomness.uniform(0.2, 0.9) * life_s)
+        life.kill()
+        life.join()
+        struck.append(moment)
+    assert runs.run(stormy, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(stormy)
+
+    seen = runs.losses(stormy)
+    assert seen.keys() == expected.keys()
+    for step, values in seen.items():
+        assert set(values) == set(expected[step]), f"step {step} after kills {struck}"
+    assert runs.newest_digest(stormy) == runs.newest_digest(calm)
+    return struck
+
+
+def wait_for_writing(life: runs.Life, checkpoints: Path, skip: int) -> str:
+    """Returns as soon as a checkpoint is being written, `skip` such moments later than the first."""
+    seen: set[str] = set()
+    while life.is_alive():
+        writing = [path.name for path in checkpoints.glob("*.writing")] if checkpoints.exists() else []
+        seen.update(writing)
+        if writing and len(seen) > skip:
+            return f"while {writing[0]}"
+    return "after the end"
+
+
+@pytest.mark.parametrize(("sharding", "accumulation", "dtype"), SHORT)
+def test_killed_runs_end_with_the_same_bits(tmp_path: Path, sharding: str, accumulation: int, dtype: str) -> None:
+    survive(tmp_path, sharding, accumulation, dtype, num_kills=2, seed=accumulation)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("sharding", "accumulation", "dtype"), FULL)
+def test_killed_runs_end_with_the_same_bits_everywhere(
+    tmp_path: Path, sharding: str, accumulation: int, dtype: str
+) -> None:
+    struck = survive(
+        tmp_path, sharding, accumulation, dtype, num_kills=4, seed=FULL.index((sharding, accumulation, dtype))
+    )
+    print(f"{sharding} x{accumulation} {dtype}: {struck}")

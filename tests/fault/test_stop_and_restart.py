@@ -1,0 +1,182 @@
+"""Requests to stop, workers that die, and launchers that bring them back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from support import runs
+
+from windlass.conf.store import to_plain
+from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.train.run_folder import flatten
+
+NUM_RANKS = 2
+
+
+def wait_for_step(config: runs.Config, step: int, timeout_s: float = 90) -> None:
+    path = Path(config.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come: {runs.output(config)}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_same(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    calm = runs.run_config(tmp_path, "calm", "train.steps=40", "checkpoint.persist_every=1000")
+    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    config = runs.run_config(tmp_path, "stopped", "train.steps=40", "checkpoint.persist_every=1000")
+    life = runs.start(config, NUM_RANKS)
+    wait_for_step(config, 5)
+    os.kill(life.processes[1].pid or 0, number)
+
+    assert life.join() == [EXIT_STOPPED] * NUM_RANKS, runs.output(config)
+
+    (stopped,) = runs.events(config, "preempted")
+    assert [event["step"] for event in runs.events(config, "persisted")] == [stopped["step"]]
+    assert "the same command resumes" in runs.output(config)
+    assert runs.run(config, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    assert runs.losses(config) == runs.losses(calm), "a stop trains no step twice and changes none"
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+
+
+def command_line(config: runs.Config) -> list[str]:
+    """The overrides that make `windlass train` compose `config`."""
+    flat = flatten(to_plain(config))
+    chosen = [f"{group}={flat.pop(f'{group}.name')}" for group in ("data", "optim", "parallel", "checkpoint", "launch")]
+    values = {key: "null" if value is None else str(value).replace(" ", "") for key, value in flat.items()}
+    return chosen + [f"{key}={value}" for key, value in values.items()]
+
+
+def start_launcher(config: runs.Config, scratch: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), **environment},
+    )
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if "windlass.launch.worker" in " ".join(child.cmdline())]
+
+
+def test_plain_torchrun_runs_the_same_loop(tmp_path: Path) -> None:
+    """`torchrun -m windlass.train`: every rank composes the configuration, and the bits are those of any launcher."""
+    calm = runs.run_config(tmp_path, "calm", "train.steps=6")
+    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    config = runs.run_config(tmp_path, "plain", "train.steps=6")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}", "-m", "windlass.train"]
+    result = subprocess.run(
+        [*torchrun, *command_line(config)],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == EXIT_DONE, result.stderr
+    assert "done    step 6" in result.stdout
+    assert runs.losses(config) == runs.losses(calm)
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    assert not (tmp_path / "outputs").exists() and not (tmp_path / ".hydra").exists(), "Hydra writes nothing"
+
+
+def torchrun_config(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
+    return runs.run_config(tmp_path, name, "launch=torchrun", f"launch.nproc_per_node={NUM_RANKS}", *overrides)
+
+
+def test_the_torchrun_launcher_restarts_a_killed_worker_and_ends_with_the_same_bits(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    calm = runs.run_config(tmp_path, "calm", "train.steps=60")
+    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    config = torchrun_config(tmp_path, "restarted", "train.steps=60")
+    launcher = start_launcher(config, scratch)
+    wait_for_step(config, 5)
+    victim = workers(launcher)[-1]
+    victim.kill()
+
+    printed, _ = launcher.communicate(timeout=200)
+
+    assert launcher.returncode == EXIT_DONE, printed
+    assert [event["count"] for event in runs.events(config, "restart")] == [1]
+    (recovered,) = runs.events(config, "recovered")
+    assert recovered["source"] == "durable" and recovered["step"] >= 3
+    assert {step: set(values) for step, values in runs.losses(config).items()} == {
+        step: set(values) for step, values in runs.losses(calm).items()
+    }
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    assert list(scratch.glob("windlass-*")) == [], "temporary folders are left"
+
+
+def test_sigterm_to_the_launcher_saves_and_exits_75_and_leaves_no_process(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = torchrun_config(tmp_path, "stopped", "train.steps=4000", "checkpoint.persist_every=100000")
+    launcher = start_launcher(config, scratch)
+    wait_for_step(config, 5)
+    ranks = workers(launcher)
+    launcher.send_signal(signal.SIGTERM)
+
+    printed, _ = launcher.communicate(timeout=120)
+
+    assert launcher.returncode == EXIT_STOPPED, printed
+    (stopped,) = runs.events(config, "preempted")
+    assert [event["step"] for event in runs.events(config, "persisted")] == [stopped["step"]]
+    assert len(ranks) == NUM_RANKS and not any(rank.is_running() for rank in ranks)
+    assert list(scratch.glob("windlass-*")) == []
+
+
+def test_sigterm_while_workers_start_is_heard_too(tmp_path: Path) -> None:
+    """They die of it, before they can listen; those that are started in their place end at once."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = torchrun_config(tmp_path, "early", "train.steps=4000")
+    launcher = start_launcher(config, scratch)
+    while len(workers(launcher)) < NUM_RANKS:
+        assert launcher.poll() is None
+    launcher.send_signal(signal.SIGTERM)
+    printed, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == EXIT_STOPPED, printed
+    assert not (Path(config.run_dir) / "metrics.jsonl").exists()
+
+
+def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = torchrun_config(tmp_path, "orphaned", "train.steps=4000", "checkpoint.persist_every=100000")
+    launcher = start_launcher(config, scratch)
+    wait_for_step(config, 5)
+    ranks = workers(launcher)
+    launcher.kill()
+    launcher.communicate(timeout=120)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+    assert len(runs.events(config, "preempted")) == 1
+
+
+def test_a_run_that_keeps_dying_ends_with_a_message(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    config = torchrun_config(tmp_path, "dying", "train.steps=4000", "launch.max_restarts=0")
+    launcher = start_launcher(config, scratch)
+    wait_for_step(config, 3)
+    workers(launcher)[0].kill()
+    printed, _ = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert "died (SIGKILL) and launch.max_restarts=0 is used up" in printed
+    assert "Traceback" not in printed

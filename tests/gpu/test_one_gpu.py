@@ -1,0 +1,31 @@
+"""What needs a GPU. Skipped where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import runs
+
+from windlass.errors import EXIT_DONE
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path, dtype: str) -> None:
+    overrides = ("train.device=cuda", "train.deterministic=true", f"train.dtype={dtype}", "model.dropout=0.1")
+    calm = runs.run_config(tmp_path, "calm", *overrides)
+    assert runs.run(calm, 1) == [EXIT_DONE], runs.output(calm)
+    broken = runs.run_config(tmp_path, "broken", *overrides)
+    life = runs.start(broken, 1)
+    while life.is_alive() and not (runs.checkpoints(broken) / "step-00000006").exists():
+        pass
+    life.kill()
+    life.join()
+    assert runs.run(broken, 1) == [EXIT_DONE], runs.output(broken)
+    assert {step: set(values) for step, values in runs.losses(broken).items()} == {
+        step: set(values) for step, values in runs.losses(calm).items()
+    }
+    assert runs.newest_digest(broken) == runs.newest_digest(calm)

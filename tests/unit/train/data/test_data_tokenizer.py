@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import pickle
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_helpers import write_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from windlass.errors import ConfigError
+from windlass.train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(st.lists(TEXT))
+def test_bytes_are_utf8(texts: list[str]) -> None:
+    tokenizer = ByteTokenizer()
+    arrays = tokenizer.encode(texts)
+    assert [list(a) for a in arrays] == [list(t.encode("utf-8")) for t in texts]
+    assert all(a.dtype == np.uint16 for a in arrays)
+    assert [tokenizer.decode(a) for a in arrays] == texts
+
+
+def test_byte_tokenizer_leaves_out_eos_and_mends_cut_characters() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.vocab_size == tokenizer.eos_id + 1 == 257
+    assert tokenizer.decode([104, 105, 256, 195]) == "hi�"
+
+
+def test_hugging_face_adds_cuts_and_pads_nothing(tmp_path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(write_tokenizer(tmp_path))
+    text = "the windlass lifts the anchor, and a </s> in the text is text; ünïcödé too"
+    short, long = tokenizer.encode(["", text])
+    assert short.size == 0
+    assert long.dtype == np.uint32
+    assert long.size > 4, "the truncation of the file is off"
+    assert tokenizer.eos_id not in long, "neither added at the end nor found inside the text"
+    assert tokenizer.decode(long) == text
+    assert tokenizer.decode([*long, tokenizer.eos_id]) == text
+    assert max(tokenizer.encode(["the windlass"])[0]) < tokenizer.vocab_size
+
+
+def test_vocab_size_covers_gaps_between_ids(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {"a": 0, "b": 7, "<eos>": 3}
+    path = tmp_path / "tokenizer.json"
+    tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [])).save(str(path))
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (8, 3)
+
+
+def test_fingerprint_tells_tokenizers_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder in folders:
+        folder.mkdir()
+    first = HuggingFaceTokenizer(write_tokenizer(folders[0]))
+    same = HuggingFaceTokenizer(write_tokenizer(folders[1]))
+    other = HuggingFaceTokenizer(write_tokenizer(folders[2], eos="<|endoftext|>"))
+    assert first.fingerprint == same.fingerprint
+    assert len({first.fingerprint, other.fingerprint, ByteTokenizer().fingerprint}) == 3
+
+
+def test_survives_pickling(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(write_tokenizer(tmp_path)))
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint == tokenizer.fingerprint
+    assert (copy.encode(["anchor"])[0] == tokenizer.encode(["anchor"])[0]).all()
+
+
+def test_load_tokenizer_takes_bytes_a_file_and_a_folder(tmp_path: Path) -> None:
+    path = write_tokenizer(tmp_path)
+    loaded = [load_tokenizer(spec) for spec in ("bytes", str(path), str(tmp_path))]
+    assert all(isinstance(tokenizer, Tokenizer) for tokenizer in loaded)
+    assert isinstance(loaded[0], ByteTokenizer)
+    assert loaded[1].fingerprint == loaded[2].fingerprint
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*nowhere\.json: must be `bytes` or an existing"):
+        load_tokenizer(str(tmp_path / "nowhere.json"))
+
+
+def test_malformed_file_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"version": "1.0"}\xff')
+    with pytest.raises(ConfigError, match=r"is not a Hugging Face tokenizer\.json"):
+        load_tokenizer(str(path))
+
+
+def test_unreadable_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be read: Is a directory"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_tokenizer_without_an_end_of_document_token(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"must have a token that ends a document, one of </s>"):
+        HuggingFaceTokenizer(write_tokenizer(tmp_path, eos="[CLS]"))
+
+
+def test_missing_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tokenizer(tmp_path)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ConfigError, match=r'pip install "windlass\[hf\]"'):
+        load_tokenizer(str(path))
