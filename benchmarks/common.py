@@ -1,0 +1,154 @@
+"""What the benchmarks share: ranks on this machine, medians with their range, tables."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import signal
+import socket
+import statistics
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a figure was over the rounds of a run."""
+
+    median: float
+    lowest: float
+    highest: float
+
+    @staticmethod
+    def of(values: Sequence[float]) -> Spread:
+        return Spread(statistics.median(values), min(values), max(values))
+
+    def text(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.lowest:{spec}}..{self.highest:{spec}})"
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def describe_machine() -> dict[str, Any]:
+    """What timings depend on and what no benchmark can choose."""
+    cpu = "CPU"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "cpu": cpu,
+        "cores": num_cores(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+    """`function(*args)` in `num_ranks` fresh processes with torchrun's environment; what each returned.
+
+    Each rank computes with its share of the cores.
+
+    Raises:
+        RuntimeError: a rank failed; with its traceback.
+    """
+    context = mp.get_context("spawn")
+    variables = {
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)),
+    }
+    before = dict(os.environ)
+    os.environ.update(variables)  # OpenMP reads its variable before a rank's first line of Python could set it
+    processes: list[SpawnProcess] = []
+    pipes: list[Connection] = []
+    try:
+        for rank in range(num_ranks):
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_rank_main, args=(rank, sender, function, args))
+            process.start()
+            sender.close()
+            processes.append(process)
+            pipes.append(receiver)
+        outcomes = [_receive(pipe) for pipe in pipes]
+    except BaseException:
+        for process in processes:
+            process.terminate()
+        raise
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+        for process in processes:
+            process.join()
+    failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+    if failures:
+        raise RuntimeError("\n".join(failures))
+    return [result for result, _ in outcomes]
+
+
+def _receive(pipe: Connection) -> tuple[Any, str | None]:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None, "died without a word"
+
+
+def _rank_main(rank: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if sys.platform == "linux":  # a benchmark that is ended must not leave ranks that compute on
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
+    try:
+        sender.send((function(*args), None))
+    except Exception:
+        sender.send((None, traceback.format_exc()))
+    finally:
+        sender.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A Markdown table: the first column left, others right."""
+    lines = [list(header), *[list(row) for row in rows]]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+
+    def text(line: Sequence[str], fill: str = " ") -> str:
+        cells = [line[0].ljust(widths[0], fill)]
+        cells += [cell.rjust(width, fill) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        return "| " + " | ".join(cells) + " |"
+
+    print(text(header))
+    print(text(["", *[":" for _ in widths[1:]]], fill="-"))
+    for row in rows:
+        print(text(row))
+
+
+def print_json(result: Any) -> None:
+    print(json.dumps(result, indent=2))
