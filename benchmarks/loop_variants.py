@@ -71,7 +71,7 @@ class Windlass:
         datasets = TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")
         torch.manual_seed(config.train.seed)
         model, sharder = build_model(config, mesh)
-        optimizer = config.optim.build(model.named_parameters())
+        optimizer = config.optim.build(model)
         self.console = LossConsole()
         self.loop_run = Run(
             config=config,

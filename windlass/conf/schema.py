@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
 from windlass.launch.config import LaunchConfig
-from windlass.optim.config import AdamWConfig, OptimConfig
+from windlass.optim.config import AdamWConfig, ApolloConfig, OptimConfig
 from windlass.parallel.config import ParallelConfig
 from windlass.train.config import (
     DataConfig,
@@ -48,7 +48,11 @@ GROUPS: dict[str, dict[str, type]] = {
         "parquet": ParquetDataConfig,
         "tokens": TokensDataConfig,
     },
-    "optim": {"adamw": AdamWConfig},
+    "optim": {
+        "adamw": AdamWConfig,
+        "apollo": ApolloConfig,
+        "apollo_mini": ApolloConfig,
+    },
     "parallel": {"": ParallelConfig},
     "checkpoint": {"": CheckpointConfig},
     "launch": {"": LaunchConfig},

@@ -135,7 +135,7 @@ def _build_run(
     torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
     torch.use_deterministic_algorithms(train_config.deterministic)
     model, sharder = build_model(config, mesh)
-    optimizer = config.optim.build(model.named_parameters())
+    optimizer = config.optim.build(model)
     scheduler = config.optim.build_scheduler(optimizer, train_config.steps)
     state = TrainState()
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))

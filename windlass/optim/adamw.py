@@ -2,15 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
 
 import torch
+from torch import Tensor, nn
 
 from windlass.optim.config import AdamWConfig
 from windlass.optim.param_groups import decay_param_groups
 
 
-def build_adamw(config: AdamWConfig, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.AdamW:
+def build_adamw(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:
     """torch's AdamW over plain tensors or DTensors; its update is elementwise, so any cut of them is exact."""
-    groups = decay_param_groups(named_parameters, config.weight_decay)
+    groups = decay_param_groups(model.named_parameters(), config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def adamw_step(
+    weights: list[Tensor],
+    gradients: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """One step of torch's AdamW on tensors of this rank, in place.
+
+    Args:
+        exp_avgs, exp_avg_sqs: float32, also for bfloat16 weights.
+        step: the number of this step, from 1.
+    """
+    by_kind: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for index, weight in enumerate(weights):
+        by_kind.setdefault((weight.device, weight.dtype), []).append(index)
+    for (device, dtype), indexes in by_kind.items():
+        lists = [[tensors[index] for index in indexes] for tensors in (weights, gradients, exp_avgs, exp_avg_sqs)]
+        if dtype != torch.float32:
+            for weight, gradient, exp_avg, exp_avg_sq in zip(*lists, strict=True):
+                _adamw_of_low_precision(weight, gradient, exp_avg, exp_avg_sq, step, lr, betas, eps, weight_decay)
+            continue
+        torch._fused_adamw_(
+            lists[0],
+            [gradient.float() for gradient in lists[1]],
+            lists[2],
+            lists[3],
+            [],
+            [torch.full((), float(step), device=device)] * len(indexes),
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _adamw_of_low_precision(
+    weight: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """torch's kernel wants moments in the dtype of the weights, in which a beta2 of 0.999 would never forget."""
+    correction = math.sqrt(1 - betas[1] ** step)
+    direction = adam_direction(gradient.float(), exp_avg, exp_avg_sq, betas, eps * correction)
+    value = weight.float().mul_(1 - lr * weight_decay)
+    weight.copy_(value.sub_(direction, alpha=lr * correction / (1 - betas[0] ** step)))
+
+
+def adam_direction(
+    gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float
+) -> Tensor:
+    """Takes `gradient` into the moments, in place, and returns exp_avg / (sqrt(exp_avg_sq) + eps).
+
+    No bias correction: for that multiply by sqrt(1 - beta2^t) / (1 - beta1^t).
+    """
+    exp_avg.lerp_(gradient, 1 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    return exp_avg_sq.sqrt().add_(eps).reciprocal_().mul_(exp_avg)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from windlass.errors import require
+from windlass.errors import ConfigError, require
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from windlass.optim.scheduler import WarmupScheduler
 
@@ -48,7 +49,7 @@ class OptimConfig:
             value = getattr(self, key)
             require(0 <= value <= 1, f"optim.{key}", value, "must be in [0, 1]", f"set optim.{key}=0.1")
 
-    def build(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
         raise NotImplementedError(f"{type(self).__name__} does not say which optimizer it builds")
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
@@ -73,19 +74,88 @@ class AdamWConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.betas) == 2, "optim.betas", self.betas, "must be two numbers", "set optim.betas=[0.9,0.95]")
-        self.betas = (float(self.betas[0]), float(self.betas[1]))  # OmegaConf gives tuples back as lists
-        for beta in self.betas:
-            require(
-                0 <= beta < 1,
-                "optim.betas",
-                self.betas,
-                "both must be in [0, 1)",
-                "set optim.betas=[0.9,0.95]",
-            )
+        self.betas = checked_betas(self.betas)
         require(self.eps > 0, "optim.eps", self.eps, "must be above 0", "set optim.eps=1e-8")
 
-    def build(self, named_parameters: Iterable[tuple[str, torch.Tensor]]) -> torch.optim.Optimizer:
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
         from windlass.optim.adamw import build_adamw
 
-        return build_adamw(self, named_parameters)
+        return build_adamw(self, model)
+
+
+class Granularity(StrEnum):
+    """APOLLO: what shares one scaling factor."""
+
+    channel = "channel"
+    """Each row of a tall matrix, each column of a wide one."""
+    tensor = "tensor"
+    """The whole matrix (APOLLO-Mini)."""
+
+
+@dataclass
+class LowRankConfig(OptimConfig):
+    """What optimizers of projected gradients have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    rank: int | None = None
+    """Null: 256 for models from 1B parameters, else a quarter of the width. Narrower matrices get AdamW."""
+    update_interval: int = 200
+    """Steps between projections."""
+    scale: float = 1.0
+    adamw_lr: float | None = None
+    """Null is `lr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.betas = checked_betas(self.betas)
+        for key in ("eps", "scale", "adamw_lr"):
+            value = getattr(self, key)
+            require(value is None or 0 < value < math.inf, f"optim.{key}", value, "must be above 0", "leave it out")
+        for key in ("rank", "update_interval"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"optim.{key}", value, "must be at least 1", "leave it out")
+
+    def param_groups(self, model: nn.Module, **keys: Any) -> list[dict[str, Any]]:
+        """`low_rank_param_groups`, with `keys` for the matrices.
+
+        Raises:
+            ConfigError: no matrix is larger than the rank.
+        """
+        from windlass.optim.param_groups import low_rank_param_groups
+
+        try:
+            groups = low_rank_param_groups(
+                model, self.rank, update_interval=self.update_interval, scale=self.scale, **keys
+            )
+        except ValueError as error:
+            fix = "lower it, leave it out, or choose optim=adamw"
+            raise ConfigError("optim.rank", self.rank, str(error), fix) from error
+        for group in groups:
+            if "rank" not in group:
+                group["lr"] = self.adamw_lr or self.lr
+        return groups
+
+
+@dataclass
+class ApolloConfig(LowRankConfig):
+    """APOLLO: SGD-like Memory, AdamW-level Performance (2024); see `windlass.optim.Apollo`."""
+
+    name: str = "apollo"
+    granularity: Granularity = Granularity.channel
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.apollo import Apollo
+
+        groups = self.param_groups(model, granularity=self.granularity.value)
+        return Apollo(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
+    """Two decay rates of moments, as a tuple: OmegaConf gives tuples back as lists."""
+    fix = "set optim.betas=[0.9,0.95]"
+    require(len(betas) == 2, "optim.betas", betas, "must be two numbers", fix)
+    require(all(0 <= beta < 1 for beta in betas), "optim.betas", betas, "both must be in [0, 1)", fix)
+    return float(betas[0]), float(betas[1])

@@ -2,12 +2,13 @@
 
 A count is *logical*: what the algorithm has to send or receive a rank, with the volumes of an ideal ring. Backends may
 move more (gloo's reduce-scatter is an all-reduce inside). For a group of N ranks and a full tensor of B bytes:
-all-gather and reduce-scatter B (N-1)/N, all-reduce 2 B (N-1)/N, broadcast B.
+all-gather and reduce-scatter B (N-1)/N, all-reduce 2 B (N-1)/N. An all-to-all counts what it sends to other ranks.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -18,14 +19,13 @@ class CommCounter:
 
     def __init__(self) -> None:
         self.bytes_by_kind: Counter[str] = Counter()
+        self.calls_by_kind: Counter[str] = Counter()
 
     def add(self, kind: str, full_bytes: int, num_ranks: int) -> None:
         """Counts one collective over `num_ranks` whose full (unsharded) tensor has `full_bytes`."""
         rounds = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}
-        if kind == "broadcast":
-            self.bytes_by_kind[kind] += full_bytes if num_ranks > 1 else 0
-        else:
-            self.bytes_by_kind[kind] += rounds[kind] * full_bytes * (num_ranks - 1) // num_ranks
+        self.bytes_by_kind[kind] += rounds[kind] * full_bytes * (num_ranks - 1) // num_ranks
+        self.calls_by_kind[kind] += 1
 
     @property
     def total_bytes(self) -> int:
@@ -44,6 +44,18 @@ def all_reduce(
         COMM.add("all_reduce", tensor.nbytes, group.size())
         dist.all_reduce(tensor, op=op, group=group)
     return tensor
+
+
+def all_to_all(
+    sends: torch.Tensor, send_numels: Sequence[int], receive_numels: Sequence[int], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Sends a stretch of the flat `sends` to each rank of `group`, and returns what each sent here, in rank order."""
+    received = sends.new_empty(sum(receive_numels))
+    to_others = sends.numel() - send_numels[group.rank()]
+    COMM.bytes_by_kind["all_to_all"] += to_others * sends.element_size()
+    COMM.calls_by_kind["all_to_all"] += 1
+    dist.all_to_all_single(received, sends, list(receive_numels), list(send_numels), group=group)
+    return received
 
 
 def all_reduce_async(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:

@@ -29,7 +29,7 @@ def test_an_empty_group_is_left_out() -> None:
 
 def test_the_optimizer_is_built_as_configured() -> None:
     config = AdamWConfig(lr=0.5, weight_decay=0.2, betas=(0.7, 0.8), eps=1e-5)
-    optimizer = config.build(model().named_parameters())
+    optimizer = config.build(model())
     assert type(optimizer) is torch.optim.AdamW
     matrices, vectors = optimizer.param_groups
     for group in (matrices, vectors):
@@ -40,7 +40,7 @@ def test_the_optimizer_is_built_as_configured() -> None:
 
 def test_the_scheduler_is_built_as_configured() -> None:
     config = AdamWConfig(schedule=Schedule.wsd, warmup_steps=4, decay_fraction=0.5, min_lr_ratio=0.25, lr=1.0)
-    optimizer = config.build(model().named_parameters())
+    optimizer = config.build(model())
     scheduler = config.build_scheduler(optimizer, num_steps=20)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 5)
     assert [scheduler.factor(step) for step in (4, 9, 19)] == [1.0, 1.0, pytest.approx(0.25)]
@@ -48,7 +48,7 @@ def test_the_scheduler_is_built_as_configured() -> None:
 
 def test_a_warmup_longer_than_the_run_ends_with_it() -> None:
     config = AdamWConfig(warmup_steps=1000)
-    scheduler = config.build_scheduler(config.build(model().named_parameters()), num_steps=4)
+    scheduler = config.build_scheduler(config.build(model()), num_steps=4)
     assert [scheduler.factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 

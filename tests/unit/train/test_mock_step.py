@@ -30,7 +30,7 @@ def make_run(grad_accum_steps: int = 1, mask_documents: bool = False) -> SimpleN
         vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, dropout=0.1
     ).build()
     model.materialize(mesh.device, seed=0)
-    optimizer = AdamWConfig(schedule=Schedule.constant).build(model.named_parameters())
+    optimizer = AdamWConfig(schedule=Schedule.constant).build(model)
     scheduler = AdamWConfig().build_scheduler(optimizer, num_steps=10)
     train = TrainConfig(batch_size=2, seq_len=8, grad_accum_steps=grad_accum_steps)
     return SimpleNamespace(

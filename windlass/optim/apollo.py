@@ -1,0 +1,174 @@
+"""APOLLO: SGD-like Memory, AdamW-level Performance (2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from windlass.optim.adamw import adam_direction
+from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.config import Granularity
+from windlass.optim.lockstep import Update, sum_over_ranks
+from windlass.optim.low_rank import (
+    LowRankOptimizer,
+    adam_step_size,
+    is_cut_along_short_dim,
+    own_rows,
+    sum_columns,
+    to_columns,
+)
+from windlass.parallel.fragment import Fragment
+from windlass.parallel.random import fill_normal_
+
+MAX_NORM_GROWTH = 1.01
+"""A step's update may be this much longer than the one before (the norm-growth limiter of Fira, 2024)."""
+MIN_NORM_MEMORY = 0.9
+"""The limiter's memory falls by no more than this factor a step. Without a floor one zero gradient makes every later
+update 1e-8 long, and it takes over 1,800 steps of 1% to recover."""
+
+
+class Apollo(LowRankOptimizer):
+    """Scales the gradient as AdamW would, each channel by a factor estimated in a random subspace of rank r.
+
+    A param group with a `rank` is optimized so; its keys `update_interval` (steps between random projections, 200),
+    `scale` (1), `granularity` ("channel" or "tensor") and `seed` (0) have defaults. Groups without get AdamW.
+    APOLLO-Mini is rank=1, scale=128, granularity="tensor".
+
+    State of an (a, b) matrix: `exp_avg` and `exp_avg_sq` (max(a, b), r), `step` and `prev_norm`. The projection is made
+    again from the seed when it changes and after a resume; matrices of one width share one, so it takes min(a, b) r
+    elements once and not once a matrix. Its elements depend on the seed, its shape and the step alone, not on device
+    or ranks. Cut along the longer dim, the only communication of a step is one all-reduce of a number a matrix.
+
+    Args:
+        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        compat: draw the projections from the seeds of the authors' apollo-torch, a generator of the device for each
+            matrix, and limit growth after a zero gradient as it does. For comparisons on one rank.
+
+    Raises:
+        ValueError: a setting is out of range, or a group with a rank holds something else than matrices.
+    """
+
+    matrix_keys: Mapping[str, Any] = {
+        "update_interval": 200,
+        "scale": 1.0,
+        "granularity": Granularity.channel.value,
+        "seed": 0,
+    }
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        compat: bool = False,
+    ) -> None:
+        self.compat = compat
+        self._projections: dict[Any, dict[int, Tensor]] = {}
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        super().check_matrix(group, name, parameter)
+        kinds = [kind.value for kind in Granularity]
+        require_key(group, "granularity", lambda kind: kind in kinds, f"must be one of {', '.join(kinds)}")
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        return super().matrix_state(group, shape) | {"prev_norm": StateSpec(())}
+
+    def update(self, batch: Batch) -> Update:
+        gradient = batch.tall_gradient()
+        projected = gradient @ own_rows(batch, self._projection(batch))
+        row_squares = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True).square_()
+        del gradient  # what waits for other ranks below must not be of the size of a matrix
+        if is_cut_along_short_dim(batch):
+            both = yield from sum_columns(batch, torch.cat((projected, row_squares), dim=-1))
+            projected, row_squares = both[..., :-1], both[..., -1:]
+        with batch.state("exp_avg", "exp_avg_sq") as (exp_avg, exp_avg_sq):
+            direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+        if batch.group["granularity"] == Granularity.channel:
+            factor = _norm(direction) / (_norm(projected) + 1e-8)
+            del direction, projected
+            squares = yield from sum_over_ranks((factor.square() * row_squares).sum((1, 2)))
+            norm = squares.sqrt()
+            factor = yield from to_columns(batch, factor)
+        else:
+            terms = (direction.square(), projected.square(), row_squares)
+            squares = torch.stack([term.sum((1, 2)) for term in terms])
+            del direction, projected, terms
+            squares = yield from sum_over_ranks(squares)
+            of_direction, of_projected, of_gradient = squares.sqrt()
+            factor = (of_direction / (of_projected + 1e-8))[:, None, None]
+            norm = factor[:, 0, 0] * of_gradient
+        with batch.state("prev_norm") as (prev_norm,):
+            excess = self._limit_growth(norm, prev_norm, batch.step)
+        factor = factor * (adam_step_size(batch) * batch.group["scale"] ** 0.5 / excess)[:, None, None]
+        batch.subtract_scaled(batch.gradient(), factor.mT if batch.is_wide else factor)
+        batch.decay()
+
+    def _limit_growth(self, norm: Tensor, prev_norm: Tensor, step: int) -> Tensor:
+        """By how much an update of length `norm` is too long; sets `prev_norm` to its length after division by that."""
+        if step == 1:
+            prev_norm.copy_(norm)
+            return torch.ones_like(norm)
+        excess = (norm / (prev_norm + 1e-8)).clamp_(min=MAX_NORM_GROWTH).div_(MAX_NORM_GROWTH)
+        if self.compat:
+            prev_norm.copy_(norm / excess)
+            return excess
+        excess = torch.where(prev_norm > 0, excess, torch.ones_like(excess))  # nothing to compare with yet
+        prev_norm.copy_(torch.maximum(norm / excess, MIN_NORM_MEMORY * prev_norm))
+        return excess
+
+    def _projection(self, batch: Batch) -> Tensor:
+        """P of this step, (s, r): N(0, 1/r), the same for all matrices of one width (compat: [k, s, r])."""
+        epoch = (batch.step - 1) // batch.group["update_interval"]
+        width, rank, device = min(batch.layout.shape), batch.group["rank"], batch.parameters[0].device
+        if self.compat:
+            makers = [(member, partial(self._authors_projection, member, rank, epoch)) for member in batch.parameters]
+            return torch.stack([self._kept((member, epoch), make) for member, make in makers])
+        key = (batch.group["seed"], width, rank, device)
+        return self._kept((key, epoch), lambda: random_projection(width, rank, batch.group["seed"], epoch).to(device))
+
+    def _kept(self, key: tuple[Any, int], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` returned for `key` before; of each thing the two newest used are kept.
+
+        Two, because parameters that were added later change their projection at other steps.
+        """
+        kept = self._projections.setdefault(key[0], {})
+        value = kept.pop(key[1], None)
+        kept[key[1]] = make() if value is None else value  # now the last
+        while len(kept) > 2:
+            del kept[next(iter(kept))]
+        return kept[key[1]]
+
+    def _authors_projection(self, parameter: Tensor, rank: int, epoch: int) -> Tensor:
+        """apollo-torch 1.0.3: seeds count the parameters from 1; each refresh takes a seed drawn from the last one."""
+        parameters = (member for group in self.param_groups for member in group["params"])
+        seed = 1 + next(index for index, member in enumerate(parameters) if member is parameter)
+        for _ in range(epoch):
+            seed = int(torch.randint(0, 2**63 - 1, (15,), generator=torch.Generator().manual_seed(seed))[-1])
+        rows, columns = parameter.shape
+        shape = (rank, columns) if rows >= columns else (rows, rank)
+        generator = torch.Generator(parameter.device).manual_seed(seed)
+        values = torch.randn(shape, generator=generator, device=parameter.device) / math.sqrt(rank)
+        return values.mT if rows >= columns else values
+
+
+def random_projection(width: int, rank: int, seed: int, epoch: int) -> Tensor:
+    """N(0, 1/rank) float32 (width, rank), a function of the arguments alone, on the CPU."""
+    name = f"projection/{width}x{rank}/{epoch}"
+    values = torch.empty(width, rank)
+    fragment = Fragment(name, (width, rank), (0, 0), (width, rank), torch.float32)
+    fill_normal_(values, fragment, seed=seed, std=rank**-0.5)
+    return values
+
+
+def _norm(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)

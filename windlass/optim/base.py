@@ -1,0 +1,339 @@
+"""What the matrix optimizers share: checks, state that is cut as its parameter is, batches, plain AdamW for the rest.
+
+An algorithm is a subclass that says which state a matrix has (`matrix_state`) and how a batch of matrices is updated
+(`update`, see `windlass.optim.lockstep`). It is written once: for plain tensors, and for DTensors cut along either
+dim, evenly or not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from windlass.optim.adamw import adamw_step
+from windlass.optim.lockstep import Update, run_in_lockstep
+from windlass.parallel.fragment import local_tensor
+from windlass.parallel.layout import Layout, layout_of, zeros_over
+
+BATCH_NUMEL = {"cpu": 1 << 17, "cuda": 1 << 24}
+"""Elements of the matrices that are stacked to be updated together: enough to hide what a kernel's launch costs, few
+enough that the copies that stacking makes cost little. Larger matrices are updated one by one, without copies."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One tensor of a matrix's state: its global shape, and the dim that is cut where the matrix is cut."""
+
+    shape: tuple[int, ...]
+    cut_dim: int | None = None
+    """None: the same on every rank."""
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that treat matrices as matrices.
+
+    State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
+    tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none), and
+    must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
+    """
+
+    matrix_keys: Mapping[str, Any] = {}
+    """Keys that a param group of matrices may have, and their defaults; other groups get torch's AdamW."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._names: dict[Tensor, str] = {}
+        super().__init__(params, defaults)
+
+    # What a subclass says.
+
+    def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
+        """Whether the group's parameters get the algorithm, and not AdamW."""
+        raise NotImplementedError
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        """Raises ValueError if the algorithm cannot take `parameter`."""
+        require_matrix(type(self).__name__, name, parameter)
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        """The state of a matrix of `shape` beside its step."""
+        raise NotImplementedError
+
+    def update(self, batch: Batch) -> Update:
+        """Updates the weights and the state of a batch of matrices."""
+        raise NotImplementedError
+
+    # What torch's optimizers have.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, also after construction; they begin without state.
+
+        Raises:
+            ValueError: a parameter or a key does not suit the algorithm. The optimizer stays as it was.
+        """
+        count = len(self.param_groups)
+        super().add_param_group(param_group)
+        group = self.param_groups[count]
+        try:
+            self._take_group(group)
+        except ValueError:
+            del self.param_groups[count]
+            raise
+
+    def _take_group(self, group: dict[str, Any]) -> None:
+        is_matrices = self.is_matrix_group(group)
+        if is_matrices:
+            for key, default in self.matrix_keys.items():
+                group.setdefault(key, default)
+        first = len(self._names)
+        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
+        for name, parameter in zip(names, group["params"], strict=True):
+            if parameter.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(
+                    f"{name} is {parameter.dtype}: {type(self).__name__} updates float32 and bfloat16 parameters; "
+                    "convert the model, e.g. model.to(torch.bfloat16)"
+                )
+            layout_of(parameter)
+            if is_matrices:
+                self.check_matrix(group, name, parameter)
+        self._names.update(zip(group["params"], names, strict=True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient. Collective where parameters are cut over ranks.
+
+        Raises:
+            RuntimeError: a gradient is sparse. No parameter has been updated then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.step_parameters(parameter for group in self.param_groups for parameter in group["params"])
+        return loss
+
+    @torch.no_grad()
+    def step_parameters(self, parameters: Iterable[Tensor]) -> None:
+        """Updates those of `parameters` that have a gradient."""
+        chosen: set[Tensor] = set()
+        for parameter in parameters:
+            if parameter.grad is None:
+                continue
+            chosen.add(parameter)
+            if parameter.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"{self._names[parameter]} has a sparse gradient, which {type(self).__name__} does not support: "
+                    "make its module with sparse=False"
+                )
+        updates = []
+        for group in self.param_groups:
+            members = [parameter for parameter in group["params"] if parameter in chosen]
+            by_step = self._count_step(group, members)
+            for step, of_step in by_step.items():
+                if self.is_matrix_group(group):
+                    batches = self._batches(group, of_step, step)
+                    updates += [(batch.layout.group, self.update(batch)) for batch in batches]
+                else:
+                    self._adamw(group, of_step, step)
+        run_in_lockstep(updates)
+
+    def empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """The state of `parameter` at its first step: zeros, cut as they should be. For checkpoints."""
+        group = next(group for group in self.param_groups if any(parameter is member for member in group["params"]))
+        shape = tuple(parameter.shape)
+        if self.is_matrix_group(group):
+            specs = self.matrix_state(group, shape)
+        else:
+            cut_dim = layout_of(parameter).dim
+            specs = {key: StateSpec(shape, cut_dim or 0) for key in ("exp_avg", "exp_avg_sq")}
+        state = {"step": torch.zeros(())}  # on the CPU, so that reading it waits for no device
+        for key, spec in specs.items():
+            # Over replicas alone a dim must still be named for the DTensor, though nothing is cut along it.
+            state[key] = zeros_over(parameter, spec.shape, spec.cut_dim)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the state of an optimizer of the same parameters.
+
+        Raises:
+            ValueError: the state is of another kind of optimizer, or of another rank. Nothing has changed then.
+        """
+        indexes = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(indexes) == len(parameters):  # else torch's own check speaks
+            for index, parameter in zip(indexes, parameters, strict=True):
+                self._check_state(parameter, state_dict["state"].get(index))
+        super().load_state_dict(state_dict)
+        for index, parameter in zip(indexes, parameters, strict=True):
+            # torch casts state to the parameter's dtype; float32 moments of bfloat16 weights must stay what they are.
+            for key, value in state_dict["state"].get(index, {}).items():
+                device = "cpu" if key == "step" else parameter.device
+                self.state[parameter][key] = value.to(device=device, copy=True)
+
+    def _check_state(self, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
+        if state is None:
+            return
+        expected = {key: tuple(value.shape) for key, value in self.empty_state(parameter).items()}
+        found = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
+        if expected != found:
+            raise ValueError(
+                f"the state of {self._names[parameter]} is {found} and {type(self).__name__} needs {expected}: "
+                "it is of another optimizer, or of another rank"
+            )
+
+    # How a step is made.
+
+    def _count_step(self, group: dict[str, Any], parameters: list[Tensor]) -> dict[int, list[Tensor]]:
+        """Makes state where there is none yet, and returns the parameters by the number of this step, from 1."""
+        by_step: dict[int, list[Tensor]] = {}
+        for parameter in parameters:
+            state = self.state[parameter]
+            if not state:
+                state.update(self.empty_state(parameter))
+            state["step"] += 1
+            by_step.setdefault(int(state["step"]), []).append(parameter)
+        return by_step
+
+    def _batches(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> Iterator[Batch]:
+        alike: dict[tuple, list[Tensor]] = {}
+        for parameter in parameters:
+            layout = layout_of(parameter)
+            alike.setdefault((layout, parameter.dtype, parameter.device.type), []).append(parameter)
+        for (layout, _, device_type), members in alike.items():
+            # The global size decides, so that all ranks make the same batches.
+            size = max(1, BATCH_NUMEL.get(device_type, 1) // math.prod(layout.shape))
+            for start in range(0, len(members), size):
+                of_batch = members[start : start + size]
+                yield Batch(group, step, layout, of_batch, [self.state[parameter] for parameter in of_batch])
+
+    def _adamw(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        adamw_step(
+            [local_tensor(parameter) for parameter in parameters],
+            [local_gradient(parameter) for parameter in parameters],
+            [local_tensor(state["exp_avg"]) for state in states],
+            [local_tensor(state["exp_avg_sq"]) for state in states],
+            step=step,
+            lr=float(group["lr"]),
+            betas=group["betas"],
+            eps=self.adamw_eps(group, step),
+            weight_decay=group["weight_decay"],
+        )
+
+    def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:
+        """The eps of the AdamW that parameters outside of matrix groups get."""
+        return group["eps"]
+
+
+@dataclass
+class Batch:
+    """k matrices of one shape and layout, k >= 1, at the same step of the same param group."""
+
+    group: dict[str, Any]
+    step: int
+    """Of this update, from 1."""
+    layout: Layout
+    parameters: list[Tensor]
+    states: list[dict[str, Tensor]] = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.parameters)
+
+    @property
+    def is_wide(self) -> bool:
+        """More columns than rows. Low-rank algorithms work on the tall view, whose rows are the longer dim."""
+        rows, columns = self.layout.shape
+        return rows < columns
+
+    @property
+    def tall_layout(self) -> Layout:
+        """The layout of the tall view (L, s)."""
+        if not self.is_wide:
+            return self.layout
+        rows, columns = self.layout.shape
+        return self.layout.of((columns, rows), None if self.layout.dim is None else 1 - self.layout.dim)
+
+    def gradient(self) -> Tensor:
+        """This rank's part of the gradients, float32 [k, rows, columns]. Not to be written to."""
+        return _stack([local_gradient(parameter) for parameter in self.parameters]).float()
+
+    def tall_gradient(self) -> Tensor:
+        gradient = self.gradient()
+        return gradient.mT if self.is_wide else gradient
+
+    @contextmanager
+    def state(self, *keys: str) -> Iterator[list[Tensor]]:
+        """This rank's part of the state tensors, each [k, ...], to be changed in place."""
+        locals_of_keys = [[local_tensor(state[key]) for state in self.states] for key in keys]
+        stacks = [_stack(locals_of_key) for locals_of_key in locals_of_keys]
+        yield stacks
+        if len(self) > 1:
+            for stack, locals_of_key in zip(stacks, locals_of_keys, strict=True):
+                torch._foreach_copy_(locals_of_key, list(stack.unbind(0)))
+
+    def subtract(self, step: Tensor) -> None:
+        """weights -= step, [k, rows, columns]."""
+        torch._foreach_sub_(self.weights(), list(step.unbind(0)))
+
+    def subtract_scaled(self, direction: Tensor, scale: Tensor) -> None:
+        """weights -= direction * scale, which is broadcast; of a large matrix without an intermediate of its size."""
+        if len(self) == 1:
+            self.weights()[0].addcmul_(direction[0], scale[0], value=-1)
+        else:
+            self.subtract(direction * scale)
+
+    def decay(self) -> None:
+        """weights *= 1 - lr * weight_decay: decoupled weight decay."""
+        factor = 1 - self.lr * self.group["weight_decay"]
+        if factor != 1:
+            torch._foreach_mul_(self.weights(), factor)
+
+    @property
+    def lr(self) -> float:
+        return float(self.group["lr"])
+
+    def weights(self) -> list[Tensor]:
+        """This rank's parts of the weights, to be changed in place."""
+        return [local_tensor(parameter) for parameter in self.parameters]
+
+
+def local_gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None, "parameters without a gradient are passed over"
+    return local_tensor(parameter.grad)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def require_matrix(optimizer: str, name: str, parameter: Tensor) -> None:
+    if parameter.ndim != 2:
+        raise ValueError(
+            f"{name} is {list(parameter.shape)}: {optimizer} treats matrices, of 2 dims; put it into a param group of "
+            "its own that gets AdamW (low_rank_param_groups sorts a model's parameters)"
+        )
+
+
+def require_key(group: Mapping[str, Any], key: str, holds: Callable[[Any], bool], rule: str) -> None:
+    """Raises ValueError unless the value of `key` is as `rule` says."""
+    if not holds(group[key]):
+        raise ValueError(f"{key}={group[key]!r}: {rule}")
+
+
+def check_adam(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raises ValueError for settings that no Adam can have."""
+    group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+    for key in ("lr", "eps", "weight_decay"):
+        require_key(group, key, lambda value: value >= 0 and math.isfinite(value), "must be finite and not negative")
+    require_key(
+        group,
+        "betas",
+        lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),
+        "must be two numbers in [0, 1)",
+    )

@@ -1,0 +1,90 @@
+"""What APOLLO and the GaLore family share: the param groups, the view, Adam on the projected gradient R = G P.
+
+A matrix is seen with its longer dim L as rows, so G is (L, s), P (s, r), R and its moments (L, r). Cut along L, a rank
+projects its rows by itself. Cut along s, the ranks' partial products are summed into a cut along L, so the state is
+cut along L in both cases and no rank holds more than its share.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from windlass.optim.base import Batch, MatrixOptimizer, StateSpec, check_adam, require_key
+from windlass.optim.lockstep import Reply, all_gather, reduce_scatter
+from windlass.parallel.layout import Layout
+
+
+class LowRankOptimizer(MatrixOptimizer):
+    """Base of the optimizers that keep Adam's moments of a projected gradient. A group is projected if it has a `rank`.
+
+    Weights decay after the update, and Adam's eps is added to the root of the uncorrected second moment, as the
+    authors of GaLore and APOLLO do it.
+    """
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
+        return "rank" in group
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        super().check_matrix(group, name, parameter)
+        require_key(group, "rank", lambda rank: isinstance(rank, int) and rank >= 1, "must be a whole number from 1")
+        require_key(group, "update_interval", lambda steps: isinstance(steps, int) and steps >= 1, "must be at least 1")
+        require_key(group, "scale", lambda scale: scale > 0, "must be above 0")
+        if group["rank"] > min(parameter.shape):
+            raise ValueError(
+                f"rank={group['rank']} is above the smaller dim of {name}, {list(parameter.shape)}: lower the rank, or "
+                "put it into a group without one (low_rank_param_groups does so)"
+            )
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        moments = StateSpec((max(shape), group["rank"]), cut_dim=0)
+        return {"exp_avg": moments, "exp_avg_sq": moments}
+
+    def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:
+        return group["eps"] / math.sqrt(1 - group["betas"][1] ** step)
+
+
+def adam_step_size(batch: Batch) -> float:
+    """The learning rate with Adam's bias correction."""
+    beta1, beta2 = batch.group["betas"]
+    return batch.lr * math.sqrt(1 - beta2**batch.step) / (1 - beta1**batch.step)
+
+
+def is_cut_along_short_dim(batch: Batch) -> bool:
+    return batch.tall_layout.dim == 1
+
+
+def own_rows(batch: Batch, projector: Tensor) -> Tensor:
+    """Those rows of P [..., s, r] that meet this rank's columns of the tall G."""
+    layout = batch.tall_layout
+    return projector[..., layout.span(), :] if layout.dim == 1 else projector
+
+
+def moment_layout(batch: Batch, width: int) -> Layout:
+    """The layout of what there is of each of the L rows: (L, width), cut along L."""
+    layout = batch.tall_layout
+    return layout.of((layout.shape[0], width), 0)
+
+
+def sum_columns(batch: Batch, partial: Tensor) -> Reply:
+    """From what each rank's columns of G give for every row [k, L, width], the sums for this rank's rows.
+
+    Where G is not cut along s the rows are whole already.
+    """
+    if not is_cut_along_short_dim(batch):
+        return partial
+    return (yield from reduce_scatter(partial, moment_layout(batch, partial.shape[-1])))
+
+
+def to_columns(batch: Batch, rows: Tensor) -> Reply:
+    """The reverse way: what this rank has for its rows [k, own L, width], for all rows if G is cut along s."""
+    if not is_cut_along_short_dim(batch):
+        return rows
+    return (yield from all_gather(rows, moment_layout(batch, rows.shape[-1])))
