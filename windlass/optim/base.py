@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adamw_step
-from windlass.optim.lockstep import Update, run_in_lockstep
+from windlass.optim.lockstep import Gathered, Update, Wave, run_in_lockstep
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.layout import Layout, layout_of, zeros_over
 
@@ -68,6 +69,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def update(self, batch: Batch) -> Update:
         """Updates the weights and the state of a batch of matrices."""
         raise NotImplementedError
+
+    def gathered(self, batch: Batch) -> Gathered | None:
+        """What `update` brings together of each matrix in this step, where the matrices are cut; None for nothing.
+
+        Updates that gather run in waves, so that what is together at a time is bounded, and `batch.owners` is set.
+        """
+        return None
 
     # What torch's optimizers have.
 
@@ -131,17 +139,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{self._names[parameter]} has a sparse gradient, which {type(self).__name__} does not support: "
                     "make its module with sparse=False"
                 )
-        updates = []
+        batches: list[Batch] = []
         for group in self.param_groups:
             members = [parameter for parameter in group["params"] if parameter in chosen]
             by_step = self._count_step(group, members)
             for step, of_step in by_step.items():
                 if self.is_matrix_group(group):
-                    batches = self._batches(group, of_step, step)
-                    updates += [(batch.layout.group, self.update(batch)) for batch in batches]
+                    batches += self._batches(group, of_step, step)
                 else:
                     self._adamw(group, of_step, step)
-        run_in_lockstep(updates)
+        for wave in self._waves(batches):
+            run_in_lockstep((batch.layout.group, self.update(batch)) for batch in wave)
 
     def empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of `parameter` at its first step: zeros, cut as they should be. For checkpoints."""
@@ -212,6 +220,34 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 of_batch = members[start : start + size]
                 yield Batch(group, step, layout, of_batch, [self.state[parameter] for parameter in of_batch])
 
+    def _waves(self, batches: list[Batch]) -> Iterator[list[Batch]]:
+        """The batches that are updated side by side, each with its owners; batches that gather nothing go first.
+
+        By process group, as other groups of this rank have other ranks, which know nothing of what is in this one.
+        """
+        of_groups: dict[dist.ProcessGroup | None, list[tuple[Gathered, Batch]]] = {}
+        first: list[Batch] = []
+        for batch in batches:
+            gathered = None if batch.layout.group is None else self.gathered(batch)
+            if gathered is None:
+                first.append(batch)
+            else:
+                of_groups.setdefault(batch.layout.group, []).append((gathered, batch))
+        yield first
+        for members in of_groups.values():
+            wave, following = Wave(members[0][1].layout.num_ranks), []
+            # The costliest first: what is left for the end evens the ranks out.
+            for gathered, batch in sorted(members, key=lambda member: -member[1].cost):
+                owners = wave.take(len(batch), batch.cost, gathered)
+                if owners is None:
+                    yield following
+                    wave, following = Wave(batch.layout.num_ranks), []
+                    owners = wave.take(len(batch), batch.cost, gathered)
+                    assert owners is not None, "an empty wave takes anything"
+                batch.owners = owners
+                following.append(batch)
+            yield following
+
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:
         states = [self.state[parameter] for parameter in parameters]
         adamw_step(
@@ -241,9 +277,16 @@ class Batch:
     layout: Layout
     parameters: list[Tensor]
     states: list[dict[str, Tensor]] = field(repr=False)
+    owners: list[int] = field(default_factory=list)
+    """The rank that each matrix is gathered at, where the optimizer gathers (`MatrixOptimizer.gathered`)."""
 
     def __len__(self) -> int:
         return len(self.parameters)
+
+    @property
+    def cost(self) -> int:
+        """Multiplications of the Gram matrix over the short dim of one matrix: what owners compute grows with it."""
+        return math.prod(self.layout.shape) * min(self.layout.shape)
 
     @property
     def is_wide(self) -> bool:

@@ -20,6 +20,54 @@ from torch import Tensor
 from windlass.parallel.collectives import all_reduce, all_to_all
 from windlass.parallel.layout import Layout
 
+MAX_GATHERED_NUMEL = 1 << 25
+"""Elements that a wave of updates may bring to a rank, unless one matrix has more: 128 MiB in float32, besides what the
+buffers take that they travel through, up to twice as much."""
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Elements that an update brings together, from all ranks, of each of its matrices."""
+
+    at_owner: int = 0
+    """At the one rank that owns the matrix in this step."""
+    everywhere: int = 0
+    """At every rank."""
+
+
+class Wave:
+    """Says who owns which matrix in updates that run side by side, and when they are as many as memory allows.
+
+    Every rank of a group finds the same from the same matrices.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        self._costs = [0] * num_ranks
+        self._owned = [0] * num_ranks
+        self._everywhere = 0
+
+    def take(self, count: int, cost: int, gathered: Gathered) -> list[int] | None:
+        """The owners of `count` matrices, the ranks that have the least to do; None if there is no room for them.
+
+        An empty wave has room for anything, else large matrices could not be updated at all.
+
+        Args:
+            cost: what an owner computes for one of the matrices, in units of its own.
+        """
+        costs, owned, owners = list(self._costs), list(self._owned), []
+        for _ in range(count):
+            owner = min(range(len(costs)), key=lambda rank: (costs[rank], owned[rank]))
+            owners.append(owner)
+            costs[owner] += cost
+            owned[owner] += gathered.at_owner
+        everywhere = self._everywhere + count * gathered.everywhere
+        # A rank's first matrix is no reason for another wave: memory for one must be there anyway.
+        is_full = max(owned) > max(MAX_GATHERED_NUMEL, gathered.at_owner) or everywhere > MAX_GATHERED_NUMEL
+        if is_full and (self._everywhere or any(self._owned)):
+            return None
+        self._costs, self._owned, self._everywhere = costs, owned, everywhere
+        return owners
+
 
 @dataclass(frozen=True)
 class Sum:
