@@ -168,8 +168,8 @@ class Checkpointer:
         for module_name, module in self.modules.items():
             for name, tensor in module.state_dict().items():
                 reader.read(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor))
-        for name, state in self.optimizers.items():
-            state.restore(reader, reader.manifest.objects[name])
+        for state in self.optimizers.values():
+            state.restore(reader)
         if reader.manifest.world_size == self.mesh.world_size:
             prefix = f"{RNG_PREFIX}.{self.mesh.rank}."
             states = {
@@ -214,8 +214,8 @@ class Checkpointer:
         for name in (*self.optimizers, *self.others):
             if name not in reader.manifest.objects:
                 differences.append(f"it has no state of {name}")
-        for name, state in self.optimizers.items():
-            differences += state.differences(reader.manifest.objects.get(name, {}))
+        for state in self.optimizers.values():
+            differences += state.differences(reader.manifest)
         if differences:
             more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
             raise IncompatibleCheckpoint(
