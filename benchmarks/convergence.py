@@ -2,9 +2,9 @@
 
     python benchmarks/convergence.py [--out runs/convergence] [--steps 400] [--optimizers adamw apollo ...]
 
-Every optimizer's learning rate is swept with one seed, beyond the ends where an end is best; its best rate is run with two more seeds. Schedule, clipping,
-data, batches and first weights are the same for all. A run that is in the output folder is not run again, so the
-benchmark can be stopped and gone on with. Writes a file a run and convergence.png there.
+Every optimizer's learning rate is swept with one seed, beyond the ends where an end is best; its best rate is run with
+two more seeds. Schedule, clipping, data, batches and first weights are the same for all. A run that is in the output
+folder is not run again, so the benchmark can be stopped and gone on with. Writes a file a run and convergence.png there.
 """
 
 from __future__ import annotations
@@ -165,7 +165,8 @@ def plot(of_best: dict[str, list[dict[str, Any]]], rates: dict[str, float], path
             axes.fill_between(tokens, lowest, highest, color=line.get_color(), alpha=0.15)
     finals = [result["val_loss"][-1] for results in of_best.values() for result in results]
     end.set_ylim(min(finals) - 0.05, sorted(finals)[-4] + 0.35)
-    end.set_xlim(left=tokens[len(tokens) // 2])
+    points = next(iter(of_best.values()))[0]["tokens"]
+    end.set_xlim(left=points[len(points) // 2] / 1e6)
     for axes in (whole, end):
         axes.set_xlabel("million tokens")
         axes.set_ylabel("validation loss, nats/token")

@@ -80,6 +80,7 @@ class Windlass:
             sharder=sharder,
             optimizer=optimizer,
             scheduler=config.optim.build_scheduler(optimizer, config.train.steps),
+            in_backward=None,
             data=build_loader(config, datasets[0], mesh),
             validation=datasets[1],
             state=TrainState(),

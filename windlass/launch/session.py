@@ -137,11 +137,12 @@ def _build_run(
     model, sharder = build_model(config, mesh)
     optimizer = config.optim.build(model)
     scheduler = config.optim.build_scheduler(optimizer, train_config.steps)
+    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group)
     state = TrainState()
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
     stack.callback(data.close)
     plain_config = to_plain(config)
-    checkpoint = build_checkpointer(config, plain_config, mesh, model, optimizer, scheduler, data, state)
+    checkpoint = build_checkpointer(config, plain_config, mesh, model, optimizer, scheduler, in_backward, data, state)
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
     peak_flops = total_peak_flops(config, mesh)
@@ -168,6 +169,7 @@ def _build_run(
         sharder=sharder,
         optimizer=optimizer,
         scheduler=scheduler,
+        in_backward=in_backward,
         data=data,
         validation=datasets[1],
         state=state,

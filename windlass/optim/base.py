@@ -7,8 +7,9 @@ dim, evenly or not.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,25 +124,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_parameters(parameter for group in self.param_groups for parameter in group["params"])
-        return loss
-
-    @torch.no_grad()
-    def step_parameters(self, parameters: Iterable[Tensor]) -> None:
-        """Updates those of `parameters` that have a gradient."""
-        chosen: set[Tensor] = set()
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            chosen.add(parameter)
+        trained = [
+            [parameter for parameter in group["params"] if parameter.grad is not None] for group in self.param_groups
+        ]
+        for parameter in itertools.chain(*trained):
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{self._names[parameter]} has a sparse gradient, which {type(self).__name__} does not support: "
                     "make its module with sparse=False"
                 )
         batches: list[Batch] = []
-        for group in self.param_groups:
-            members = [parameter for parameter in group["params"] if parameter in chosen]
+        for group, members in zip(self.param_groups, trained, strict=True):
             by_step = self._count_step(group, members)
             for step, of_step in by_step.items():
                 if self.is_matrix_group(group):
@@ -150,6 +143,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     self._adamw(group, of_step, step)
         for wave in self._waves(batches):
             run_in_lockstep((batch.layout.group, self.update(batch)) for batch in wave)
+        return loss
 
     def empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
         """The state of `parameter` at its first step: zeros, cut as they should be. For checkpoints."""

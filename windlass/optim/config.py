@@ -12,8 +12,10 @@ from windlass.errors import ConfigError, require
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
     from torch import nn
 
+    from windlass.optim.in_backward import StepInBackward
     from windlass.optim.scheduler import WarmupScheduler
 
 
@@ -23,6 +25,16 @@ class Schedule(StrEnum):
     constant = "constant"
     cosine = "cosine"
     wsd = "wsd"
+
+
+class InBackward(StrEnum):
+    """Whether the optimizer runs inside the backward pass, and how gradients are clipped then."""
+
+    none = "none"
+    """After it, as usual."""
+    unclipped = "unclipped"
+    previous_norm = "previous_norm"
+    """By the norm of the step before."""
 
 
 @dataclass
@@ -39,6 +51,8 @@ class OptimConfig:
     """WSD: the share of `train.steps` at the end over which the rate falls."""
     min_lr_ratio: float = 0.1
     """The rate at the last step over the peak rate."""
+    in_backward: InBackward = InBackward.none
+    """Use and free gradients during the backward pass, so that never all of them are in memory."""
 
     def __post_init__(self) -> None:
         require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be above 0 and finite", "set optim.lr=2e-3")
@@ -51,6 +65,34 @@ class OptimConfig:
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         raise NotImplementedError(f"{type(self).__name__} does not say which optimizer it builds")
+
+    def build_in_backward(
+        self, optimizer: torch.optim.Optimizer, max_norm: float | None, group: dist.ProcessGroup | None
+    ) -> StepInBackward | None:
+        """Hooks that run `optimizer` in the backward pass, if that is configured.
+
+        Raises:
+            ConfigError: gradients cannot be clipped as `max_norm` says.
+        """
+        if self.in_backward == InBackward.none:
+            return None
+        require(
+            max_norm is None or self.in_backward == InBackward.previous_norm,
+            "train.max_norm",
+            max_norm,
+            "cannot be kept with optim.in_backward=unclipped, which uses gradients before their norm is known",
+            "set train.max_norm=null, or optim.in_backward=previous_norm to clip by the norm of the step before",
+        )
+        require(
+            max_norm is not None or self.in_backward == InBackward.unclipped,
+            "optim.in_backward",
+            self.in_backward.value,
+            "needs train.max_norm",
+            "set train.max_norm=1.0, or optim.in_backward=unclipped",
+        )
+        from windlass.optim.in_backward import StepInBackward
+
+        return StepInBackward(optimizer, self.in_backward, max_norm, group)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
         from windlass.optim.scheduler import WarmupScheduler

@@ -34,10 +34,15 @@ def train(run: Run, stop: StopRequest) -> int:
         loss_sum = torch.zeros((), device=mesh.device)
         for i, batch in enumerate(batches):
             run.sharder.begin_micro_step(model, is_last=i == len(batches) - 1)
+            if run.in_backward is not None:
+                run.in_backward.begin_micro_step(is_last=i == len(batches) - 1)
             micro_loss_sum = forward_loss_sum(model, batch, run.mask_documents)
             (micro_loss_sum / agreement.num_tokens).backward()
             loss_sum += micro_loss_sum.detach()
-        grad_norm = clip_grad_norm_(model.parameters(), cfg.max_norm, mesh)
+        if run.in_backward is None:
+            grad_norm = clip_grad_norm_(model.parameters(), cfg.max_norm, mesh)
+        else:
+            grad_norm = run.in_backward.finish()  # the weights are updated, and no gradients are left
         lr = optimizer.param_groups[0]["lr"]
         if all_ranks_finite(grad_norm, mesh):  # one host sync
             optimizer.step()

@@ -29,6 +29,7 @@ from windlass.train.model import Llama
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
+    from windlass.optim.in_backward import StepInBackward
     from windlass.optim.scheduler import WarmupScheduler
 
 VOCAB_MULTIPLE = 64
@@ -60,6 +61,7 @@ class Run:
     sharder: Sharder
     optimizer: torch.optim.Optimizer
     scheduler: WarmupScheduler
+    in_backward: StepInBackward | None
     data: Loader
     validation: TokenDataset
     state: TrainState
@@ -170,13 +172,23 @@ def build_checkpointer(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     scheduler: WarmupScheduler,
+    in_backward: StepInBackward | None,
     data: Loader,
     state: TrainState,
 ) -> Checkpointer | None:
     if config.checkpoint.name == CheckpointKind.none:
         return None
+    objects: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "scheduler": scheduler,
+        "data": data,
+        "train": state,
+    }
+    if in_backward is not None:
+        objects["in_backward"] = in_backward
     return Checkpointer(
-        {"model": model, "optimizer": optimizer, "scheduler": scheduler, "data": data, "train": state},
+        objects,
         checkpoint_dir(config),
         mesh,
         persist_every=config.checkpoint.persist_every,
