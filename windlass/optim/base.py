@@ -36,6 +36,8 @@ class StateSpec:
     shape: tuple[int, ...]
     cut_dim: int | None = None
     """None: the same on every rank."""
+    is_like_parameter: bool = False
+    """Has the matrix's own shape and is cut along the same dim; `cut_dim` does not count."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -152,12 +154,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self.is_matrix_group(group):
             specs = self.matrix_state(group, shape)
         else:
-            cut_dim = layout_of(parameter).dim
-            specs = {key: StateSpec(shape, cut_dim or 0) for key in ("exp_avg", "exp_avg_sq")}
+            specs = {key: StateSpec(shape, is_like_parameter=True) for key in ("exp_avg", "exp_avg_sq")}
         state = {"step": torch.zeros(())}  # on the CPU, so that reading it waits for no device
+        # Over replicas alone a dim must still be named for the DTensor, though nothing is cut along it.
+        own_dim = layout_of(parameter).dim or 0
         for key, spec in specs.items():
-            # Over replicas alone a dim must still be named for the DTensor, though nothing is cut along it.
-            state[key] = zeros_over(parameter, spec.shape, spec.cut_dim)
+            cut_dim = own_dim if spec.is_like_parameter else spec.cut_dim
+            state[key] = zeros_over(parameter, spec.shape, cut_dim)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -209,7 +212,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             alike.setdefault((layout, parameter.dtype, parameter.device.type), []).append(parameter)
         for (layout, _, device_type), members in alike.items():
             # The global size decides, so that all ranks make the same batches.
-            size = max(1, BATCH_NUMEL.get(device_type, 1) // math.prod(layout.shape))
+            size = max(1, BATCH_NUMEL.get(device_type, 1) // max(1, math.prod(layout.shape)))
             for start in range(0, len(members), size):
                 of_batch = members[start : start + size]
                 yield Batch(group, step, layout, of_batch, [self.state[parameter] for parameter in of_batch])
@@ -349,11 +352,16 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
-def require_matrix(optimizer: str, name: str, parameter: Tensor) -> None:
+def require_matrix(optimizer: str, name: str, parameter: Tensor, sorter: str = "low_rank_param_groups") -> None:
+    """Raises ValueError unless `parameter` has 2 dims.
+
+    Args:
+        sorter: the function that sorts a model's parameters for the optimizer.
+    """
     if parameter.ndim != 2:
         raise ValueError(
             f"{name} is {list(parameter.shape)}: {optimizer} treats matrices, of 2 dims; put it into a param group of "
-            "its own that gets AdamW (low_rank_param_groups sorts a model's parameters)"
+            f"its own that gets AdamW ({sorter} sorts a model's parameters)"
         )
 
 
