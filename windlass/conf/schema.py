@@ -8,7 +8,7 @@ from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
 from windlass.launch.config import LaunchConfig
-from windlass.optim.config import AdamWConfig, ApolloConfig, OptimConfig
+from windlass.optim.config import AdamWConfig, ApolloConfig, GaLoreConfig, NaturalGaLoreConfig, OptimConfig
 from windlass.parallel.config import ParallelConfig
 from windlass.train.config import (
     DataConfig,
@@ -52,6 +52,8 @@ GROUPS: dict[str, dict[str, type]] = {
         "adamw": AdamWConfig,
         "apollo": ApolloConfig,
         "apollo_mini": ApolloConfig,
+        "galore": GaLoreConfig,
+        "natural_galore": NaturalGaLoreConfig,
     },
     "parallel": {"": ParallelConfig},
     "checkpoint": {"": CheckpointConfig},

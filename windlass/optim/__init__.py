@@ -6,14 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from windlass.optim.apollo import Apollo
+    from windlass.optim.galore import GaLore
+    from windlass.optim.natural_galore import NaturalGaLore
     from windlass.optim.param_groups import low_rank_param_groups
 
 _HOMES = {
     "Apollo": "apollo",
+    "GaLore": "galore",
+    "NaturalGaLore": "natural_galore",
     "low_rank_param_groups": "param_groups",
 }
 
-__all__ = ["Apollo", "low_rank_param_groups"]
+__all__ = ["Apollo", "GaLore", "NaturalGaLore", "low_rank_param_groups"]
 
 
 def __getattr__(name: str) -> Any:

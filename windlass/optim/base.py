@@ -38,14 +38,15 @@ class StateSpec:
     """None: the same on every rank."""
     is_like_parameter: bool = False
     """Has the matrix's own shape and is cut along the same dim; `cut_dim` does not count."""
+    dtype: torch.dtype = torch.float32
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that treat matrices as matrices.
 
-    State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
-    tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none), and
-    must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
+    State is float32 or better whatever the parameters are, tensors only, and cut over the ranks as the parameters are;
+    each tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none),
+    and must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
     """
 
     matrix_keys: Mapping[str, Any] = {}
@@ -160,7 +161,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         own_dim = layout_of(parameter).dim or 0
         for key, spec in specs.items():
             cut_dim = own_dim if spec.is_like_parameter else spec.cut_dim
-            state[key] = zeros_over(parameter, spec.shape, cut_dim)
+            state[key] = zeros_over(parameter, spec.shape, cut_dim, spec.dtype)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -307,6 +308,10 @@ class Batch:
         gradient = self.gradient()
         return gradient.mT if self.is_wide else gradient
 
+    def read(self, key: str) -> Tensor:
+        """This rank's part of the state tensors, [k, ...]. Not to be written to."""
+        return _stack([local_tensor(state[key]) for state in self.states])
+
     @contextmanager
     def state(self, *keys: str) -> Iterator[list[Tensor]]:
         """This rank's part of the state tensors, each [k, ...], to be changed in place."""
@@ -327,6 +332,17 @@ class Batch:
             self.weights()[0].addcmul_(direction[0], scale[0], value=-1)
         else:
             self.subtract(direction * scale)
+
+    def subtract_product(self, left: Tensor, right: Tensor, scale: float) -> None:
+        """weights -= scale * left @ right^T, of [k, rows, r] and [k, columns, r].
+
+        Of a large float32 matrix without an intermediate of its size.
+        """
+        weights = self.weights()
+        if len(weights) == 1 and weights[0].dtype == left.dtype:
+            weights[0].addmm_(left[0], right[0].mT, alpha=-scale)
+        else:
+            torch._foreach_sub_(weights, list((left @ right.mT).unbind(0)), alpha=scale)
 
     def decay(self) -> None:
         """weights *= 1 - lr * weight_decay: decoupled weight decay."""

@@ -195,6 +195,44 @@ class ApolloConfig(LowRankConfig):
         return Apollo(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
+@dataclass
+class GaLoreConfig(LowRankConfig):
+    """GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (2024); see `windlass.optim.GaLore`."""
+
+    name: str = "galore"
+    scale: float = 0.25
+    shard_projector: bool = False
+    """Cut the projectors over the ranks as the rest of the state is, for an all-gather of them a step."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.galore import GaLore
+
+        groups = self.param_groups(model, shard_projector=self.shard_projector)
+        return GaLore(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
+@dataclass
+class NaturalGaLoreConfig(GaLoreConfig):
+    """Natural GaLore (2024): GaLore with natural gradients; see `windlass.optim.NaturalGaLore`."""
+
+    name: str = "natural_galore"
+    history: int = 20
+    """Steps whose projected gradients estimate the Fisher information."""
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.history >= 1, "optim.history", self.history, "must be at least 1", "leave it out")
+        require(0 < self.damping < math.inf, "optim.damping", self.damping, "must be above 0", "leave it out")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.natural_galore import NaturalGaLore
+
+        keys = {key: getattr(self, key) for key in ("shard_projector", "history", "damping")}
+        groups = self.param_groups(model, **keys)
+        return NaturalGaLore(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
+
+
 def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
     """Two decay rates of moments, as a tuple: OmegaConf gives tuples back as lists."""
     fix = "set optim.betas=[0.9,0.95]"

@@ -1,0 +1,174 @@
+"""GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection (Zhao et al., 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from windlass.optim.adamw import adam_direction
+from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.lockstep import Gathered, Reply, Update, all_gather, gather_to_owners, scatter_from_owners
+from windlass.optim.low_rank import (
+    LowRankOptimizer,
+    adam_step_size,
+    is_cut_along_short_dim,
+    own_rows,
+    sum_columns,
+    to_columns,
+)
+from windlass.parallel.layout import Layout
+
+GRAM_NUMEL = 1 << 20
+"""Elements of a gradient that are in float64 at a time."""
+
+
+class GaLore(LowRankOptimizer):
+    """Adam in the subspace of the gradient's r main directions, which are found anew every `update_interval` steps.
+
+    A param group with a `rank` is optimized so; its keys `update_interval` (200), `scale` (of the updates, 0.25) and
+    `shard_projector` (False) have defaults. Groups without get AdamW. The moments stay as they are when the subspace
+    changes; each new direction has the sign that is closer to the old one in its place, so that momentum goes on.
+
+    State of an (a, b) matrix with L = max(a, b), s = min(a, b): `exp_avg` and `exp_avg_sq` (L, r), `projector` (s, r),
+    `step`. The moments are cut over the ranks where the matrix is. The projector is whole on every rank, or cut too
+    with `shard_projector`: then state takes exactly 1/N, and s r elements are all-gathered a step. Else there is no
+    communication between refreshes if the matrix is cut along L; if it is along s, the projected gradient is summed
+    over the ranks and the update gathered, 2 L r elements. At a refresh one rank has the whole gradient of a matrix,
+    finds the directions and gives them to the others: they are the same to the bit for any number of ranks.
+
+    Args:
+        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        compat: find the directions with a float32 SVD and leave their signs as they come, as the authors' galore-torch
+            does. Otherwise they are the eigenvectors of the Gram matrix in float64, and a zero gradient changes none.
+
+    Raises:
+        ValueError: a setting is out of range, or a group with a rank holds something else than matrices.
+    """
+
+    matrix_keys: Mapping[str, Any] = {"update_interval": 200, "scale": 0.25, "shard_projector": False}
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        compat: bool = False,
+    ) -> None:
+        self.compat = compat
+        super().__init__(params, lr, betas, eps, weight_decay)
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        super().check_matrix(group, name, parameter)
+        require_key(group, "shard_projector", lambda value: isinstance(value, bool), "must be True or False")
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        projector = StateSpec((min(shape), group["rank"]), 0 if group["shard_projector"] else None)
+        return super().matrix_state(group, shape) | {"projector": projector}
+
+    def gathered(self, batch: Batch) -> Gathered | None:
+        long, short = batch.tall_layout.shape
+        rank, is_refresh, across = batch.group["rank"], self.is_refresh(batch), is_cut_along_short_dim(batch)
+        everywhere = long * rank if across else 0
+        if is_refresh or (batch.group["shard_projector"] and not across):
+            everywhere += short * rank
+        at_owner = long * short if is_refresh else 0
+        return Gathered(at_owner, everywhere) if everywhere else None
+
+    def update(self, batch: Batch) -> Update:
+        if self.is_refresh(batch):
+            yield from self._refresh(batch)
+        projector = yield from self._projector(batch)
+        projected = yield from self.project(batch, projector)
+        with batch.state("exp_avg", "exp_avg_sq") as (exp_avg, exp_avg_sq):
+            direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+        del projected
+        direction = yield from to_columns(batch, direction)
+        factors = (projector, direction) if batch.is_wide else (direction, projector)
+        batch.subtract_product(*factors, adam_step_size(batch) * batch.group["scale"])
+        batch.decay()
+
+    def project(self, batch: Batch, projector: Tensor) -> Reply:
+        """What Adam gets: this rank's rows of R = G P, [k, own L, r]."""
+        return (yield from sum_columns(batch, batch.tall_gradient() @ projector))
+
+    def is_refresh(self, batch: Batch) -> bool:
+        return (batch.step - 1) % batch.group["update_interval"] == 0
+
+    def _projector(self, batch: Batch) -> Reply:
+        """Those rows of P [k, s, r] that meet this rank's columns of the tall G."""
+        projector = batch.read("projector")
+        if not batch.group["shard_projector"]:
+            return own_rows(batch, projector)
+        if batch.tall_layout.dim == 0:
+            return (yield from all_gather(projector, _projector_layout(batch)))
+        return projector  # whole on a rank of its own, or cut as the columns are
+
+    def _refresh(self, batch: Batch) -> Update:
+        """Sets the projectors to the main directions of this step's gradients, found by the owners of the matrices."""
+        layout = _projector_layout(batch)
+        before = batch.read("projector")
+        if layout.dim is not None:
+            before = yield from gather_to_owners(before, layout, batch.owners)
+        elif layout.group is not None:
+            before = before[[index for index, owner in enumerate(batch.owners) if owner == layout.rank]]
+        gradients = yield from gather_to_owners(batch.tall_gradient(), batch.tall_layout, batch.owners)
+        found = torch.empty_like(before)
+        for index, gradient in enumerate(gradients):
+            found[index] = self._directions(gradient, before[index], batch.is_wide)
+        del gradients  # what waits for other ranks below must not be of the size of a matrix
+        projector = yield from scatter_from_owners(found, layout, batch.owners)
+        with batch.state("projector") as (kept,):
+            kept.copy_(projector)
+
+    def _directions(self, gradient: Tensor, before: Tensor, is_wide: bool) -> Tensor:
+        """The new P (s, r) for the tall G (L, s); the one before where G has no directions."""
+        low, high = torch.stack(gradient.aminmax()).tolist()
+        if not high - low < float("inf"):
+            # Adam will take such a gradient into its moments, as torch's does; an error here would be raised on one
+            # rank while the others wait for it.
+            return before
+        rank = before.shape[-1]
+        if self.compat:
+            # In the matrix's own orientation, on which the signs depend.
+            matrix = (gradient.mT if is_wide else gradient).contiguous()
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            return left[:, :rank] if is_wide else right[:rank].mT
+        if low == high == 0 and before.any():
+            return before
+        return aligned(main_directions(gradient, rank), before)
+
+
+def main_directions(gradient: Tensor, rank: int) -> Tensor:
+    """The right singular vectors (s, rank) of the largest singular values of `gradient` (L, s), the largest first.
+
+    They are the eigenvectors of its Gram matrix, which in float64 is at least as precise as the SVD in float32, and
+    much faster. The bits do not depend on the strides of `gradient`.
+    """
+    width = gradient.shape[1]
+    gram = gradient.new_zeros(width, width, dtype=torch.float64)
+    for rows in gradient.split(max(1, GRAM_NUMEL // width)):
+        rows = rows.to(torch.float64, memory_format=torch.contiguous_format)
+        gram.addmm_(rows.T, rows)
+    return torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(-1).float()
+
+
+def aligned(directions: Tensor, before: Tensor) -> Tensor:
+    """`directions` (s, r), each with the sign that makes its product with the one in its place in `before` positive.
+
+    Where that is zero, as it is in the beginning, its largest component becomes positive.
+    """
+    product = (directions * before).sum(0)
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))[0]
+    return directions * torch.where(product == 0, largest, product).sign()
+
+
+def _projector_layout(batch: Batch) -> Layout:
+    shape = (min(batch.layout.shape), batch.group["rank"])
+    return batch.layout.of(shape, 0 if batch.group["shard_projector"] else None)
