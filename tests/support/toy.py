@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from windlass.conf.schema import schema_of
+from windlass.optim.config import InBackward
+from windlass.optim.in_backward import StepInBackward
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM, all_reduce
 from windlass.parallel.config import Cut, ParallelConfig, Sharding
@@ -35,6 +38,9 @@ class Layout:
     hidden_size: int = 48
     vocab_size: int = 96
     num_layers: int = 2
+    optimizer: str = "adamw"
+    """A name of `optim=`; torch's AdamW at its default rate, or windlass's at a tenth of theirs."""
+    in_backward: str = "none"
 
     def model_config(self) -> ModelConfig:
         return ModelConfig(
@@ -81,7 +87,17 @@ def build(layout: Layout, mesh: Mesh, seed: int = 0) -> tuple[Llama, Sharder, to
     sharder = Sharder(layout.parallel_config(), mesh)
     sharder.shard(model, model.units(), dtype)
     model.materialize(mesh.device, seed)
-    return model, sharder, torch.optim.AdamW(model.parameters(), fused=True)
+    return model, sharder, build_optimizer(layout, model)
+
+
+def build_optimizer(layout: Layout, model: Llama) -> torch.optim.Optimizer:
+    if layout.optimizer == "adamw":
+        return torch.optim.AdamW(model.parameters(), fused=True)
+    schema = schema_of("optim", layout.optimizer)
+    settings = {"update_interval": 2} if "update_interval" in schema.__dataclass_fields__ else {}
+    config = schema(name=layout.optimizer, **settings)
+    config.lr /= 10
+    return config.build(model)
 
 
 def train_steps(
@@ -89,20 +105,34 @@ def train_steps(
 ) -> list[float]:
     """Losses of the steps, as the loop computes them."""
     losses = []
+    in_backward = make_in_backward(layout, optimizer, mesh)
     for step in steps:
         batches = [rows_of_rank(ragged_batch(step, i, layout.vocab_size), mesh) for i in range(layout.grad_accum_steps)]
         num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), mesh.group))
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             sharder.begin_micro_step(model, is_last=i == len(batches) - 1)
+            if in_backward is not None:
+                in_backward.begin_micro_step(is_last=i == len(batches) - 1)
             loss_sum = forward_loss_sum(model, batch, mask_documents=True)
             (loss_sum / num_tokens).backward()
             total += loss_sum.detach()
-        clip_grad_norm_(model.parameters(), layout.max_norm, mesh)
-        optimizer.step()
+        if in_backward is None:
+            clip_grad_norm_(model.parameters(), layout.max_norm, mesh)
+            optimizer.step()
+        else:
+            in_backward.finish()
+            assert all(parameter.grad is None for parameter in model.parameters())
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(all_reduce(total.double(), mesh.group)) / num_tokens)
     return losses
+
+
+def make_in_backward(layout: Layout, optimizer: torch.optim.Optimizer, mesh: Mesh) -> StepInBackward | None:
+    mode = InBackward(layout.in_backward)
+    # Small buckets, so that a step has several.
+    options = {"group": mesh.shard_group, "bucket_numel": 5000}
+    return None if mode == InBackward.none else StepInBackward(optimizer, mode, layout.max_norm, **options)
 
 
 def whole_weights(model: Llama) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_an_update_grows_by_at_most_one_percent() -> None:
         parameter.grad = gradient((24, 16), step) * 3.0**step
         optimizer.step()
         lengths.append(float(optimizer.state[parameter]["prev_norm"]))
-    ratios = [after / before for before, after in zip(lengths, lengths[1:], strict=False)]
+    ratios = [after / before for before, after in itertools.pairwise(lengths)]
     assert max(ratios) == pytest.approx(1.01, rel=1e-5)
 
 
