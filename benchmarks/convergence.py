@@ -4,7 +4,7 @@
 
 Every optimizer's learning rate is swept with one seed, beyond the ends where an end is best; its best rate is run with
 two more seeds. Schedule, clipping, data, batches and first weights are the same for all. A run that is in the output
-folder is not run again, so the benchmark can be stopped and gone on with. Writes a file a run and convergence.png there.
+folder is not run again, so the benchmark can be stopped and gone on with. Writes a file a run and convergence.png.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ UPDATE_INTERVAL = 50
 
 RATES = {
     "adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    "apollo": (5e-3, 1e-2, 2e-2, 4e-2),
-    "apollo_mini": (5e-3, 1e-2, 2e-2, 4e-2),
-    "galore": (1e-2, 2e-2, 4e-2, 8e-2),
-    "natural_galore": (1e-2, 2e-2, 4e-2, 8e-2),
-    "muon": (2e-3, 4e-3, 8e-3, 1.6e-2),
-    "cosmos": (4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "sgd_sai": (1e-3, 3e-3, 1e-2, 3e-2),
+    "apollo": (5e-3, 1e-2, 2e-2),
+    "apollo_mini": (5e-3, 1e-2, 2e-2),
+    "galore": (1e-2, 2e-2, 4e-2),
+    "natural_galore": (1e-2, 2e-2, 4e-2),
+    "muon": (2e-3, 4e-3, 8e-3),
+    "cosmos": (4e-3, 8e-3, 1.6e-2),
+    "sgd_sai": (1e-3, 4e-3, 1.6e-2),
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "apollo_mini": {"rank": 1, "scale": 128.0, "granularity": Granularity.tensor},
