@@ -38,15 +38,14 @@ class StateSpec:
     """None: the same on every rank."""
     is_like_parameter: bool = False
     """Has the matrix's own shape and is cut along the same dim; `cut_dim` does not count."""
-    dtype: torch.dtype = torch.float32
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that treat matrices as matrices.
 
-    State is float32 or better whatever the parameters are, tensors only, and cut over the ranks as the parameters are;
-    each tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none),
-    and must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
+    State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
+    tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none), and
+    must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
     """
 
     matrix_keys: Mapping[str, Any] = {}
@@ -161,7 +160,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         own_dim = layout_of(parameter).dim or 0
         for key, spec in specs.items():
             cut_dim = own_dim if spec.is_like_parameter else spec.cut_dim
-            state[key] = zeros_over(parameter, spec.shape, cut_dim, spec.dtype)
+            state[key] = zeros_over(parameter, spec.shape, cut_dim)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -32,9 +32,9 @@ class NaturalGaLore(GaLore):
     takes coordinates along the old directions for coordinates along the new ones.
 
     The keys of a group with a `rank` are GaLore's and `history` (20), `damping` (1e-3). State is GaLore's and
-    `history` (history, L, r), cut along L where the matrix is cut, and `gram` = H^T H (history, history) in float64,
-    the same on every rank. Where the matrix is cut a step has one all-reduce more than GaLore's, of `history` float64
-    numbers a matrix.
+    `history` (history, L, r), cut along L where the matrix is cut, and `gram` (2, history, history), the same on every
+    rank: H^T H as a sum of two float32 numbers an element, about as precise as float64. Where the matrix is cut a step
+    has one all-reduce more than GaLore's, of `history` float64 numbers a matrix.
 
     Args:
         params, compat: as for `GaLore`. The authors' code projects from both sides, which the paper does not; there is
@@ -55,7 +55,7 @@ class NaturalGaLore(GaLore):
         steps = group["history"]
         return super().matrix_state(group, shape) | {
             "history": StateSpec((steps, max(shape), group["rank"]), 1),
-            "gram": StateSpec((steps, steps), dtype=torch.float64),
+            "gram": StateSpec((2, steps, steps)),
         }
 
     def project(self, batch: Batch, projector: Tensor) -> Reply:
@@ -70,12 +70,15 @@ class NaturalGaLore(GaLore):
             history[slot] = newest
         del projected
         products = yield from sum_over_ranks(torch.stack([products_with(history, slot) for history in histories]))
-        with batch.state("gram") as (gram,):
+        with batch.state("gram") as (parts,):
+            gram = parts.double().sum(1)
             if is_first:
                 gram.zero_()
             gram[:, slot] = products
             gram[:, :, slot] = products
-            weights = natural_weights(gram, slot, batch.group["damping"])
+            parts[:, 0] = gram
+            parts[:, 1] = gram - parts[:, 0]
+        weights = natural_weights(gram, slot, batch.group["damping"])
         return torch.stack([combination(history, of_one) for history, of_one in zip(histories, weights, strict=True)])
 
 
