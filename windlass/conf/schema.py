@@ -8,7 +8,16 @@ from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
 from windlass.launch.config import LaunchConfig
-from windlass.optim.config import AdamWConfig, ApolloConfig, GaLoreConfig, NaturalGaLoreConfig, OptimConfig
+from windlass.optim.config import (
+    AdamWConfig,
+    ApolloConfig,
+    CosmosConfig,
+    GaLoreConfig,
+    MuonConfig,
+    NaturalGaLoreConfig,
+    OptimConfig,
+    SGDSaIConfig,
+)
 from windlass.parallel.config import ParallelConfig
 from windlass.train.config import (
     DataConfig,
@@ -54,6 +63,9 @@ GROUPS: dict[str, dict[str, type]] = {
         "apollo_mini": ApolloConfig,
         "galore": GaLoreConfig,
         "natural_galore": NaturalGaLoreConfig,
+        "muon": MuonConfig,
+        "cosmos": CosmosConfig,
+        "sgd_sai": SGDSaIConfig,
     },
     "parallel": {"": ParallelConfig},
     "checkpoint": {"": CheckpointConfig},

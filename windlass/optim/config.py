@@ -233,6 +233,115 @@ class NaturalGaLoreConfig(GaLoreConfig):
         return NaturalGaLore(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
+@dataclass
+class WholeMatrixConfig(OptimConfig):
+    """What optimizers of whole matrices have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+
+    adamw_lr: float | None = None
+    """Null is `lr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.adamw_lr is None or 0 < self.adamw_lr < math.inf,
+            "optim.adamw_lr",
+            self.adamw_lr,
+            "must be above 0 and finite",
+            "leave it out",
+        )
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        from windlass.optim.param_groups import matrix_param_groups
+
+        return matrix_param_groups(model, lr=self.adamw_lr or self.lr)
+
+
+class LRAdjustment(StrEnum):
+    """Muon: what the learning rate of an (a, b) matrix is multiplied by."""
+
+    original = "original"
+    """sqrt(max(1, a / b))."""
+    match_rms_adamw = "match_rms_adamw"
+    """0.2 sqrt(max(a, b)): updates are as large as AdamW's, so that one rate suits all parameters."""
+
+
+@dataclass
+class MuonConfig(WholeMatrixConfig):
+    """Muon: An optimizer for hidden layers in neural networks (Jordan, 2024); see `windlass.optim.Muon`."""
+
+    name: str = "muon"
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5
+    adjust_lr_fn: LRAdjustment = LRAdjustment.match_rms_adamw
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.95")
+        require(1 <= self.ns_steps < 100, "optim.ns_steps", self.ns_steps, "must be in [1, 99]", "set optim.ns_steps=5")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.muon import Muon
+
+        keys = {key: getattr(self, key) for key in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps")}
+        return Muon(self.param_groups(model), adjust_lr_fn=self.adjust_lr_fn.value, **keys)
+
+
+@dataclass
+class CosmosConfig(WholeMatrixConfig):
+    """COSMOS: A Hybrid Adaptive Optimizer for Memory-Efficient Training of LLMs (2025); see `windlass.optim.Cosmos`.
+
+    `betas` and `ratio` as the authors set them for language models.
+    """
+
+    name: str = "cosmos"
+    betas: tuple[float, float] = (0.95, 0.95)
+    eps: float = 1e-8
+    rank: int = 64
+    gamma: float = 0.2
+    """The weight of Muon's part."""
+    ratio: float = 0.2
+    """The root mean square of an update, over `lr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.betas = checked_betas(self.betas)
+        for key in ("eps", "ratio"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, f"optim.{key}", value, "must be above 0 and finite", "leave it out")
+        require(self.rank >= 1, "optim.rank", self.rank, "must be at least 1", "set optim.rank=64")
+        require(0 <= self.gamma < math.inf, "optim.gamma", self.gamma, "must not be negative", "set optim.gamma=0.2")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.cosmos import Cosmos
+
+        keys = {key: getattr(self, key) for key in ("lr", "betas", "eps", "rank", "gamma", "ratio", "weight_decay")}
+        return Cosmos(self.param_groups(model), **keys)
+
+
+@dataclass
+class SGDSaIConfig(OptimConfig):
+    """No More Adam: Learning Rate Scaling at Initialization is All You Need (2024); see `windlass.optim.SGDSaI`."""
+
+    name: str = "sgd_sai"
+    lr: float = 1e-2
+    weight_decay: float = 1e-2
+    momentum: float = 0.9
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.9")
+        require(0 < self.eps < math.inf, "optim.eps", self.eps, "must be above 0 and finite", "set optim.eps=1e-8")
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        from windlass.optim.param_groups import decay_param_groups
+        from windlass.optim.sgd_sai import SGDSaI
+
+        groups = decay_param_groups(model.named_parameters(), self.weight_decay)
+        return SGDSaI(groups, lr=self.lr, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay)
+
+
 def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
     """Two decay rates of moments, as a tuple: OmegaConf gives tuples back as lists."""
     fix = "set optim.betas=[0.9,0.95]"

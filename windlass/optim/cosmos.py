@@ -1,0 +1,170 @@
+"""COSMOS: A Hybrid Adaptive Optimizer for Memory-Efficient Training of LLMs (2025)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from windlass.optim.base import Batch, StateSpec, check_adam, require_key
+from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
+from windlass.optim.newton_schulz import newton_schulz
+from windlass.optim.whole_matrix import WholeMatrixOptimizer
+
+MIN_RESIDUAL = 1e-5
+"""What lies outside of the basis, over the whole, below which it is float32 rounding and no direction to follow."""
+
+
+class Cosmos(WholeMatrixOptimizer):
+    """Adam in the leading r-dim eigenspace of the gradients' covariance, Muon in the rest of the space.
+
+    Groups with `algorithm: "adamw"` get AdamW, with `betas` (0.9, 0.95) and `eps` 1e-8; all parameters of the others
+    must be matrices. `matrix_param_groups(model)` makes such groups. (The authors give Adam all matrices of more
+    than 10,000 rows; here only the group decides.)
+
+    State of an (a, b) matrix, with r = min(rank, a, b): `momentum_buffer` (a, b), cut as the matrix is; `exp_avg_sq`
+    (a, r), `basis` (b, r) and `covariance` (r, r), cut along dim 0; and `step`. All float32. Cut over N ranks, a step
+    sends (3 a b + 2 (a r + b r + r^2)) (N-1)/N elements of a matrix, to its owner and back, in float32, and gives the
+    same to the bit as one rank.
+
+    Args:
+        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        betas: of the momentum, and of the second moments and the covariance.
+        gamma: the weight of Muon's part.
+        ratio: the root mean square of an update, over `lr`.
+        weight_decay: decoupled, before the update.
+        compat: Newton-Schulz in float32. The authors', and the default, is in bfloat16, at half the time.
+
+    Raises:
+        ValueError: a setting is out of range, or a group without AdamW holds something else than matrices.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        rank: int = 64,
+        gamma: float = 0.2,
+        ratio: float = 0.1,
+        weight_decay: float = 0.0,
+        compat: bool = False,
+    ) -> None:
+        check_adam(lr, betas, eps, weight_decay)
+        self.compat = compat
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "rank": rank,
+            "gamma": gamma,
+            "ratio": ratio,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        super().check_matrix(group, name, parameter)
+        check_adam(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        require_key(group, "rank", lambda rank: isinstance(rank, int) and rank >= 1, "must be a whole number from 1")
+        require_key(group, "gamma", lambda gamma: 0 <= gamma < math.inf, "must be finite and not negative")
+        require_key(group, "ratio", lambda ratio: 0 < ratio < math.inf, "must be above 0 and finite")
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        rows, columns = shape
+        rank = min(group["rank"], rows, columns)
+        return {
+            "momentum_buffer": StateSpec(shape, is_like_parameter=True),
+            "exp_avg_sq": StateSpec((rows, rank), cut_dim=0),
+            "basis": StateSpec((columns, rank), cut_dim=0),
+            "covariance": StateSpec((rank, rank), cut_dim=0),
+        }
+
+    def gathered(self, batch: Batch) -> Gathered | None:
+        # The gradient and the direction come, and the update is of their size.
+        numels = [math.prod(spec.shape) for spec in self.matrix_state(batch.group, batch.layout.shape).values()]
+        return Gathered(at_owner=sum(numels) + 2 * numels[0])
+
+    def update(self, batch: Batch) -> Update:
+        layout, owners, beta1 = batch.layout, batch.owners, batch.group["betas"][0]
+        gradient = batch.gradient()
+        with batch.state("momentum_buffer") as (momentum,):
+            momentum.mul_(beta1).add_(gradient)
+            direction = gradient.add(momentum, alpha=beta1)
+        direction.mul_(
+            (1 - beta1) / (1 - beta1 ** (batch.step + 1))
+        )  # the weights' sum: the gradient's age runs to step
+        gradient = yield from gather_to_owners(gradient, layout, owners)
+        direction = yield from gather_to_owners(direction, layout, owners)
+        keys = ("exp_avg_sq", "basis", "covariance")
+        specs = self.matrix_state(batch.group, layout.shape)
+        layouts = [layout.of(specs[key].shape, 0) for key in keys]
+        with batch.state(*keys) as own_parts:
+            wholes = []
+            for part, its_layout in zip(own_parts, layouts, strict=True):
+                wholes.append((yield from gather_to_owners(part, its_layout, owners)))
+            if len(gradient):  # this rank owns any
+                _turn_basis(batch, gradient, *wholes)
+                direction = self._precondition(batch, direction, *wholes[:2])
+            del gradient
+            for part, whole, its_layout in zip(own_parts, wholes, layouts, strict=True):
+                part.copy_((yield from scatter_from_owners(whole, its_layout, owners)))
+        step = yield from scatter_from_owners(direction, layout, owners)
+        batch.decay()
+        batch.subtract(step.mul_(batch.lr))
+
+    def _precondition(self, batch: Batch, direction: Tensor, exp_avg_sq: Tensor, basis: Tensor) -> Tensor:
+        """The update [k, a, b] for lr 1, from the momentum [k, a, b]."""
+        group = batch.group
+        size = math.sqrt(math.prod(batch.layout.shape))
+        inside = direction @ basis
+        outside = torch.baddbmm(direction, inside, basis.mT, alpha=-1)
+        is_direction = _norm(outside) > MIN_RESIDUAL * _norm(direction)
+        outside = newton_schulz(outside, dtype=torch.float32 if self.compat else torch.bfloat16).float()
+        outside.mul_(torch.where(is_direction, group["gamma"] * size / _norm(outside), 0.0))
+        correction = 1 - group["betas"][1] ** batch.step
+        adam = inside.div_((exp_avg_sq / correction).sqrt_().add_(group["eps"]))
+        step = torch.baddbmm(outside, adam, basis.mT)
+        return step.mul_(group["ratio"] * size / _norm(step))
+
+
+def _turn_basis(batch: Batch, gradient: Tensor, exp_avg_sq: Tensor, basis: Tensor, covariance: Tensor) -> None:
+    """Takes the gradient [k, a, b] into the state, in place.
+
+    The covariance C = (1 - beta2) sum beta2^age G^T G is known as Q S Q^T alone; one orthogonal iteration of C a step
+    turns the basis Q (b, r) towards its leading eigenspace.
+    """
+    beta2 = batch.group["betas"][1]
+    if batch.step == 1:
+        basis.copy_(_leading_directions(gradient, basis.shape[-1]))
+    else:
+        image = gradient.mT @ (gradient @ basis)
+        turned = torch.linalg.qr(image.mul_(1 - beta2).add_(basis @ covariance, alpha=beta2)).Q
+        turn = turned.mT @ basis
+        covariance.copy_(turn @ covariance @ turn.mT)
+        basis.copy_(turned)
+    inside = gradient @ basis
+    covariance.mul_(beta2).add_(inside.mT @ inside, alpha=1 - beta2)
+    exp_avg_sq.mul_(beta2).addcmul_(inside, inside, value=1 - beta2)
+
+
+def _leading_directions(gradient: Tensor, rank: int) -> Tensor:
+    """The right singular vectors [k, b, rank] of the largest singular values of [k, a, b], up to their signs.
+
+    From the Gram matrix over the shorter dim: the decomposition of a (b, b) matrix takes minutes where b is large.
+    """
+    rows, columns = gradient.shape[-2:]
+    gram = gradient.mT @ gradient if rows >= columns else gradient @ gradient.mT
+    gram = gram.nan_to_num(0, 0, 0)  # eigh would raise, for all matrices; the NaN stays in its own, by the gradient
+    leading = torch.linalg.eigh(gram).eigenvectors[..., -rank:].flip(-1)
+    return leading if rows >= columns else torch.linalg.qr(gradient.mT @ leading).Q
+
+
+def _norm(matrices: Tensor) -> Tensor:
+    """Frobenius norms [k, 1, 1], above 0."""
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)

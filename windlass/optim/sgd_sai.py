@@ -1,0 +1,102 @@
+"""SGD-SaI: No More Adam: Learning Rate Scaling at Initialization is All You Need (2024)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from windlass.optim.base import Batch, MatrixOptimizer, StateSpec, local_gradient, require_key
+from windlass.optim.lockstep import Reply, Update, sum_over_ranks
+from windlass.parallel.fragment import local_tensor
+
+MIN_VARIANCE = 1e-12
+"""Over the mean square: below it the elements are equal, but for rounding."""
+
+
+class SGDSaI(MatrixOptimizer):
+    """SGD with momentum whose learning rate is scaled for each tensor, once, by the signal-to-noise of its gradient.
+
+    gsnr = |g| / (std(g) + eps), of the tensor's first gradient that is not zero. (A scale from a zero gradient would
+    be 0 for ever; some tensors start so, as the first factor of LoRA does.) It is sqrt(n) for n elements of mean zero,
+    and that is what elements without any spread get, such as a single one.
+
+    State of a tensor: `momentum_buffer`, of its shape and cut as it is, `gsnr`, and `step`. Only the step that measures
+    gsnr communicates: one all-reduce of two float64 numbers a tensor.
+
+    Args:
+        params: parameters or param groups of any shapes, plain tensors or DTensors cut along one dim.
+        weight_decay: decoupled, before the update.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        momentum: float = 0.9,
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        self._measured: set[Tensor] = set()
+        super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+
+    def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
+        return True
+
+    def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
+        for key in ("lr", "eps", "weight_decay"):
+            require_key(group, key, lambda value: 0 <= value < math.inf, "must be finite and not negative")
+        require_key(group, "momentum", lambda momentum: 0 <= momentum < 1, "must be in [0, 1)")
+
+    def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
+        return {"momentum_buffer": StateSpec(shape, is_like_parameter=True), "gsnr": StateSpec(())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._measured.clear()
+
+    def update(self, batch: Batch) -> Update:
+        gradients = [local_gradient(parameter).float() for parameter in batch.parameters]
+        momenta = [local_tensor(state["momentum_buffer"]) for state in batch.states]
+        scales = [state["gsnr"] for state in batch.states]
+        if not self._are_measured(batch.parameters, scales):
+            measured = yield from _signal_to_noise(batch, gradients)
+            for scale, value in zip(scales, measured.unbind(0), strict=True):
+                scale.copy_(torch.where(scale == 0, value, scale))
+        if batch.step == 1:
+            torch._foreach_copy_(momenta, gradients)
+        else:
+            torch._foreach_lerp_(momenta, gradients, 1 - batch.group["momentum"])
+        batch.decay()
+        for weight, momentum, scale in zip(batch.weights(), momenta, scales, strict=True):
+            weight.addcmul_(momentum, scale, value=-batch.lr)
+
+    def _are_measured(self, parameters: list[Tensor], scales: list[Tensor]) -> bool:
+        """Whether all have their gsnr, which is read from the device only until they do. The same on all ranks."""
+        if self._measured.issuperset(parameters):
+            return True
+        known = torch.stack(scales).gt(0).tolist()
+        self._measured.update(parameter for parameter, is_known in zip(parameters, known, strict=True) if is_known)
+        return all(known)
+
+
+def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
+    """gsnr of each tensor [k], from all ranks' parts of its gradient."""
+    # In float64, so that the sums are the same however the tensor is cut.
+    doubles = [gradient.double() for gradient in gradients]
+    sums = torch.stack([torch.stack((double.sum(), double.square().sum())) for double in doubles])
+    del doubles
+    sums = yield from sum_over_ranks(sums)
+    total, square = sums.unbind(1)
+    numel = math.prod(batch.layout.shape)
+    variance = (square - total.square() / numel) / max(1, numel - 1)
+    ratio = square.sqrt() / (variance.clamp(min=0).sqrt() + batch.group["eps"])
+    ratio = torch.where(variance * numel > MIN_VARIANCE * square, ratio, math.sqrt(numel))
+    return torch.where(square > 0, ratio, 0.0).float()
