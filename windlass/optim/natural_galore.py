@@ -14,8 +14,9 @@ from windlass.optim.galore import GaLore
 from windlass.optim.lockstep import Reply, sum_over_ranks
 from windlass.parallel.fragment import local_tensor
 
-BLOCK_NUMEL = 1 << 15
-"""Elements of each tensor of a history that are in float64 at a time."""
+BLOCK_NUMEL = {"cpu": 1 << 13, "cuda": 1 << 20}
+"""Elements of each tensor of a history that are in float64 at a time: few enough for a CPU's cache, enough to hide what
+a kernel's launch costs."""
 
 
 class NaturalGaLore(GaLore):
@@ -111,4 +112,4 @@ def combination(history: Tensor, weights: Tensor) -> Tensor:
 
 def _blocks(history: Tensor) -> tuple[Tensor, ...]:
     """Views (n, m) of a bounded number of elements of each of the n tensors in `history`, which together are all."""
-    return history.flatten(1).split(BLOCK_NUMEL, dim=1)
+    return history.flatten(1).split(BLOCK_NUMEL.get(history.device.type, 1 << 20), dim=1)
