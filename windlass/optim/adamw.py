@@ -82,10 +82,25 @@ def _adamw_of_low_precision(
 def adam_direction(
     gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, betas: tuple[float, float], eps: float
 ) -> Tensor:
-    """Takes `gradient` into the moments, in place, and returns exp_avg / (sqrt(exp_avg_sq) + eps).
+    """Takes the float32 `gradient` into the moments, in place, and returns exp_avg / (sqrt(exp_avg_sq) + eps).
 
     No bias correction: for that multiply by sqrt(1 - beta2^t) / (1 - beta1^t).
     """
-    exp_avg.lerp_(gradient, 1 - betas[0])
-    exp_avg_sq.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    return exp_avg_sq.sqrt().add_(eps).reciprocal_().mul_(exp_avg)
+    # AdamW of weights of zero at a rate of -1, so late that its bias correction is 1: one pass of a fused kernel.
+    direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    torch._fused_adamw_(
+        [direction],
+        [gradient.contiguous()],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.full((), 1e12, device=gradient.device)],
+        lr=-1.0,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=0.0,
+        eps=eps,
+        amsgrad=False,
+        maximize=False,
+    )
+    return direction
