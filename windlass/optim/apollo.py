@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adam_direction
-from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.base import StateSpec, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.config import Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
@@ -84,33 +85,33 @@ class Apollo(LowRankOptimizer):
         return super().matrix_state(group, shape) | {"prev_norm": StateSpec(())}
 
     def update(self, batch: Batch) -> Update:
-        gradient = batch.tall_gradient()
-        projected = gradient @ own_rows(batch, self._projection(batch))
-        row_squares = _square_norms(gradient)
-        del gradient  # what waits for other ranks below must not be of the size of a matrix
-        if is_cut_along_short_dim(batch):
+        by_channel = batch.group["granularity"] == Granularity.channel
+        projected, row_squares = batch.project(own_rows(batch, self._projection(batch)), with_squares=by_channel)
+        if row_squares is None:
+            projected = yield from sum_columns(batch, projected)
+        elif is_cut_along_short_dim(batch):
             both = yield from sum_columns(batch, torch.cat((projected, row_squares), dim=-1))
             projected, row_squares = both[..., :-1], both[..., -1:]
-        with batch.state("exp_avg", "exp_avg_sq") as (exp_avg, exp_avg_sq):
-            direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
-        if batch.group["granularity"] == Granularity.channel:
+        exp_avg, exp_avg_sq = batch.state("exp_avg", "exp_avg_sq")
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+        # What waits for other ranks below must not add up to the size of the state.
+        if row_squares is not None:
             factor = _norm(direction) / (_norm(projected) + 1e-8)
             del direction, projected
             squares = yield from sum_over_ranks((factor.square() * row_squares).sum((1, 2)))
             norm = squares.sqrt()
             factor = yield from to_columns(batch, factor)
         else:
-            terms = (direction.square(), projected.square(), row_squares)
-            squares = torch.stack([term.sum((1, 2)) for term in terms])
-            del direction, projected, terms
-            squares = yield from sum_over_ranks(squares)
+            of_rows = [term.square().sum((1, 2)) for term in (direction, projected)]
+            del direction, projected
+            squares = yield from sum_over_ranks(torch.stack([*of_rows, batch.total_squares()]))
             of_direction, of_projected, of_gradient = squares.sqrt()
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
             norm = factor[:, 0, 0] * of_gradient
-        with batch.state("prev_norm") as (prev_norm,):
-            excess = self._limit_growth(norm, prev_norm, batch.step)
+        (prev_norm,) = batch.state("prev_norm")
+        excess = self._limit_growth(norm, prev_norm, batch.step)
         factor = factor * (adam_step_size(batch) * batch.group["scale"] ** 0.5 / excess)[:, None, None]
-        batch.subtract_scaled(batch.gradient(), factor.mT if batch.is_wide else factor)
+        batch.subtract_scaled_gradient(factor.mT if batch.is_wide else factor)
         batch.decay()
 
     def _limit_growth(self, norm: Tensor, prev_norm: Tensor, step: int) -> Tensor:
@@ -168,12 +169,6 @@ def random_projection(width: int, rank: int, seed: int, epoch: int) -> Tensor:
     fragment = Fragment(name, (width, rank), (0, 0), (width, rank), torch.float32)
     fill_normal_(values, fragment, seed=seed, std=rank**-0.5)
     return values
-
-
-def _square_norms(rows: Tensor) -> Tensor:
-    if rows.device.type == "cpu" and rows.stride(-1) != 1:
-        return rows.square().sum(-1, keepdim=True)  # torch's norm over strided rows is 10 times slower
-    return _norm(rows).square_()
 
 
 def _norm(rows: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,13 +19,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adamw_step
+from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.lockstep import Gathered, Update, Wave, run_in_lockstep
 from windlass.parallel.fragment import local_tensor
-from windlass.parallel.layout import Layout, layout_of, zeros_over
+from windlass.parallel.layout import layout_of, zeros_over
 
-BATCH_NUMEL = {"cpu": 1 << 17, "cuda": 1 << 24}
-"""Elements of the matrices that are stacked to be updated together: enough to hide what a kernel's launch costs, few
-enough that the copies that stacking makes cost little. Larger matrices are updated one by one, without copies."""
+BATCH_NUMEL = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""Elements of the matrices that are updated together: enough to hide what launching kernels costs, few enough that the
+intermediates of a batch are small beside a model. A larger matrix is a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -262,109 +262,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:
         """The eps of the AdamW that parameters outside of matrix groups get."""
         return group["eps"]
-
-
-@dataclass
-class Batch:
-    """k matrices of one shape and layout, k >= 1, at the same step of the same param group."""
-
-    group: dict[str, Any]
-    step: int
-    """Of this update, from 1."""
-    layout: Layout
-    parameters: list[Tensor]
-    states: list[dict[str, Tensor]] = field(repr=False)
-    owners: list[int] = field(default_factory=list)
-    """The rank that each matrix is gathered at, where the optimizer gathers (`MatrixOptimizer.gathered`)."""
-
-    def __len__(self) -> int:
-        return len(self.parameters)
-
-    @property
-    def cost(self) -> int:
-        """Multiplications of the Gram matrix over the short dim of one matrix: what owners compute grows with it."""
-        return math.prod(self.layout.shape) * min(self.layout.shape)
-
-    @property
-    def is_wide(self) -> bool:
-        """More columns than rows. Low-rank algorithms work on the tall view, whose rows are the longer dim."""
-        rows, columns = self.layout.shape
-        return rows < columns
-
-    @property
-    def tall_layout(self) -> Layout:
-        """The layout of the tall view (L, s)."""
-        if not self.is_wide:
-            return self.layout
-        rows, columns = self.layout.shape
-        return self.layout.of((columns, rows), None if self.layout.dim is None else 1 - self.layout.dim)
-
-    def gradient(self) -> Tensor:
-        """This rank's part of the gradients, float32 [k, rows, columns]. Not to be written to."""
-        return _stack([local_gradient(parameter) for parameter in self.parameters]).float()
-
-    def tall_gradient(self) -> Tensor:
-        gradient = self.gradient()
-        return gradient.mT if self.is_wide else gradient
-
-    def read(self, key: str) -> Tensor:
-        """This rank's part of the state tensors, [k, ...]. Not to be written to."""
-        return _stack([local_tensor(state[key]) for state in self.states])
-
-    @contextmanager
-    def state(self, *keys: str) -> Iterator[list[Tensor]]:
-        """This rank's part of the state tensors, each [k, ...], to be changed in place."""
-        locals_of_keys = [[local_tensor(state[key]) for state in self.states] for key in keys]
-        stacks = [_stack(locals_of_key) for locals_of_key in locals_of_keys]
-        yield stacks
-        if len(self) > 1:
-            for stack, locals_of_key in zip(stacks, locals_of_keys, strict=True):
-                torch._foreach_copy_(locals_of_key, list(stack.unbind(0)))
-
-    def subtract(self, step: Tensor) -> None:
-        """weights -= step, [k, rows, columns]."""
-        torch._foreach_sub_(self.weights(), list(step.unbind(0)))
-
-    def subtract_scaled(self, direction: Tensor, scale: Tensor) -> None:
-        """weights -= direction * scale, which is broadcast; of a large matrix without an intermediate of its size."""
-        if len(self) == 1:
-            self.weights()[0].addcmul_(direction[0], scale[0], value=-1)
-        else:
-            self.subtract(direction * scale)
-
-    def subtract_product(self, left: Tensor, right: Tensor, scale: float) -> None:
-        """weights -= scale * left @ right^T, of [k, rows, r] and [k, columns, r].
-
-        Of a large float32 matrix without an intermediate of its size.
-        """
-        weights = self.weights()
-        if len(weights) == 1 and weights[0].dtype == left.dtype:
-            weights[0].addmm_(left[0], right[0].mT, alpha=-scale)
-        else:
-            torch._foreach_sub_(weights, list((left @ right.mT).unbind(0)), alpha=scale)
-
-    def decay(self) -> None:
-        """weights *= 1 - lr * weight_decay: decoupled weight decay."""
-        factor = 1 - self.lr * self.group["weight_decay"]
-        if factor != 1:
-            torch._foreach_mul_(self.weights(), factor)
-
-    @property
-    def lr(self) -> float:
-        return float(self.group["lr"])
-
-    def weights(self) -> list[Tensor]:
-        """This rank's parts of the weights, to be changed in place."""
-        return [local_tensor(parameter) for parameter in self.parameters]
-
-
-def local_gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None, "parameters without a gradient are passed over"
-    return local_tensor(parameter.grad)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def require_matrix(optimizer: str, name: str, parameter: Tensor, sorter: str = "low_rank_param_groups") -> None:

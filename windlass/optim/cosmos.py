@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from windlass.optim.base import Batch, StateSpec, check_adam, require_key
+from windlass.optim.base import StateSpec, check_adam, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import newton_schulz
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
@@ -93,9 +94,9 @@ class Cosmos(WholeMatrixOptimizer):
     def update(self, batch: Batch) -> Update:
         layout, owners, beta1 = batch.layout, batch.owners, batch.group["betas"][0]
         gradient = batch.gradient()
-        with batch.state("momentum_buffer") as (momentum,):
-            momentum.mul_(beta1).add_(gradient)
-            direction = gradient.add(momentum, alpha=beta1)
+        (momentum,) = batch.state("momentum_buffer")
+        momentum.mul_(beta1).add_(gradient)
+        direction = gradient.add(momentum, alpha=beta1)
         # Over the sum of the weights that its gradients have.
         direction.mul_((1 - beta1) / (1 - beta1 ** (batch.step + 1)))
         gradient = yield from gather_to_owners(gradient, layout, owners)
@@ -103,16 +104,16 @@ class Cosmos(WholeMatrixOptimizer):
         keys = ("exp_avg_sq", "basis", "covariance")
         specs = self.matrix_state(batch.group, layout.shape)
         layouts = [layout.of(specs[key].shape, 0) for key in keys]
-        with batch.state(*keys) as own_parts:
-            wholes = []
-            for part, its_layout in zip(own_parts, layouts, strict=True):
-                wholes.append((yield from gather_to_owners(part, its_layout, owners)))
-            if len(gradient):  # this rank owns any
-                reflectors = _turn_basis(batch, gradient, *wholes)
-                direction = self._precondition(batch, direction, wholes[0], *reflectors)
-            del gradient
-            for part, whole, its_layout in zip(own_parts, wholes, layouts, strict=True):
-                part.copy_((yield from scatter_from_owners(whole, its_layout, owners)))
+        own_parts = batch.state(*keys)
+        wholes = []
+        for part, its_layout in zip(own_parts, layouts, strict=True):
+            wholes.append((yield from gather_to_owners(part, its_layout, owners)))
+        if len(gradient):  # this rank owns any
+            reflectors = _turn_basis(batch, gradient, *wholes)
+            direction = self._precondition(batch, direction, wholes[0], *reflectors)
+        del gradient
+        for part, whole, its_layout in zip(own_parts, wholes, layouts, strict=True):
+            part.copy_((yield from scatter_from_owners(whole, its_layout, owners)))
         step = yield from scatter_from_owners(direction, layout, owners)
         batch.decay()
         batch.subtract(step.mul_(batch.lr))

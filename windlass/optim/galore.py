@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adam_direction
-from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.base import StateSpec, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Gathered, Reply, Update, all_gather, gather_to_owners, scatter_from_owners
 from windlass.optim.low_rank import (
     LowRankOptimizer,
@@ -86,8 +87,8 @@ class GaLore(LowRankOptimizer):
             yield from self._refresh(batch)
         projector = yield from self._projector(batch)
         projected = yield from self.project(batch, projector)
-        with batch.state("exp_avg", "exp_avg_sq") as (exp_avg, exp_avg_sq):
-            direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+        exp_avg, exp_avg_sq = batch.state("exp_avg", "exp_avg_sq")
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
         del projected
         direction = yield from to_columns(batch, direction)
         factors = (projector, direction) if batch.is_wide else (direction, projector)
@@ -96,14 +97,14 @@ class GaLore(LowRankOptimizer):
 
     def project(self, batch: Batch, projector: Tensor) -> Reply:
         """What Adam gets: this rank's rows of R = G P, [k, own L, r]."""
-        return (yield from sum_columns(batch, batch.tall_gradient() @ projector))
+        return (yield from sum_columns(batch, batch.project(projector)[0]))
 
     def is_refresh(self, batch: Batch) -> bool:
         return (batch.step - 1) % batch.group["update_interval"] == 0
 
     def _projector(self, batch: Batch) -> Reply:
         """Those rows of P [k, s, r] that meet this rank's columns of the tall G."""
-        projector = batch.read("projector")
+        (projector,) = batch.state("projector")
         if not batch.group["shard_projector"]:
             return own_rows(batch, projector)
         if batch.tall_layout.dim == 0:
@@ -113,7 +114,7 @@ class GaLore(LowRankOptimizer):
     def _refresh(self, batch: Batch) -> Update:
         """Sets the projectors to the main directions of this step's gradients, found by the owners of the matrices."""
         layout = _projector_layout(batch)
-        before = batch.read("projector")
+        (before,) = batch.state("projector")
         if layout.dim is not None:
             before = yield from gather_to_owners(before, layout, batch.owners)
         elif layout.group is not None:
@@ -124,8 +125,8 @@ class GaLore(LowRankOptimizer):
             found[index] = self._directions(gradient, before[index], batch.is_wide)
         del gradients  # what waits for other ranks below must not be of the size of a matrix
         projector = yield from scatter_from_owners(found, layout, batch.owners)
-        with batch.state("projector") as (kept,):
-            kept.copy_(projector)
+        (kept,) = batch.state("projector")
+        kept.copy_(projector)
 
     def _directions(self, gradient: Tensor, before: Tensor, is_wide: bool) -> Tensor:
         """The new P (s, r) for the tall G (L, s); the one before where G has no directions."""

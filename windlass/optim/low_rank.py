@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from windlass.optim.base import Batch, MatrixOptimizer, StateSpec, check_adam, require_key
+from windlass.optim.base import MatrixOptimizer, StateSpec, check_adam, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Reply, all_gather, reduce_scatter
 from windlass.parallel.layout import Layout
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.base import StateSpec, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.config import LRAdjustment
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import COEFFICIENTS, newton_schulz
@@ -85,10 +86,10 @@ class Muon(WholeMatrixOptimizer):
     def update(self, batch: Batch) -> Update:
         group, layout = batch.group, batch.layout
         gradient = batch.gradient()
-        with batch.state("momentum_buffer") as (momentum,):
-            momentum.lerp_(gradient, 1 - group["momentum"])
-            direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
-            direction = direction.to(torch.bfloat16)
+        (momentum,) = batch.state("momentum_buffer")
+        momentum.lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
+        direction = direction.to(torch.bfloat16)
         del gradient
         whole = yield from gather_to_owners(direction, layout, batch.owners)
         whole = newton_schulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])

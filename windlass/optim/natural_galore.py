@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from windlass.optim.base import Batch, StateSpec, require_key
+from windlass.optim.base import StateSpec, require_key
+from windlass.optim.batch import Batch
 from windlass.optim.galore import GaLore
 from windlass.optim.lockstep import Reply, sum_over_ranks
 from windlass.parallel.fragment import local_tensor
@@ -71,14 +72,14 @@ class NaturalGaLore(GaLore):
             history[slot] = newest
         del projected
         products = yield from sum_over_ranks(torch.stack([products_with(history, slot) for history in histories]))
-        with batch.state("gram") as (parts,):
-            gram = parts.double().sum(1)
-            if is_first:
-                gram.zero_()
-            gram[:, slot] = products
-            gram[:, :, slot] = products
-            parts[:, 0] = gram
-            parts[:, 1] = gram - parts[:, 0]
+        (parts,) = batch.state("gram")
+        gram = parts.double().sum(1)
+        if is_first:
+            gram.zero_()
+        gram[:, slot] = products
+        gram[:, :, slot] = products
+        parts[:, 0] = gram
+        parts[:, 1] = gram - parts[:, 0]
         weights = natural_weights(gram, slot, batch.group["damping"])
         return torch.stack([combination(history, of_one) for history, of_one in zip(histories, weights, strict=True)])
 

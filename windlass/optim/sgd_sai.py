@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from windlass.optim.base import Batch, MatrixOptimizer, StateSpec, local_gradient, require_key
+from windlass.optim.base import MatrixOptimizer, StateSpec, require_key
+from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.lockstep import Reply, Update, sum_over_ranks
 from windlass.parallel.fragment import local_tensor
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from windlass.optim.base import Batch, MatrixOptimizer
+from windlass.optim.base import MatrixOptimizer
+from windlass.optim.batch import Batch
 from windlass.optim.lockstep import MAX_GATHERED_NUMEL, Gathered, Wave
 from windlass.parallel.layout import Layout
 
