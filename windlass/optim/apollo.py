@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch
+from windlass.optim.batch import Batch, matrix_squares, row_squares
 from windlass.optim.config import Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
@@ -86,26 +86,26 @@ class Apollo(LowRankOptimizer):
 
     def update(self, batch: Batch) -> Update:
         by_channel = batch.group["granularity"] == Granularity.channel
-        projected, row_squares = batch.project(own_rows(batch, self._projection(batch)), with_squares=by_channel)
-        if row_squares is None:
+        projection = own_rows(batch, self._projection(batch))
+        projected, squares = batch.project_and(row_squares if by_channel else matrix_squares, projection)
+        if not by_channel:
             projected = yield from sum_columns(batch, projected)
         elif is_cut_along_short_dim(batch):
-            both = yield from sum_columns(batch, torch.cat((projected, row_squares), dim=-1))
-            projected, row_squares = both[..., :-1], both[..., -1:]
+            both = yield from sum_columns(batch, torch.cat((projected, squares), dim=-1))
+            projected, squares = both[..., :-1], both[..., -1:]
         exp_avg, exp_avg_sq = batch.state("exp_avg", "exp_avg_sq")
         direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
         # What waits for other ranks below must not add up to the size of the state.
-        if row_squares is not None:
+        if by_channel:
             factor = _norm(direction) / (_norm(projected) + 1e-8)
             del direction, projected
-            squares = yield from sum_over_ranks((factor.square() * row_squares).sum((1, 2)))
-            norm = squares.sqrt()
+            square_norm = yield from sum_over_ranks((factor.square() * squares).sum((1, 2)))
+            norm = square_norm.sqrt()
             factor = yield from to_columns(batch, factor)
         else:
-            of_rows = [term.square().sum((1, 2)) for term in (direction, projected)]
+            terms = torch.stack([direction.square().sum((1, 2)), projected.square().sum((1, 2)), squares[:, 0, 0]])
             del direction, projected
-            squares = yield from sum_over_ranks(torch.stack([*of_rows, batch.total_squares()]))
-            of_direction, of_projected, of_gradient = squares.sqrt()
+            of_direction, of_projected, of_gradient = (yield from sum_over_ranks(terms)).sqrt()
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
             norm = factor[:, 0, 0] * of_gradient
         (prev_norm,) = batch.state("prev_norm")

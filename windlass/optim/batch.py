@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,27 +83,22 @@ class Batch:
         gradient = self.gradient()
         return gradient.mT if self.is_wide else gradient
 
-    def project(self, projector: Tensor, with_squares: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The tall gradients times `projector` [s, r] or [k, s, r]: [k, L, r].
+    def project(self, projector: Tensor) -> Tensor:
+        """The tall gradients times `projector` [s, r] or [k, s, r]: [k, L, r]."""
+        return self.project_and(lambda rows: rows.new_empty(()), projector)[0]
 
-        Returns:
-            also the sums of squares over their rows [k, L, 1], if wanted: from the same pass over each gradient.
-        """
+    def project_and(self, measure: Callable[[Tensor], Tensor], projector: Tensor) -> tuple[Tensor, Tensor]:
+        """`project`, and what `measure` finds of the tall gradients [k, L, s], while each is in the cache."""
         if self._is_stacked:
             gradient = self.tall_gradient()
-            return gradient @ projector, _row_squares(gradient) if with_squares else None
-        projected, squares = [], []
+            return gradient @ projector, measure(gradient)
+        projected, measured = [], []
         projectors = projector.expand(len(self), *projector.shape[-2:])
         for gradient, own_projector in zip(self.gradients(), projectors, strict=True):
             rows = gradient.mT if self.is_wide else gradient
             projected.append(rows @ own_projector)
-            if with_squares:
-                squares.append(_row_squares(rows))
-        return _stack(projected), _stack(squares) if with_squares else None
-
-    def total_squares(self) -> Tensor:
-        """The sum of squares of each gradient's part on this rank, [k]."""
-        return torch.stack(torch._foreach_norm(self.gradients())).square_()
+            measured.append(measure(rows))
+        return _stack(projected), _stack(measured)
 
     def state(self, *keys: str) -> list[Tensor]:
         """This rank's part of the state tensors of each key, [k, ...], to be changed in place."""
@@ -158,10 +154,16 @@ def local_gradient(parameter: Tensor) -> Tensor:
     return local_tensor(parameter.grad)
 
 
-def _row_squares(rows: Tensor) -> Tensor:
+def row_squares(rows: Tensor) -> Tensor:
+    """Sums of squares [..., L, 1] over the rows of [..., L, s]."""
     if rows.device.type == "cpu" and rows.stride(-1) != 1:
         return rows.square().sum(-1, keepdim=True)  # torch's norm over strided rows is 10 times slower
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True).square_()
+
+
+def matrix_squares(rows: Tensor) -> Tensor:
+    """Sums of squares [..., 1, 1] over the matrices [..., L, s]."""
+    return torch.linalg.vector_norm(rows, dim=(-2, -1), keepdim=True).square_()
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:

@@ -97,7 +97,7 @@ class GaLore(LowRankOptimizer):
 
     def project(self, batch: Batch, projector: Tensor) -> Reply:
         """What Adam gets: this rank's rows of R = G P, [k, own L, r]."""
-        return (yield from sum_columns(batch, batch.project(projector)[0]))
+        return (yield from sum_columns(batch, batch.project(projector)))
 
     def is_refresh(self, batch: Batch) -> bool:
         return (batch.step - 1) % batch.group["update_interval"] == 0
