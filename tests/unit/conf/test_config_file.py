@@ -81,7 +81,8 @@ def text_config() -> Config:
     return compose(["data=text", "data.path=corpus"])
 
 
-@given(values=st.lists(texts | odd_texts, min_size=7, max_size=7))
+# "???" is OmegaConf's mark of a value that must be given, so no value of ours.
+@given(values=st.lists((texts | odd_texts).filter(lambda text: text != "???"), min_size=7, max_size=7))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_reads_back_equal(values: list[str], text_config: Config, tmp_path: Path) -> None:
     config = copy.deepcopy(text_config)

@@ -81,4 +81,4 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
 
 def test_the_base_configuration_builds_nothing() -> None:
     with pytest.raises(NotImplementedError):
-        OptimConfig().build([])
+        OptimConfig().build(model())
