@@ -1,6 +1,7 @@
 """What a step of each optimizer costs: time beside torch's fused AdamW, and bytes of state.
 
     python benchmarks/optimizers.py [--rounds 30] [--device cuda --width 2048 --layers 8] [--only apollo muon]
+    python benchmarks/optimizers.py --memory      # state of the presets for each model size, counted without storage
 
 All optimizers update copies of one model's matrices with the same gradients, taking turns; a figure is the median over
 rounds of the ratio to AdamW in the same round. The limit is what memory and matrix products alone would take: the bytes
@@ -22,7 +23,9 @@ import torch
 from common import Spread, describe_machine, print_table
 from torch import nn
 
+from windlass.conf.compose import compose
 from windlass.optim import Apollo, Cosmos, GaLore, Muon, NaturalGaLore, SGDSaI
+from windlass.optim.base import MatrixOptimizer
 
 STEPS_A_ROUND = 3
 UPDATE_INTERVAL = 200
@@ -194,6 +197,27 @@ def llama_shapes(width: int, layers: int) -> list[tuple[int, int]]:
     return [*[(width, width)] * 4, *[(inner, width)] * 2, (width, inner)] * layers
 
 
+def memory_table() -> None:
+    """GiB of optimizer state over all ranks, with every preset's defaults."""
+    sizes = ("llama_60m", "llama_130m", "llama_350m", "llama_1b", "llama_7b")
+    names = ("adamw", "sgd_sai", "muon", "cosmos", "natural_galore", "galore", "apollo", "apollo_mini")
+    rows = []
+    for name in names:
+        cells = []
+        for size in sizes:
+            config = compose([f"model={size}", f"optim={name}", "model.vocab_size=32000"])
+            model = config.model.build()
+            optimizer = config.optim.build(model)
+            if isinstance(optimizer, MatrixOptimizer):
+                states = [optimizer.empty_state(parameter) for parameter in model.parameters()]
+                num_bytes = sum(value.nbytes for state in states for value in state.values())
+            else:
+                num_bytes = sum(2 * 4 * parameter.numel() for parameter in model.parameters())
+            cells.append(f"{num_bytes / 2**30:.2f}")
+        rows.append([name, *cells])
+    print_table(["GiB of state", *sizes], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
@@ -202,8 +226,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rank", type=int, help="default: a quarter of the width")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="only count the state of each model size")
     parser.add_argument("--only", nargs="+", help="names that contain one of these, beside AdamW")
     options = parser.parse_args()
+    if options.memory:
+        memory_table()
+        return
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     shapes = llama_shapes(options.width, options.layers)
