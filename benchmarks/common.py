@@ -116,9 +116,14 @@ def _receive(pipe: Connection) -> tuple[Any, str | None]:
         return None, "died without a word"
 
 
-def _rank_main(rank: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    if sys.platform == "linux":  # a benchmark that is ended must not leave ranks that compute on
+def die_with_parent() -> None:
+    """A benchmark that is ended must not leave processes that compute on."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _rank_main(rank: int, sender: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    die_with_parent()
     os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
     try:
         sender.send((function(*args), None))

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe_machine, num_cores, print_table
+from common import describe_machine, die_with_parent, num_cores, print_table
 
 from windlass.conf.schema import schema_of
 from windlass.optim.config import Granularity, OptimConfig
@@ -134,7 +134,7 @@ def run_all(jobs: list[Job], out: Path, tokens: Path, workers: int) -> dict[Job,
             results[job] = json.loads((out / job.file).read_text())
         else:
             missing.append(job)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=die_with_parent) as pool:
         futures = {pool.submit(train, job, tokens): job for job in missing}
         for number, future in enumerate(as_completed(futures), start=1):
             job, result = futures[future], future.result()

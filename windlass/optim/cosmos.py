@@ -128,7 +128,9 @@ class Cosmos(WholeMatrixOptimizer):
         """
         group = batch.group
         size, rank = math.sqrt(math.prod(batch.layout.shape)), scales.shape[-1]
-        inside, outside = torch.ormqr(reflectors, scales, direction, left=False).tensor_split((rank,), dim=-1)
+        # Contiguous, so that the bits of products and norms do not depend on how many matrices there are.
+        rotated = torch.ormqr(reflectors, scales, direction, left=False)
+        inside, outside = (part.contiguous() for part in rotated.tensor_split((rank,), dim=-1))
         is_direction = _norm(outside) > MIN_RESIDUAL * _norm(direction)
         outside = newton_schulz(outside, dtype=torch.float32 if self.compat else torch.bfloat16).float()
         outside = outside * torch.where(is_direction, group["gamma"] * size / _norm(outside), 0.0)
