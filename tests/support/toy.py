@@ -95,6 +95,8 @@ def build_optimizer(layout: Layout, model: Llama) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), fused=True)
     schema = schema_of("optim", layout.optimizer)
     settings = {"update_interval": 2} if "update_interval" in schema.__dataclass_fields__ else {}
+    if layout.optimizer == "cosmos":
+        settings["rank"] = 8  # with all directions Adam's part has the empty ones, and brings rounding to full size
     config = schema(name=layout.optimizer, **settings)
     config.lr /= 10
     return config.build(model)

@@ -36,14 +36,14 @@ def test_compat_gives_the_authors_weights(shape: tuple[int, int], weight_decay: 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
 def test_the_default_differs_from_compat_by_what_bfloat16_does(shape: tuple[int, int]) -> None:
-    """Of the residual's r empty directions it makes small ones, in Muon's part, which is a fifth of the update."""
+    """Some 4% of Muon's part, which is a fifth of the update; 1.3% to 3% if the residual kept its empty directions."""
     found = []
     for compat in (False, True):
         parameter = parameters_of([shape])[0]
         start = parameter.detach().clone()
         take_steps(golden_cosmos(parameter, 0.0, compat=compat), [parameter], range(8))
         found.append(parameter.detach() - start)
-    assert float((found[0] - found[1]).norm()) < 0.04 * float(found[1].norm())
+    assert float((found[0] - found[1]).norm()) < 0.013 * float(found[1].norm())
 
 
 def test_an_update_has_the_size_that_ratio_says() -> None:
