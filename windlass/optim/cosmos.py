@@ -29,8 +29,8 @@ class Cosmos(WholeMatrixOptimizer):
 
     State of an (a, b) matrix, with r = min(rank, a, b): `momentum_buffer` (a, b), cut as the matrix is; `exp_avg_sq`
     (a, r), `basis` (b, r) and `covariance` (r, r), cut along dim 0; and `step`. All float32. Cut over N ranks, a step
-    sends (3 a b + 2 (a r + b r + r^2)) (N-1)/N elements of a matrix, to its owner and back, in float32, and gives the
-    same to the bit as one rank.
+    sends (3 a b + 2 (a r + b r + r^2)) (N-1)/N elements of a matrix, to its owner and back, in float32. Its owner
+    computes what one rank would; how matrices lie in memory may change the last bit.
 
     Args:
         params: parameters or param groups, plain tensors or DTensors cut along one dim.
@@ -128,9 +128,7 @@ class Cosmos(WholeMatrixOptimizer):
         """
         group = batch.group
         size, rank = math.sqrt(math.prod(batch.layout.shape)), scales.shape[-1]
-        # Contiguous, so that the bits of products and norms do not depend on how many matrices there are.
-        rotated = torch.ormqr(reflectors, scales, direction, left=False)
-        inside, outside = (part.contiguous() for part in rotated.tensor_split((rank,), dim=-1))
+        inside, outside = torch.ormqr(reflectors, scales, direction, left=False).tensor_split((rank,), dim=-1)
         is_direction = _norm(outside) > MIN_RESIDUAL * _norm(direction)
         outside = newton_schulz(outside, dtype=torch.float32 if self.compat else torch.bfloat16).float()
         outside = outside * torch.where(is_direction, group["gamma"] * size / _norm(outside), 0.0)

@@ -26,7 +26,7 @@ class Muon(WholeMatrixOptimizer):
 
     State of an (a, b) matrix: `momentum_buffer` (a, b), cut as the matrix is, and `step`. Cut over N ranks, a step
     sends 2 a b (N-1)/N elements of it in bfloat16: to its owner and back. Newton-Schulz rounds to bfloat16 anyway, so
-    the result is the same to the bit as on one rank.
+    the result is that of one rank, on CPUs to the bit.
 
     Args:
         params: parameters or param groups, plain tensors or DTensors cut along one dim.

@@ -28,7 +28,7 @@ def newton_schulz(
     cheaper to follow G alone for a few steps, G <- p(G) G p(G), to multiply their p(G), and to apply the product to X
     once. For L = 4 s five steps cost 30 products of s^3 instead of 45.
 
-    Each result is the same to the bit whatever k is on CPUs.
+    On CPUs a result in bfloat16 is the same to the bit whatever k is.
 
     Args:
         eps: the least norm a matrix is divided by; zeros stay zeros.
