@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,20 +18,26 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.fragment import local_tensor
+from windlass.parallel.mesh import Mesh
 
 SHAPES = [(34, 49), (49, 34), (40, 40), (3, 64), (34, 49)]
 NUM_STEPS = 10
 REPLICATED = {"apollo": lambda short: 1, "apollo_mini": lambda short: 1, "sgd_sai": lambda short: 1}
-REPLICATED |= dict.fromkeys(("galore", "natural_galore"), lambda short: 2 * short)
-"""State elements that every rank holds, of a matrix whose shorter dim is given; GaLore's projector has rank 2."""
+REPLICATED |= {"galore": lambda short: 2 * short, "natural_galore": lambda short: 2 * short + 2 * 5 * 5}
+"""State elements that every rank holds, of a matrix whose shorter dim is given: projectors of rank 2, Gram matrices of 5."""
 ATOL = {"cosmos": 1e-5, "muon": 1e-5}
 every_optimizer = pytest.mark.parametrize("name", list(CASES))
 
 
-def sharded_run(name: str, dim: int) -> dict[str, Any]:
-    """Ten steps of recorded gradients on matrices and a vector that are cut along `dim` over all ranks."""
+def sharded_runs(dim: int) -> dict[str, dict[str, Any]]:
+    """Of each optimizer, ten steps of recorded gradients on matrices and a vector that are cut along `dim`."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
+    results = {name: sharded_run(name, dim, mesh) for name in CASES}
+    mesh.stop()
+    return results
 
+
+def sharded_run(name: str, dim: int, mesh: Mesh) -> dict[str, Any]:
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         along = dim if tensor.ndim > 1 else 0
         return tensor if mesh.device_mesh is None else distribute_tensor(tensor, mesh.device_mesh, [Shard(along)])
@@ -49,30 +56,29 @@ def sharded_run(name: str, dim: int) -> dict[str, Any]:
         for parameter in parameters
     ]
     empty = sum(local_tensor(parameter).numel() == 0 for parameter in parameters)
-    mesh.stop()
     return {"weights": whole, "comm": of_steps, "state_numel": state_numel(optimizer), "empty_shards": empty}
 
 
-@pytest.fixture(scope="module")
-def whole() -> dict[str, dict]:
-    return {}
+@lru_cache
+def results_of(num_ranks: int, dim: int) -> list[dict[str, dict[str, Any]]]:
+    """Ranks are started once for all optimizers."""
+    return run_ranks(sharded_runs, num_ranks, dim)
 
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @every_optimizer
-def test_sharded_updates_equal_whole_ones(name: str, num_ranks: int, dim: int, whole: dict[str, dict]) -> None:
-    if name not in whole:
-        whole[name] = run_ranks(sharded_run, 1, name, 0)[0]
-    results = run_ranks(sharded_run, num_ranks, name, dim)
+def test_sharded_updates_equal_whole_ones(name: str, num_ranks: int, dim: int) -> None:
+    whole = results_of(1, 0)[0][name]
+    results = [of_rank[name] for of_rank in results_of(num_ranks, dim)]
     for result in results:
-        for shape, found, expected in zip([*SHAPES, (7,)], result["weights"], whole[name]["weights"], strict=True):
+        for shape, found, expected in zip([*SHAPES, (7,)], result["weights"], whole["weights"], strict=True):
             np.testing.assert_allclose(
                 found, expected, rtol=0, atol=ATOL.get(name, 1e-6), err_msg=f"{name} {shape} cut along {dim}"
             )
     replicated = sum(REPLICATED.get(name, lambda short: 0)(min(shape)) for shape in SHAPES) + (name == "sgd_sai")
     total = sum(result["state_numel"] for result in results)
-    assert total == whole[name]["state_numel"] + (num_ranks - 1) * replicated
+    assert total == whole["state_numel"] + (num_ranks - 1) * replicated
     if num_ranks == 4 and dim == 0:
         assert any(result["empty_shards"] for result in results), "three rows over four ranks"
 
@@ -112,12 +118,17 @@ def test_the_long_cut_costs_galore_nothing_between_refreshes() -> None:
             assert (sum(carried.values()) > 0) == refreshes
 
 
+@lru_cache
+def one_process(optimizer: str) -> dict[str, Any]:
+    return toy_run(Layout("none", optimizer=optimizer), 5)
+
+
 @pytest.mark.parametrize("optimizer", list(CASES))
 @pytest.mark.parametrize("layout", [Layout("zero3"), Layout("zero1", cut="dim0")], ids=["zero3", "zero1"])
 def test_fsdp2_trains_the_same_model(optimizer: str, layout: Layout) -> None:
     """A Llama under FSDP2 with accumulation and clipping, against one process."""
     layout = replace(layout, optimizer=optimizer)
-    reference = run_ranks(toy_run, 1, layout, 5)[0]
+    reference = one_process(optimizer)
     results = run_ranks(toy_run, 2, layout, 5)
     for name, weight in reference["weights"].items():
         np.testing.assert_allclose(results[0]["weights"][name], weight, atol=2e-4, err_msg=name)
@@ -127,7 +138,7 @@ def test_fsdp2_trains_the_same_model(optimizer: str, layout: Layout) -> None:
 @pytest.mark.parametrize("layout", [Layout("hsdp", num_replicas=2), Layout("ddp"), Layout("zero2")], ids=str)
 def test_apollo_trains_the_same_model_under_every_sharding(layout: Layout) -> None:
     layout = replace(layout, optimizer="apollo")
-    reference = run_ranks(toy_run, 1, Layout("none", optimizer="apollo"), 5)[0]
+    reference = one_process("apollo")
     results = run_ranks(toy_run, 4, layout, 5)
     for name, weight in reference["weights"].items():
         np.testing.assert_allclose(results[0]["weights"][name], weight, atol=1e-4, err_msg=name)

@@ -63,9 +63,15 @@ def whole_weights(model: nn.Module) -> list[np.ndarray]:
     ]
 
 
-def life(name: str, folder: str | None, steps: range) -> list[np.ndarray]:
-    """Restores what `folder` has, takes the steps and saves."""
+def lives(folder: str | None, steps: range) -> dict[str, list[np.ndarray]]:
+    """Of each optimizer: restores what its part of `folder` has, takes the steps and saves; its whole weights."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
+    weights = {name: life(name, folder and f"{folder}/{name}", steps, mesh) for name in CASES}
+    mesh.stop()
+    return weights
+
+
+def life(name: str, folder: str | None, steps: range, mesh: Mesh) -> list[np.ndarray]:
     model, optimizer = build(name, mesh)
     checkpointer = None
     if folder is not None:
@@ -75,33 +81,60 @@ def life(name: str, folder: str | None, steps: range) -> list[np.ndarray]:
     take(model, optimizer, steps)
     if checkpointer is not None:
         checkpointer.save(steps.stop)
-    weights = whole_weights(model)
-    mesh.stop()
-    return weights
+    return whole_weights(model)
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> dict[str, list[np.ndarray]]:
+    return run_ranks(lives, 2, None, range(20))[0]
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[np.ndarray]]:
+    """10 and 10 steps on 2 ranks."""
+    folder = str(tmp_path_factory.mktemp("two"))
+    run_ranks(lives, 2, folder, range(10))
+    return run_ranks(lives, 2, folder, range(10, 20))[0]
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[np.ndarray]]:
+    """7 steps on 2 ranks, 7 on 4, 6 on 1."""
+    folder = str(tmp_path_factory.mktemp("several"))
+    run_ranks(lives, 2, folder, range(7))
+    run_ranks(lives, 4, folder, range(7, 14))
+    return run_ranks(lives, 1, folder, range(14, 20))[0]
+
+
+@pytest.fixture(scope="module")
+def on_one_rank() -> dict[str, list[np.ndarray]]:
+    return run_ranks(lives, 1, None, range(20))[0]
 
 
 @every_optimizer
-def test_ten_and_ten_steps_are_twenty_to_the_bit(name: str, tmp_path: Path) -> None:
-    undisturbed = run_ranks(life, 2, name, None, range(20))[0]
-    run_ranks(life, 2, name, str(tmp_path), range(10))
-    resumed = run_ranks(life, 2, name, str(tmp_path), range(10, 20))[0]
-    for found, expected in zip(resumed, undisturbed, strict=True):
+def test_ten_and_ten_steps_are_twenty_to_the_bit(name: str, undisturbed: dict, resumed: dict) -> None:
+    for found, expected in zip(resumed[name], undisturbed[name], strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
 @every_optimizer
-def test_two_four_and_one_ranks_are_one(name: str, tmp_path: Path) -> None:
-    whole = run_ranks(life, 1, name, None, range(20))[0]
-    run_ranks(life, 2, name, str(tmp_path), range(7))
-    run_ranks(life, 4, name, str(tmp_path), range(7, 14))
-    resumed = run_ranks(life, 1, name, str(tmp_path), range(14, 20))[0]
-    for found, expected in zip(resumed, whole, strict=True):
+def test_two_four_and_one_ranks_are_one(name: str, moved: dict, on_one_rank: dict) -> None:
+    for found, expected in zip(moved[name], on_one_rank[name], strict=True):
         np.testing.assert_allclose(found, expected, rtol=0, atol=ATOL.get(name, 1e-6))
 
 
-def dcp_life(name: str, folder: str, steps: range) -> list[np.ndarray]:
-    """As `life`, with torch's own distributed checkpoints."""
+DCP_CASES = ("apollo", "galore", "sgd_sai")
+
+
+def dcp_lives(folder: str, steps: range) -> dict[str, list[np.ndarray]]:
+    """As `lives`, with torch's own distributed checkpoints."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
+    weights = {name: dcp_life(name, f"{folder}/{name}", steps, mesh) for name in DCP_CASES}
+    mesh.stop()
+    return weights
+
+
+def dcp_life(name: str, folder: str, steps: range, mesh: Mesh) -> list[np.ndarray]:
     model, optimizer = build(name, mesh)
     if steps.start:
         model_state, optimizer_state = get_state_dict(model, optimizer)  # makes the state that is read into
@@ -112,18 +145,15 @@ def dcp_life(name: str, folder: str, steps: range) -> list[np.ndarray]:
     if not steps.start:
         model_state, optimizer_state = get_state_dict(model, optimizer)
         dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-    weights = whole_weights(model)
-    mesh.stop()
-    return weights
+    return whole_weights(model)
 
 
-@pytest.mark.parametrize("name", ["apollo", "galore", "sgd_sai"])
-def test_through_torchs_distributed_checkpoints(name: str, tmp_path: Path) -> None:
-    undisturbed = run_ranks(life, 2, name, None, range(12))[0]
-    run_ranks(dcp_life, 2, name, str(tmp_path), range(6))
-    resumed = run_ranks(dcp_life, 2, name, str(tmp_path), range(6, 12))[0]
-    for found, expected in zip(resumed, undisturbed, strict=True):
-        np.testing.assert_array_equal(found, expected)
+def test_through_torchs_distributed_checkpoints(undisturbed: dict, tmp_path: Path) -> None:
+    run_ranks(dcp_lives, 2, str(tmp_path), range(6))
+    resumed = run_ranks(dcp_lives, 2, str(tmp_path), range(6, 20))[0]
+    for name in DCP_CASES:
+        for found, expected in zip(resumed[name], undisturbed[name], strict=True):
+            np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def refused_life(saved: str, restoring: str, folder: str, rank: int) -> tuple[str, bool]:
