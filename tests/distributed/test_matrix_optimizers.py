@@ -24,7 +24,7 @@ SHAPES = [(34, 49), (49, 34), (40, 40), (3, 64), (34, 49)]
 NUM_STEPS = 10
 REPLICATED = {"apollo": lambda short: 1, "apollo_mini": lambda short: 1, "sgd_sai": lambda short: 1}
 REPLICATED |= {"galore": lambda short: 2 * short, "natural_galore": lambda short: 2 * short + 2 * 5 * 5}
-"""State elements that every rank holds, of a matrix whose shorter dim is given: projectors of rank 2, Gram matrices of 5."""
+"""State elements that every rank holds of a matrix with that shorter dim: projectors of rank 2, Gram matrices of 5."""
 ATOL = {"cosmos": 1e-5, "muon": 1e-5}
 every_optimizer = pytest.mark.parametrize("name", list(CASES))
 
