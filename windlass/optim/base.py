@@ -179,7 +179,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             # torch casts state to the parameter's dtype; float32 moments of bfloat16 weights must stay what they are.
             for key, value in state_dict["state"].get(index, {}).items():
                 device = "cpu" if key == "step" else parameter.device
-                self.state[parameter][key] = value.to(device=device, copy=True)
+                self.state[parameter][key] = torch.as_tensor(value).to(device=device, copy=True)
 
     def _check_state(self, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
         if state is None:
