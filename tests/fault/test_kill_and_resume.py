@@ -13,14 +13,24 @@ from support import runs
 from windlass.errors import EXIT_DONE
 
 NUM_RANKS = 2
-SHORT = [("zero3", 1, "float32"), ("zero1", 4, "bfloat16"), ("zero2", 1, "float32")]
-FULL = list(itertools.product(("zero1", "zero2", "zero3"), (1, 4), ("float32", "bfloat16")))
+LOW_RANK = ("optim.rank=4", "optim.update_interval=7")
+APOLLO = ("optim=apollo", *LOW_RANK)
+IN_BACKWARD = (*APOLLO, "optim.in_backward=previous_norm")
+SHORT = [("zero3", 1, "float32", APOLLO), ("zero1", 4, "bfloat16", ()), ("zero2", 1, "float32", IN_BACKWARD)]
+FULL = [
+    *itertools.product(("zero1", "zero2", "zero3"), (1, 4), ("float32", "bfloat16"), ((),)),
+    *(("zero3", 1, "float32", (f"optim={name}", *LOW_RANK)) for name in ("apollo", "galore", "natural_galore")),
+    *(("zero3", 1, "float32", (f"optim={name}",)) for name in ("apollo_mini", "muon", "cosmos", "sgd_sai")),
+    ("zero1", 4, "bfloat16", IN_BACKWARD),
+]
 
 
-def survive(tmp_path: Path, sharding: str, accumulation: int, dtype: str, num_kills: int, seed: int) -> list[str]:
+def survive(
+    tmp_path: Path, sharding: str, accumulation: int, dtype: str, optim: tuple[str, ...], num_kills: int, seed: int
+) -> list[str]:
     """Runs undisturbed, then with `num_kills` kills, and compares. Returns when each kill struck, for the log."""
     overrides = (f"parallel={sharding}", f"train.grad_accum_steps={accumulation}", f"train.dtype={dtype}")
-    overrides += ("model.dropout=0.1", "train.steps=30", "checkpoint.persist_every=2")
+    overrides += ("model.dropout=0.1", "train.steps=30", "checkpoint.persist_every=2", *optim)
     calm = runs.run_config(tmp_path, "calm", *overrides)
     begin = time.monotonic()
     assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(calm)
@@ -61,18 +71,17 @@ def wait_for_writing(life: runs.Life, checkpoints: Path, skip: int) -> str:
     return "after the end"
 
 
-@pytest.mark.parametrize(("sharding", "accumulation", "dtype"), SHORT)
-def test_killed_runs_end_with_the_same_bits(tmp_path: Path, sharding: str, accumulation: int, dtype: str) -> None:
-    survive(tmp_path, sharding, accumulation, dtype, num_kills=2, seed=accumulation)
+@pytest.mark.parametrize(("sharding", "accumulation", "dtype", "optim"), SHORT)
+def test_killed_runs_end_with_the_same_bits(
+    tmp_path: Path, sharding: str, accumulation: int, dtype: str, optim: tuple[str, ...]
+) -> None:
+    survive(tmp_path, sharding, accumulation, dtype, optim, num_kills=2, seed=accumulation)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("sharding", "accumulation", "dtype"), FULL)
-def test_killed_runs_end_with_the_same_bits_everywhere(
-    tmp_path: Path, sharding: str, accumulation: int, dtype: str
-) -> None:
-    struck = survive(
-        tmp_path, sharding, accumulation, dtype, num_kills=4, seed=FULL.index((sharding, accumulation, dtype))
-    )
-    print(f"{sharding} x{accumulation} {dtype}: {struck}")
+@pytest.mark.parametrize("number", range(len(FULL)), ids=["-".join(map(str, layout)) for layout in FULL])
+def test_killed_runs_end_with_the_same_bits_everywhere(tmp_path: Path, number: int) -> None:
+    sharding, accumulation, dtype, optim = FULL[number]
+    struck = survive(tmp_path, sharding, accumulation, dtype, optim, num_kills=4, seed=number)
+    print(f"{sharding} x{accumulation} {dtype} {' '.join(optim)}: {struck}")

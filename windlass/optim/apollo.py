@@ -29,9 +29,9 @@ from windlass.parallel.random import fill_normal_
 
 MAX_NORM_GROWTH = 1.01
 """A step's update may be this much longer than the one before (the norm-growth limiter of Fira, 2024)."""
-MIN_NORM_MEMORY = 0.9
+MIN_NORM_MEMORY = 0.6
 """The limiter's memory falls by no more than this factor a step. Without a floor one zero gradient makes every later
-update 1e-8 long, and it takes over 1,800 steps of 1% to recover."""
+update 1e-8 long, and it takes over 1,800 steps of 1% to recover. Lengths of ordinary steps fall less."""
 
 
 class Apollo(LowRankOptimizer):
