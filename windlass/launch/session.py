@@ -287,7 +287,7 @@ def _logging_to(path: Path) -> Iterator[None]:
         raise unusable(path.parent.parent, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.addHandler(handler)
+    others, root.handlers = root.handlers, [handler]  # Hydra's would print errors a second time
     logging.captureWarnings(True)
     try:
         yield
@@ -299,5 +299,5 @@ def _logging_to(path: Path) -> Iterator[None]:
         raise
     finally:
         logging.captureWarnings(False)
-        root.removeHandler(handler)
+        root.handlers = others
         handler.close()

@@ -54,7 +54,7 @@ def low_rank_param_groups(
     small = [(name, parameter) for name, parameter in sorted_.inner if min(parameter.shape) <= rank]
     if not large:
         widths = sorted({min(parameter.shape) for _, parameter in sorted_.inner})
-        raise ValueError(f"rank={rank}: no linear layer inside the model is wider; their smaller dims are {widths}")
+        raise ValueError(f"no linear layer inside the model is wider than rank {rank}: their smaller dims are {widths}")
     groups = [{"params": large, "rank": rank, **keys}, {"params": sorted_.outer + small}]
     return _without_empty([*groups, {"params": sorted_.vectors, "weight_decay": 0.0}])
 
