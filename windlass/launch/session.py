@@ -287,7 +287,8 @@ def _logging_to(path: Path) -> Iterator[None]:
         raise unusable(path.parent.parent, error) from error
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    others, root.handlers = root.handlers, [handler]  # Hydra's would print errors a second time
+    others = root.handlers
+    root.handlers = [handler]  # and none of Hydra's, which would print errors a second time
     logging.captureWarnings(True)
     try:
         yield
