@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
@@ -62,19 +61,10 @@ class Apollo(LowRankOptimizer):
         "seed": 0,
     }
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        compat: bool = False,
-    ) -> None:
-        self.compat = compat
-        self._projections: dict[Any, dict[int, Tensor]] = {}
-        super().__init__(params, lr, betas, eps, weight_decay)
+    @cached_property
+    def _projections(self) -> dict[Any, dict[int, Tensor]]:
+        """Those in use; no state, as they can be made again."""
+        return {}
 
     def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
         super().check_matrix(group, name, parameter)
@@ -109,18 +99,18 @@ class Apollo(LowRankOptimizer):
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
             norm = factor[:, 0, 0] * of_gradient
         (prev_norm,) = batch.state("prev_norm")
-        excess = self._limit_growth(norm, prev_norm, batch.step)
+        excess = self._limit_growth(norm, prev_norm, batch.step, batch.group["compat"])
         factor = factor * (adam_step_size(batch) * batch.group["scale"] ** 0.5 / excess)[:, None, None]
         batch.subtract_scaled_gradient(factor.mT if batch.is_wide else factor)
         batch.decay()
 
-    def _limit_growth(self, norm: Tensor, prev_norm: Tensor, step: int) -> Tensor:
+    def _limit_growth(self, norm: Tensor, prev_norm: Tensor, step: int, is_compat: bool) -> Tensor:
         """By how much an update of length `norm` is too long; sets `prev_norm` to its length after division by that."""
         if step == 1:
             prev_norm.copy_(norm)
             return torch.ones_like(norm)
         excess = (norm / (prev_norm + 1e-8)).clamp_(min=MAX_NORM_GROWTH).div_(MAX_NORM_GROWTH)
-        if self.compat:
+        if is_compat:
             prev_norm.copy_(norm / excess)
             return excess
         excess = torch.where(prev_norm > 0, excess, torch.ones_like(excess))  # nothing to compare with yet
@@ -131,7 +121,7 @@ class Apollo(LowRankOptimizer):
         """P of this step, (s, r): N(0, 1/r), the same for all matrices of one width (compat: [k, s, r])."""
         epoch = (batch.step - 1) // batch.group["update_interval"]
         width, rank, device = min(batch.layout.shape), batch.group["rank"], batch.parameters[0].device
-        if self.compat:
+        if batch.group["compat"]:
             makers = [(member, partial(self._authors_projection, member, rank, epoch)) for member in batch.parameters]
             return torch.stack([self._kept((member, epoch), make) for member, make in makers])
         key = (batch.group["seed"], width, rank, device)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adamw_step
 from windlass.optim.batch import Batch, local_gradient
@@ -50,10 +49,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     matrix_keys: Mapping[str, Any] = {}
     """Keys that a param group of matrices may have, and their defaults; other groups get torch's AdamW."""
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
 
     # What a subclass says.
 
@@ -102,9 +97,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if is_matrices:
             for key, default in self.matrix_keys.items():
                 group.setdefault(key, default)
-        first = len(self._names)
-        names = group.get("param_names") or [f"parameter {first + i}" for i in range(len(group["params"]))]
-        for name, parameter in zip(names, group["params"], strict=True):
+        if "betas" in group:
+            check_adam(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        for parameter in group["params"]:
+            name = self._name_of(parameter)
             if parameter.dtype not in (torch.float32, torch.bfloat16):
                 raise ValueError(
                     f"{name} is {parameter.dtype}: {type(self).__name__} updates float32 and bfloat16 parameters; "
@@ -113,7 +109,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
             layout_of(parameter)
             if is_matrices:
                 self.check_matrix(group, name, parameter)
-        self._names.update(zip(group["params"], names, strict=True))
+
+    def _name_of(self, parameter: Tensor) -> str:
+        """For messages: the name that it was given with, or its number."""
+        number = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [f"parameter {number + i}" for i in range(len(group["params"]))]
+            for name, member in zip(names, group["params"], strict=True):
+                if member is parameter:
+                    return name
+            number += len(names)
+        raise AssertionError("the optimizer does not have this parameter")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -132,7 +138,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for parameter in itertools.chain(*trained):
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(
-                    f"{self._names[parameter]} has a sparse gradient, which {type(self).__name__} does not support: "
+                    f"{self._name_of(parameter)} has a sparse gradient, which {type(self).__name__} does not support: "
                     "make its module with sparse=False"
                 )
         batches: list[Batch] = []
@@ -188,7 +194,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         found = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
         if expected != found:
             raise ValueError(
-                f"the state of {self._names[parameter]} is {found} and {type(self).__name__} needs {expected}: "
+                f"the state of {self._name_of(parameter)} is {found} and {type(self).__name__} needs {expected}: "
                 "it is of another optimizer, or of another rank"
             )
 

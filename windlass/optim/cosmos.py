@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from windlass.optim.base import StateSpec, check_adam, require_key
+from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import newton_schulz
@@ -56,8 +56,6 @@ class Cosmos(WholeMatrixOptimizer):
         weight_decay: float = 0.0,
         compat: bool = False,
     ) -> None:
-        check_adam(lr, betas, eps, weight_decay)
-        self.compat = compat
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -66,12 +64,12 @@ class Cosmos(WholeMatrixOptimizer):
             "gamma": gamma,
             "ratio": ratio,
             "weight_decay": weight_decay,
+            "compat": compat,
         }
         super().__init__(params, defaults)
 
     def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
         super().check_matrix(group, name, parameter)
-        check_adam(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         require_key(group, "rank", lambda rank: isinstance(rank, int) and rank >= 1, "must be a whole number from 1")
         require_key(group, "gamma", lambda gamma: 0 <= gamma < math.inf, "must be finite and not negative")
         require_key(group, "ratio", lambda ratio: 0 < ratio < math.inf, "must be above 0 and finite")
@@ -130,7 +128,7 @@ class Cosmos(WholeMatrixOptimizer):
         size, rank = math.sqrt(math.prod(batch.layout.shape)), scales.shape[-1]
         inside, outside = torch.ormqr(reflectors, scales, direction, left=False).tensor_split((rank,), dim=-1)
         is_direction = _norm(outside) > MIN_RESIDUAL * _norm(direction)
-        outside = newton_schulz(outside, dtype=torch.float32 if self.compat else torch.bfloat16).float()
+        outside = newton_schulz(outside, dtype=torch.float32 if group["compat"] else torch.bfloat16).float()
         outside = outside * torch.where(is_direction, group["gamma"] * size / _norm(outside), 0.0)
         correction = 1 - group["betas"][1] ** batch.step
         adam = inside / (exp_avg_sq / correction).sqrt_().add_(group["eps"])

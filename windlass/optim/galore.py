@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
@@ -51,19 +50,6 @@ class GaLore(LowRankOptimizer):
     """
 
     matrix_keys: Mapping[str, Any] = {"update_interval": 200, "scale": 0.25, "shard_projector": False}
-
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        compat: bool = False,
-    ) -> None:
-        self.compat = compat
-        super().__init__(params, lr, betas, eps, weight_decay)
 
     def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
         super().check_matrix(group, name, parameter)
@@ -122,13 +108,13 @@ class GaLore(LowRankOptimizer):
         gradients = yield from gather_to_owners(batch.tall_gradient(), batch.tall_layout, batch.owners)
         found = torch.empty_like(before)
         for index, gradient in enumerate(gradients):
-            found[index] = self._directions(gradient, before[index], batch.is_wide)
+            found[index] = self._directions(gradient, before[index], batch.is_wide, batch.group["compat"])
         del gradients  # what waits for other ranks below must not be of the size of a matrix
         projector = yield from scatter_from_owners(found, layout, batch.owners)
         (kept,) = batch.state("projector")
         kept.copy_(projector)
 
-    def _directions(self, gradient: Tensor, before: Tensor, is_wide: bool) -> Tensor:
+    def _directions(self, gradient: Tensor, before: Tensor, is_wide: bool, is_compat: bool) -> Tensor:
         """The new P (s, r) for the tall G (L, s); the one before where G has no directions."""
         low, high = torch.stack(gradient.aminmax()).tolist()
         if not high - low < float("inf"):
@@ -136,7 +122,7 @@ class GaLore(LowRankOptimizer):
             # rank while the others wait for it.
             return before
         rank = before.shape[-1]
-        if self.compat:
+        if is_compat:
             # In the matrix's own orientation, on which the signs depend.
             matrix = (gradient.mT if is_wide else gradient).contiguous()
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from windlass.optim.base import MatrixOptimizer, StateSpec, check_adam, require_key
+from windlass.optim.base import MatrixOptimizer, StateSpec, require_key
 from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Reply, all_gather, reduce_scatter
 from windlass.parallel.layout import Layout
@@ -26,9 +27,18 @@ class LowRankOptimizer(MatrixOptimizer):
     authors of GaLore and APOLLO do it.
     """
 
-    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-        check_adam(lr, betas, eps, weight_decay)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        compat: bool = False,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "compat": compat}
+        super().__init__(params, defaults)
 
     def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
         return "rank" in group

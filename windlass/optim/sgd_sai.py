@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,8 +46,12 @@ class SGDSaI(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        self._measured: set[Tensor] = set()
         super().__init__(params, {"lr": lr, "momentum": momentum, "eps": eps, "weight_decay": weight_decay})
+
+    @cached_property
+    def _measured(self) -> set[Tensor]:
+        """The tensors that are known to have their gsnr."""
+        return set()
 
     def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
         return True

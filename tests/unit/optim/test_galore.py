@@ -204,7 +204,7 @@ def model() -> nn.Module:
 def test_the_configuration_builds_it() -> None:
     config = GaLoreConfig(lr=0.02, rank=4, update_interval=5, shard_projector=True, adamw_lr=1e-3, weight_decay=0.3)
     optimizer = config.build(model())
-    assert type(optimizer) is GaLore and not optimizer.compat
+    assert type(optimizer) is GaLore and not optimizer.defaults["compat"]
     projected, *rest = optimizer.param_groups
     assert projected["param_names"] == ["1.weight"]
     keys = ("rank", "update_interval", "scale", "shard_projector", "lr", "weight_decay", "betas", "eps")

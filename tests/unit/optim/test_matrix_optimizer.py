@@ -240,3 +240,23 @@ def test_empty_state_is_what_the_first_step_makes(name: str) -> None:
         assert {key: (value.shape, value.dtype) for key, value in empty.items()} == {
             key: (value.shape, value.dtype) for key, value in made.items()
         }
+
+
+@every_optimizer
+def test_a_copy_goes_on_by_itself(name: str) -> None:
+    parameters, optimizer = build(name)
+    take_steps(optimizer, parameters, range(3))
+    copies, copied = copy.deepcopy((parameters, optimizer))
+    take_steps(copied, copies, range(3, 6))
+    assert not torch.equal(copies[0], parameters[0])
+    take_steps(optimizer, parameters, range(3, 6))
+    assert_equal(weights(copies), weights(parameters))
+
+
+@every_optimizer
+@pytest.mark.parametrize("keys", [{"lr": -1.0}, {"weight_decay": float("nan")}])
+def test_keys_of_a_group_are_checked(name: str, keys: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(keys))):
+        make(name, parameters_of([(10, 7)])).add_param_group(
+            {"params": parameters_of([(4, 4)]), **CASES[name][1], **keys}
+        )

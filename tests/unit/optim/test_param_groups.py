@@ -113,7 +113,7 @@ def test_a_preset_builds_its_optimizer_and_trains(name: str) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.1
 
 
