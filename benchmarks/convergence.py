@@ -163,8 +163,8 @@ def plot(of_best: dict[str, list[dict[str, Any]]], rates: dict[str, float], path
             (line,) = axes.plot(tokens, mean, label=f"{name} (lr {rates[name]:g}): {mean[-1]:.3f}")
             lowest, highest = [min(point) for point in losses], [max(point) for point in losses]
             axes.fill_between(tokens, lowest, highest, color=line.get_color(), alpha=0.15)
-    finals = [result["val_loss"][-1] for results in of_best.values() for result in results]
-    end.set_ylim(min(finals) - 0.05, sorted(finals)[-4] + 0.35)
+    finals = [final(result) for results in of_best.values() for result in results]
+    end.set_ylim(min(finals) - 0.05, statistics.mean(final(result) for result in of_best["adamw"]) + 0.4)
     points = next(iter(of_best.values()))[0]["tokens"]
     end.set_xlim(left=points[len(points) // 2] / 1e6)
     for axes in (whole, end):

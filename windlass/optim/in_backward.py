@@ -99,7 +99,7 @@ class StepInBackward:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         norm = state["previous_norm"]
-        self._previous_norm = None if norm is None else torch.tensor(norm)
+        self._previous_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
 
     def _last_norm(self, like: Tensor) -> Tensor:
         """Of the step before; 0, which clips nothing, at the first."""
