@@ -47,7 +47,7 @@ def test_this_machine_is_looked_over_in_time_and_left_as_it_was(tmp_path: Path) 
     checks = diagnose(tmp_path)
     assert time.perf_counter() - begin < 8.0
     names = [check.name for check in checks]
-    assert len(set(names)) == len(names) == 13
+    assert len(set(names)) == len(names) == 14
     by_name = {check.name: check for check in checks}
     for name in ("python", "torch", "gloo", "disk write"):
         assert by_name[name].status is not Status.fail, by_name[name].detail
@@ -157,6 +157,19 @@ def test_a_disk_without_direct_io(tmp_path: Path, quick: None, monkeypatch: pyte
     monkeypatch.setattr(doctor.os, "write", write)
     check = only("direct I/O", tmp_path)
     assert check.status is Status.warn and "Invalid argument" in check.detail
+
+
+def test_the_codec_that_is_used_and_what_to_do_about_it(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_CODEC_SHARD_BYTES", 1 << 16)
+    if doctor.isal.load() is not None:
+        check = only("erasure codec", tmp_path)
+        assert check.status is Status.passed and check.detail.startswith("isa-l: ") and "GB/s" in check.detail
+    monkeypatch.setattr(doctor.isal, "load", lambda: None)
+    check = only("erasure codec", tmp_path)
+    assert check.status is Status.warn and check.detail.startswith("torch: ")
+    assert "pip install pyeclib" in str(check.fix)
 
 
 def test_gloo_that_cannot_meet_fails(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
