@@ -189,12 +189,13 @@ def _matrix_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _matrix_inverse(matrix: np.ndarray) -> np.ndarray:
-    """Of an invertible (n, n) matrix over GF(2^8), by Gauss-Jordan elimination."""
+    """Of an (n, n) part of a parity matrix, by Gauss-Jordan elimination.
+
+    Without a search for pivots: the leading parts of such a matrix are invertible too, so none is ever 0.
+    """
     size = len(matrix)
     both = np.concatenate([matrix, np.eye(size, dtype=np.uint8)], axis=1)
     for column in range(size):
-        pivot = column + int(np.flatnonzero(both[column:, column])[0])
-        both[[column, pivot]] = both[[pivot, column]]
         both[column] = gf_multiply(both[column], gf_inverse(both[column, column]))
         others = both[:, column].copy()
         others[column] = 0
