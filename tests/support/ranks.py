@@ -14,7 +14,22 @@ import torch.multiprocessing as mp
 
 # A server process that has imported torch and is forked for each rank: seconds a test less than fresh interpreters.
 CONTEXT = mp.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "support.toy", "support.runs"])
+CONTEXT.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "pytest",
+        "support.toy",
+        "support.runs",
+        "support.optimizers",
+        "windlass.optim.apollo",
+        "windlass.optim.natural_galore",
+        "windlass.optim.muon",
+        "windlass.optim.cosmos",
+        "windlass.optim.sgd_sai",
+    ]
+)
 
 
 def free_port() -> int:
