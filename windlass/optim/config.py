@@ -135,8 +135,22 @@ class Granularity(StrEnum):
 
 
 @dataclass
-class LowRankConfig(OptimConfig):
-    """What optimizers of projected gradients have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+class MatrixConfig(OptimConfig):
+    """What optimizers of matrices have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+
+    adamw_lr: float | None = None
+    """Null is `lr`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rate = self.adamw_lr
+        rule = "must be above 0 and finite"
+        require(rate is None or 0 < rate < math.inf, "optim.adamw_lr", rate, rule, "leave it out")
+
+
+@dataclass
+class LowRankConfig(MatrixConfig):
+    """What optimizers of projected gradients have."""
 
     lr: float = 1e-2
     weight_decay: float = 0.0
@@ -147,15 +161,13 @@ class LowRankConfig(OptimConfig):
     update_interval: int = 200
     """Steps between projections."""
     scale: float = 1.0
-    adamw_lr: float | None = None
-    """Null is `lr`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.betas = checked_betas(self.betas)
-        for key in ("eps", "scale", "adamw_lr"):
+        for key in ("eps", "scale"):
             value = getattr(self, key)
-            require(value is None or 0 < value < math.inf, f"optim.{key}", value, "must be above 0", "leave it out")
+            require(0 < value < math.inf, f"optim.{key}", value, "must be above 0", "leave it out")
         for key in ("rank", "update_interval"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"optim.{key}", value, "must be at least 1", "leave it out")
@@ -234,21 +246,8 @@ class NaturalGaLoreConfig(GaLoreConfig):
 
 
 @dataclass
-class WholeMatrixConfig(OptimConfig):
-    """What optimizers of whole matrices have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
-
-    adamw_lr: float | None = None
-    """Null is `lr`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.adamw_lr is None or 0 < self.adamw_lr < math.inf,
-            "optim.adamw_lr",
-            self.adamw_lr,
-            "must be above 0 and finite",
-            "leave it out",
-        )
+class WholeMatrixConfig(MatrixConfig):
+    """What optimizers of whole matrices have."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         from windlass.optim.param_groups import matrix_param_groups

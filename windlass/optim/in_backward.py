@@ -33,8 +33,8 @@ class StepInBackward:
     and with FSDP2's, whose gradients arrive unit by unit. With several micro-steps the gradients of the earlier ones
     are kept as ever; only the last pass frees them.
 
-    A bucket with a gradient that is not finite is updated as if its gradients were zero: its weights stay, or follow
-    their momentum; the other buckets' updates are made.
+    A bucket with a gradient that is not finite is updated as if its gradients were zero: its weights decay, or follow
+    their momentum, at most; the other buckets' updates are made.
 
     Args:
         mode: `unclipped`, or `previous_norm`: gradients are scaled so that the norm would be at most `max_norm` if it
