@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-import torch
 
 from windlass.checkpoint import isal
 
@@ -28,10 +27,9 @@ if TYPE_CHECKING:
 MAX_SHARDS = 255
 ENGINES = ("isa-l", "torch")
 
-_POLYNOMIAL = 0x11D
+POLYNOMIAL = 0x11D
 _WORKING_BYTES = 6 << 20
 """Touched at once, all shards together: with more than 6 targets ISA-L reads the sources again, from a cache."""
-_TORCH_BLOCK_BYTES = 32 << 10
 
 
 class Codec:
@@ -163,7 +161,7 @@ def _powers() -> tuple[np.ndarray, np.ndarray]:
     for exponent in range(255):
         powers[exponent] = powers[exponent + 255] = value
         logarithms[value] = exponent
-        value = value << 1 ^ (_POLYNOMIAL if value & 0x80 else 0)
+        value = value << 1 ^ (POLYNOMIAL if value & 0x80 else 0)
     return powers, logarithms
 
 
@@ -262,7 +260,10 @@ def _engine(name: str | None) -> _Engine:
         return _IsalEngine(library)
     if name == "isa-l":
         raise ValueError(f"engine='isa-l': ISA-L cannot be loaded. Fix: {isal.FIX}")
-    return _TorchEngine()
+    # Late: agents, which have ISA-L, do not wait for torch, nor hold its memory.
+    from windlass.checkpoint.erasure_torch import TorchEngine
+
+    return TorchEngine()
 
 
 class _IsalEngine:
@@ -314,56 +315,3 @@ def _pointers(places: list[int], offset: int) -> ctypes.Array[ctypes.c_void_p]:
 def _block_bytes(num_shards: int) -> int:
     """Of a shard, in whole pages, so that aligned shards stay so."""
     return max(16, _WORKING_BYTES // num_shards // 4096) * 4096
-
-
-class _TorchEngine:
-    """Eight bytes a word and no table. By Horner's rule over the bits of the coefficients, highest first:
-
-    target = (...((sum of sources with bit 7) * 2 + sum of sources with bit 6) * 2 + ...) + sum of sources with bit 0.
-    Seven doublings a row, however many sources. Blocks are copied to where they stay in a cache, aligned to words.
-    """
-
-    name = "torch"
-
-    def multiply(self, coefficients: np.ndarray, sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
-        self._run(coefficients, sources, targets, accumulate=False)
-
-    def add(self, coefficients: np.ndarray, source: np.ndarray, targets: list[np.ndarray]) -> None:
-        self._run(coefficients, [source], targets, accumulate=True)
-
-    def _run(
-        self, coefficients: np.ndarray, sources: list[np.ndarray], targets: list[np.ndarray], accumulate: bool
-    ) -> None:
-        words = torch.zeros(len(sources) + 3, _TORCH_BLOCK_BYTES // 8, dtype=torch.int64)
-        staging = words.view(torch.uint8).numpy()
-        *inputs, total, high, low = words
-        result = staging[len(sources)]
-        for start in range(0, targets[0].size, _TORCH_BLOCK_BYTES):
-            size = min(_TORCH_BLOCK_BYTES, targets[0].size - start)
-            part = slice(start, start + size)
-            for stage, source in zip(staging, sources, strict=False):
-                stage[:size] = source[part]
-            for row, target in zip(coefficients.tolist(), targets, strict=True):
-                _horner(row, inputs, total, high, low)
-                if accumulate:
-                    np.bitwise_xor(target[part], result[:size], out=target[part])
-                else:
-                    target[part] = result[:size]
-
-
-def _horner(
-    row: list[int], inputs: list[torch.Tensor], total: torch.Tensor, high: torch.Tensor, low: torch.Tensor
-) -> None:
-    """total = the sum of the products of `row` and `inputs`, words of 8 bytes; `high` and `low` are room to work in."""
-    total.zero_()
-    top = max(row).bit_length() - 1
-    for bit in range(top, -1, -1):
-        if bit != top:  # doubles each byte: shifts it, and subtracts the polynomial where a bit fell out
-            torch.bitwise_right_shift(total, 7, out=high)
-            high.bitwise_and_(0x0101010101010101).mul_(_POLYNOMIAL & 0xFF)
-            torch.bitwise_and(total, 0x7F7F7F7F7F7F7F7F, out=low)
-            torch.bitwise_left_shift(low, 1, out=low)
-            torch.bitwise_xor(low, high, out=total)
-        for coefficient, source in zip(row, inputs, strict=True):
-            if coefficient >> bit & 1:
-                total.bitwise_xor_(source)

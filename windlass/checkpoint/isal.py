@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from ctypes import POINTER, c_char_p, c_int, c_ubyte, c_uint, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-
-from windlass.checkpoint.safetensors_file import tensor_bytes
 
 if TYPE_CHECKING:
+    import torch
     from typing_extensions import Buffer
 
     Memory = Buffer | np.ndarray | torch.Tensor
@@ -76,10 +75,11 @@ def byte_array(buffer: Memory, name: str, writable: bool = False) -> np.ndarray:
         ValueError: it is on a device, not contiguous, or read-only where `writable`.
         TypeError: it holds no memory.
     """
-    if isinstance(buffer, torch.Tensor):
+    torch = sys.modules.get("torch")  # who has a tensor has imported it; agents never do
+    if torch is not None and isinstance(buffer, torch.Tensor):
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ValueError(f"{name} must be a contiguous tensor of the CPU")
-        buffer = tensor_bytes(buffer.detach())
+        buffer = buffer.detach().reshape(-1).view(torch.uint8).numpy()
     view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
     if not view.c_contiguous:
         raise ValueError(f"{name} must be contiguous")

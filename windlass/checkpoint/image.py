@@ -1,0 +1,145 @@
+"""An image: the bytes of a rank's blocks of tensors, one after the other, in a snapshot's slot or a durable file.
+
+A rank's image is a list of chunks. A chunk is what the durable tier writes as one file and may find unchanged from one
+checkpoint to the next, so chunks are cut by names and shapes alone. Torch-free: agents write what trainers copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+DTYPE_BYTES = {
+    "float64": 8,
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes an element, by torch's name of the dtype without the `torch.`."""
+PAGE_BYTES = 4096
+"""At whose multiples chunks begin: direct I/O takes them as they are."""
+CHUNK_BYTES = 4 << 20
+"""Blocks are gathered in chunks until they have so much; a larger block has a chunk of its own."""
+MAX_CHUNK_BYTES = 64 << 20
+"""A larger block is cut along its first dim, so that it moves, and is checked, a part at a time."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block of the global tensor `name` that starts at `offset` and has `shape`, both in elements a dim."""
+
+    name: str
+    dtype: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def parts(self, max_bytes: int) -> list[Block]:
+        """The block, cut along its first dim of more than one element into parts of at most `max_bytes`, if it can be.
+
+        A part is contiguous in the block, and the parts in order are the block.
+        """
+        dim = next((i for i, size in enumerate(self.shape) if size > 1), None)
+        if self.nbytes <= max_bytes or dim is None:
+            return [self]
+        row_bytes = self.nbytes // self.shape[dim]
+        rows = max(1, max_bytes // row_bytes)
+        found = []
+        for start in range(0, self.shape[dim], rows):
+            offset, shape = list(self.offset), list(self.shape)
+            offset[dim] += start
+            shape[dim] = min(rows, self.shape[dim] - start)
+            found.append(dataclasses.replace(self, offset=tuple(offset), shape=tuple(shape)))
+        return found
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A block and where its bytes are, from the start of the image."""
+
+    block: Block
+    begin: int
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.block.nbytes
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of entries without gaps. `begin` is a multiple of `PAGE_BYTES`."""
+
+    entries: tuple[Entry, ...]
+
+    @property
+    def begin(self) -> int:
+        return self.entries[0].begin
+
+    @property
+    def end(self) -> int:
+        return self.entries[-1].end
+
+
+def lay_out(blocks: Iterable[Block]) -> list[Chunk]:
+    """Where each of `blocks` goes in an image, in their order."""
+    chunks: list[Chunk] = []
+    open_entries: list[Entry] = []
+    end = 0
+    for block in [part for whole in blocks for part in whole.parts(MAX_CHUNK_BYTES)]:
+        filled = end - open_entries[0].begin if open_entries else 0
+        is_aligned = filled % DTYPE_BYTES[block.dtype] == 0
+        if open_entries and (filled + block.nbytes > CHUNK_BYTES or not is_aligned):
+            chunks.append(Chunk(tuple(open_entries)))
+            open_entries, end = [], round_up(end, PAGE_BYTES)
+        open_entries.append(Entry(block, end))
+        end += block.nbytes
+    if open_entries:
+        chunks.append(Chunk(tuple(open_entries)))
+    return chunks
+
+
+def image_bytes(chunks: Sequence[Chunk]) -> int:
+    """The length of the image, in whole pages."""
+    return round_up(chunks[-1].end, PAGE_BYTES) if chunks else 0
+
+
+def round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def chunks_to_json(chunks: Sequence[Chunk]) -> list[list[dict[str, Any]]]:
+    return [[dataclasses.asdict(entry.block) | {"begin": entry.begin} for entry in chunk.entries] for chunk in chunks]
+
+
+def chunks_from_json(document: list[list[dict[str, Any]]]) -> list[Chunk]:
+    return [
+        Chunk(
+            tuple(
+                Entry(
+                    Block(
+                        entry["name"],
+                        entry["dtype"],
+                        tuple(entry["global_shape"]),
+                        tuple(entry["offset"]),
+                        tuple(entry["shape"]),
+                    ),
+                    entry["begin"],
+                )
+                for entry in chunk
+            )
+        )
+        for chunk in document
+    ]
