@@ -55,6 +55,10 @@ class RunFolderError(WindlassError):
     """A run folder that cannot be used: read-only, full, in use by another run, or holding another run."""
 
 
+class StaleWriter(WindlassError):
+    """A process that a later start of the same run has replaced, and that may not write its checkpoints any more."""
+
+
 def require(condition: bool, key: str, value: object, rule: str, fix: str) -> None:
     """Raise `ConfigError` unless `condition` holds."""
     if not condition:

@@ -1,223 +1,352 @@
-"""The durable tier: fragments to disk and back, in any cut.
+"""The durable tier: chunks of state in a folder or an object store, and the manifests that make checkpoints of them.
 
-Writing: each rank writes and syncs its own file; rank 0 writes the manifest last, syncs the folder and renames it to
-`step-N`. A kill at any moment leaves either the whole checkpoint or a `.writing` folder that the next start removes.
+    chunks/<sha256>.safetensors      written once, named by many checkpoints, never changed
+    step-00000300/manifest.json      written when all its chunks are there: the commit
+    latest.json                      the pointer to the newest manifest, written last
+
+Any rank or agent puts chunks; one then commits. A kill at any moment leaves what was committed before as it was, and at
+worst chunks that no manifest names. One save at a time: who commits, and deletes, knows that nobody else is writing.
+Torch-free.
 """
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
-from windlass.checkpoint import safetensors_file
+from windlass.checkpoint.chunk_file import FOLDER, chunk_name, chunk_of, chunks_named_in, open_chunk, preamble
+from windlass.checkpoint.image import Chunk, Entry, chunks_from_json, chunks_to_json
 from windlass.checkpoint.manifest import (
+    MANIFEST,
     Manifest,
-    StoredFile,
     StoredFragment,
     StoredTensor,
-    committed_steps,
-    corrupt,
-    step_folder,
-    unreadable,
+    step_name,
+    step_of,
+    steps_in,
 )
-from windlass.checkpoint.safetensors_file import SafetensorsReader, Stored
-from windlass.errors import RunFolderError
-from windlass.files import sync_folder
-from windlass.parallel.collectives import all_gather_object
-from windlass.parallel.fragment import Fragment
-from windlass.parallel.mesh import Mesh
+from windlass.checkpoint.storage import Location, join, open_storage
+from windlass.errors import RunFolderError, StaleWriter
 
-UNFINISHED_SUFFIXES = (".writing", ".deleting")
+POINTER = "latest.json"
+FENCE = "generation"
+STEP_PREFIX = "step-"
+
+
+@dataclass(frozen=True)
+class WrittenChunk:
+    """A chunk that is in the store."""
+
+    sha256: str
+    size: int
+    """Of the file."""
+    written: bool
+    """False if it was there already."""
+    entries: tuple[Entry, ...]
+    """Where its blocks are, from the start of the file."""
+
+    def to_json(self) -> dict[str, Any]:
+        (entries,) = chunks_to_json([Chunk(self.entries)])
+        return {"sha256": self.sha256, "size": self.size, "written": self.written, "entries": entries}
+
+    @staticmethod
+    def from_json(document: dict[str, Any]) -> WrittenChunk:
+        (chunk,) = chunks_from_json([document["entries"]])
+        return WrittenChunk(document["sha256"], document["size"], document["written"], chunk.entries)
 
 
 class DurableStore:
-    """The checkpoints of one run in one folder that all ranks see."""
+    """The checkpoints of one run, in one place that all its writers see.
 
-    def __init__(self, directory: Path, mesh: Mesh) -> None:
-        self.directory, self.mesh = directory, mesh
-
-    def open_for_writing(self) -> None:
-        """Makes the folder, and removes what a killed writer left. On rank 0; the run folder is locked by then.
-
-        Raises:
-            RunFolderError: the folder cannot be made or written.
-        """
-        with _disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for path in self.directory.iterdir():
-                if path.name.endswith(UNFINISHED_SUFFIXES):
-                    shutil.rmtree(path)
-
-    def write(self, step: int, fragments: Iterable[tuple[Fragment, torch.Tensor]], objects: dict[str, Any]) -> Path:
-        """Commits a checkpoint of `step`. Collective.
-
-        Args:
-            fragments: what this rank has to say: blocks, and the local tensors that hold them.
-            objects: JSON state; rank 0's is written.
-
-        Raises:
-            RunFolderError: on every rank, if any could not write. Nothing is committed then, and what was committed
-                before is as it was.
-        """
-        final = step_folder(self.directory, step)
-        writing = final.with_name(final.name + ".writing")
-        self.mesh.agree(lambda: self._prepare(writing))
-        try:
-            entries = self.mesh.agree(lambda: self._write_rank(writing, fragments))
-            entries_of_ranks = all_gather_object(entries, self.mesh.group)
-            self.mesh.agree(lambda: self._commit(step, writing, final, entries_of_ranks, objects))
-        except Exception:
-            if self.mesh.rank == 0:
-                shutil.rmtree(writing, ignore_errors=True)
-            raise
-        return final
-
-    def retain(self, keep: int) -> None:
-        """Deletes all but the newest `keep` checkpoints; 0 keeps all. Collective.
-
-        Raises:
-            RunFolderError: on every rank, if the folder cannot be written.
-        """
-        if keep > 0:
-            self.mesh.agree(lambda: self._delete_older(keep))
-
-    def _delete_older(self, keep: int) -> None:
-        if self.mesh.rank != 0:
-            return
-        with _disk_errors(self.directory):
-            for step in committed_steps(self.directory)[:-keep]:
-                folder = step_folder(self.directory, step)
-                deleting = folder.with_name(folder.name + ".deleting")
-                folder.rename(deleting)  # so that no kill leaves half a checkpoint under a committed name
-                shutil.rmtree(deleting)
-
-    def _prepare(self, writing: Path) -> None:
-        if self.mesh.rank != 0:
-            return
-        with _disk_errors(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
-            if writing.exists():
-                shutil.rmtree(writing)
-            writing.mkdir()
-
-    def _write_rank(
-        self, writing: Path, fragments: Iterable[tuple[Fragment, torch.Tensor]]
-    ) -> tuple[str, StoredFile, list[tuple[Fragment, Stored]]]:
-        fragments = list(fragments)
-        path = writing / f"rank-{self.mesh.rank:05d}.safetensors"
-        with _disk_errors(self.directory):
-            stored, header_sha256 = safetensors_file.write(path, ((part.name, local) for part, local in fragments))
-            file = StoredFile(path.stat().st_size, header_sha256)
-        return path.name, file, [(part, entry) for (part, _), entry in zip(fragments, stored, strict=True)]
-
-    def _commit(
-        self,
-        step: int,
-        writing: Path,
-        final: Path,
-        entries_of_ranks: list[tuple[str, StoredFile, list[tuple[Fragment, Stored]]]],
-        objects: dict[str, Any],
-    ) -> None:
-        if self.mesh.rank != 0:
-            return
-        tensors: dict[str, StoredTensor] = {}
-        for file, _, entries in entries_of_ranks:
-            for part, stored in entries:
-                tensor = tensors.setdefault(
-                    part.name, StoredTensor(part.global_shape, str(part.dtype).removeprefix("torch."))
-                )
-                tensor.fragments.append(
-                    StoredFragment(file=file, offset=part.offset, shape=part.shape, **asdict(stored))
-                )
-        files = {file: entry for file, entry, _ in entries_of_ranks}
-        with _disk_errors(self.directory):
-            Manifest(step, self.mesh.world_size, time.time(), objects, tensors, files).write(writing)
-            sync_folder(writing)
-            writing.rename(final)
-            sync_folder(self.directory)
-
-
-class CheckpointReader:
-    """Reads blocks of the tensors of one checkpoint, whatever cut they were written in, and checks every byte read.
+    Args:
+        location: a local folder or an fsspec URL.
 
     Raises:
-        CorruptCheckpoint: from the constructor and from `read`, naming the file and what is wrong with it.
+        RunFolderError: from every method, where the disk or the store is full, fails or refuses.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.manifest = Manifest.read(folder)
-        self._readers: dict[str, SafetensorsReader] = {}
+    def __init__(self, location: Location) -> None:
+        self.storage = open_storage(location)
 
-    def read(self, fragment: Fragment, into: torch.Tensor) -> None:
-        """Fills the local tensor `into`, which holds `fragment`."""
-        stored_tensor = self.manifest.tensors[fragment.name]
-        dtype = getattr(torch, stored_tensor.dtype)
-        num_read = 0
-        for stored in stored_tensor.fragments:
-            block = Fragment(fragment.name, stored_tensor.shape, stored.offset, stored.shape, dtype)
-            indexes = fragment.overlap(block)
-            if indexes is None:
-                continue
-            mine, theirs = indexes
-            source = self._read_stored(stored, dtype)[theirs]
-            into[mine].copy_(source)
-            num_read += source.numel()
-        if num_read != fragment.numel:
-            raise corrupt(self.folder, f"{fragment.name} lacks {fragment.numel - num_read} of its elements")
+    @property
+    def location(self) -> Location:
+        return self.storage.location
 
-    def read_whole(self, name: str) -> torch.Tensor:
-        """The global tensor `name`, on the CPU."""
-        stored = self.manifest.tensors[name]
-        dtype = getattr(torch, stored.dtype)
-        tensor = torch.empty(stored.shape, dtype=dtype)
-        self.read(Fragment(name, stored.shape, (0,) * len(stored.shape), stored.shape, dtype), tensor)
-        return tensor
+    def open_for_writing(self) -> None:
+        """Makes the place, removes what a killed writer left half done, and ends a commit that lacks its pointer.
 
-    def close(self) -> None:
-        for reader in self._readers.values():
-            reader.close()
+        Chunks that no manifest names stay until `retain`: the run is about to compute many of them again.
+        """
+        with self._disk_errors():
+            self.storage.make()
+            steps = steps_in(self.storage)
+            if steps and self._pointed_step() != steps[-1]:
+                self._point_to(step_name(steps[-1]))
 
-    def _read_stored(self, stored: StoredFragment, dtype: torch.dtype) -> torch.Tensor:
+    def put_chunk(self, chunk: Chunk, data: memoryview) -> WrittenChunk:
+        """Writes a chunk, unless it is there. From any process.
+
+        Args:
+            data: the bytes of `chunk`, contiguous. Where they begin at a page of memory they are not copied.
+        """
+        head = preamble(chunk.entries)
+        digest = hashlib.sha256(head)
+        digest.update(data)
+        sha256, size = digest.hexdigest(), len(head) + data.nbytes
+        with self._disk_errors():
+            is_there = self.storage.size(chunk_name(sha256)) == size
+            if not is_there:
+                self.storage.write(chunk_name(sha256), [head, data])
+        shift = len(head) - chunk.begin
+        entries = tuple(replace(entry, begin=entry.begin + shift) for entry in chunk.entries)
+        return WrittenChunk(sha256, size, not is_there, entries)
+
+    def commit(
+        self, step: int, generation: int, world_size: int, objects: dict[str, Any], written: Sequence[WrittenChunk]
+    ) -> Manifest:
+        """Makes a checkpoint of the chunks that all ranks put. From one process.
+
+        A checkpoint of the same step, of an older timeline, is set aside as superseded.
+
+        Args:
+            generation: of the writer; see `fence`.
+            objects: JSON state.
+
+        Raises:
+            StaleWriter: a later generation has fenced this one off.
+            RunFolderError: also where a chunk is gone again: another writer took it for a leftover.
+            ValueError: the chunks do not make up whole tensors.
+        """
+        manifest = Manifest(step, generation, world_size, time.time(), objects, *_index(written))
+        if partial := manifest.uncovered():
+            raise ValueError(f"the chunks lack parts of {partial[:3]}")
+        text, name = manifest.to_bytes(), f"{step_name(step)}/{MANIFEST}"
+        with self._disk_errors():
+            self._check_generation(generation)
+            self._check_present(manifest)
+            if self.storage.size(name) is not None:
+                self.set_aside(step, "superseded")
+            self.storage.write(name, [text], guard=lambda: self._check_generation(generation))
+            try:
+                self._check_generation(generation)  # a store checks and writes in two calls
+            except StaleWriter:
+                if self.storage.read(name) == text:
+                    self.storage.delete([name])
+                raise
+            self._point_to(step_name(step))
+        return manifest
+
+    def retain(self, keep: int) -> None:
+        """Deletes all but the newest `keep` checkpoints, and then the chunks that no manifest names; 0 keeps all.
+
+        What the pointer names is kept, and so are the chunks of checkpoints that were set aside.
+        """
+        if keep == 0:
+            return
+        with self._disk_errors():
+            for step in steps_in(self.storage)[:-keep]:
+                if step != self._pointed_step():
+                    self._delete_step(step_name(step))
+        self.remove_leftovers()
+
+    def remove_leftovers(self) -> None:
+        """Deletes chunks that no manifest names, sound or damaged, committed or set aside, and half-written files."""
+        with self._disk_errors():
+            self.storage.make()
+            named: set[str] = set()
+            for folder in self._step_folders():
+                try:
+                    named |= chunks_named_in(self.storage.read(f"{folder}/{MANIFEST}"))
+                except (FileNotFoundError, NotADirectoryError):
+                    if step_of(folder) is not None:  # deleting or writing it was cut off
+                        self._delete_step(folder)
+            chunks = ((name, chunk_of(name)) for name in self.storage.list(FOLDER))
+            self.storage.delete([name for name, sha256 in chunks if sha256 is not None and sha256 not in named])
+
+    def steps(self) -> list[int]:
+        """The committed steps, oldest first."""
+        with self._disk_errors():
+            return steps_in(self.storage)
+
+    def latest_step(self) -> int | None:
+        """The step that the pointer names, without a listing; the newest manifest's if the pointer is damaged."""
+        with self._disk_errors():
+            step = self._pointed_step()
+            if step is not None:
+                return step
+            steps = steps_in(self.storage)
+            return steps[-1] if steps else None
+
+    def set_aside(self, step: int, why: str) -> str:
+        """Renames the checkpoint of `step`, so that nobody resumes from it, and returns its new name.
+
+        Args:
+            why: what the name then ends with: `damaged` or `superseded`.
+        """
+        old = step_name(step)
+        with self._disk_errors():
+            names = self.storage.list(old)
+            if not names:
+                return old
+            new = self._free_name(f"{old}.{why}")
+            if f"{old}/{MANIFEST}" in names:
+                # A copy first, so that the pointer names a checkpoint at every moment.
+                self.storage.write(f"{new}/{MANIFEST}", [self.storage.read(f"{old}/{MANIFEST}")])
+                others = [other for other in steps_in(self.storage) if other != step]
+                if others:
+                    self._point_to(step_name(others[-1]))
+                else:
+                    self._point_to(new)
+                self.storage.delete([f"{old}/{MANIFEST}"])
+            for name in names:
+                if name != f"{old}/{MANIFEST}":
+                    self.storage.move(name, new + name.removeprefix(old))
+        return new
+
+    def set_damaged_chunks_aside(self, step: int, part: int = 0, num_parts: int = 1) -> list[str]:
+        """Renames the chunks of a damaged checkpoint that are damaged, and returns their new names.
+
+        Left where they are they would be found there, and not written again, by the next save of the same bytes. Reads
+        all chunks: ranks may share the work.
+
+        Args:
+            part: of the chunks, which are cut into `num_parts`.
+        """
+        moved = []
+        with self._disk_errors():
+            try:
+                named = sorted(chunks_named_in(self.storage.read(f"{step_name(step)}/{MANIFEST}")))
+            except FileNotFoundError:
+                return []
+            for sha256 in named[part::num_parts]:
+                try:
+                    open_chunk(self.storage, sha256)
+                except FileNotFoundError:
+                    continue
+                except ValueError:
+                    moved.append(self._free_name(f"{chunk_name(sha256)}.damaged"))
+                    self.storage.move(chunk_name(sha256), moved[-1])
+        return moved
+
+    def restorable_steps(self) -> list[int]:
+        """The committed steps, oldest first, and the pointer's: one whose manifest is lost is damage, not absence."""
+        with self._disk_errors():
+            steps = set(steps_in(self.storage))
+            if (pointer := self._pointer()) is not None and pointer["folder"] == step_name(pointer["step"]):
+                steps.add(pointer["step"])
+            return sorted(steps)
+
+    def fence(self, generation: int) -> None:
+        """Refuses commits of older generations from now on.
+
+        Raises:
+            StaleWriter: a later generation was here already.
+        """
+        with self._disk_errors():
+            self._check_generation(generation)
+            self.storage.write(FENCE, [str(generation).encode()])
+
+    def _check_generation(self, generation: int) -> None:
         try:
-            reader = self._readers.get(stored.file)
-            if reader is None:
-                reader = self._readers[stored.file] = open_checked(self.folder, stored.file, self.manifest)
-            return reader.read(Stored(stored.key, stored.begin, stored.end, stored.sha256), dtype, stored.shape)
-        except ValueError as error:
-            raise corrupt(self.folder, f"{stored.file}: {error}") from error
+            text = self.storage.read(FENCE)
+        except FileNotFoundError:
+            return
+        if not text.isdigit():
+            raise RunFolderError(
+                "checkpoint.dir",
+                join(self.location, FENCE),
+                "does not say which generation of the run may write",
+                "delete that file if no other process of this run is alive",
+            )
+        if int(text) > generation:
+            raise StaleWriter(
+                "checkpoint.dir",
+                self.location,
+                f"takes no checkpoint of generation {generation} any more: the run goes on in generation {int(text)}",
+                "let this process end; the run was started again without it",
+            )
+
+    def _check_present(self, manifest: Manifest) -> None:
+        missing = {chunk_name(sha256) for sha256 in manifest.chunks} - set(self.storage.list(FOLDER))
+        if missing:
+            raise RunFolderError(
+                "checkpoint.dir",
+                self.location,
+                f"has lost {len(missing)} chunks before they were committed, such as {min(missing)}",
+                "see that no other process writes or cleans up there; nothing that was committed is touched",
+            )
+
+    def _point_to(self, folder: str) -> None:
+        sha256 = hashlib.sha256(self.storage.read(f"{folder}/{MANIFEST}")).hexdigest()
+        pointer = {"step": step_of(folder.partition(".")[0]), "folder": folder, "sha256": sha256}
+        self.storage.write(POINTER, [json.dumps(pointer).encode()])
+
+    def _pointer(self) -> dict[str, Any] | None:
+        """What `latest.json` says; None if it is missing or damaged."""
+        try:
+            text = self.storage.read(POINTER)
+            pointer = json.loads(text)
+            is_sound = step_of(pointer["folder"].partition(".")[0]) == pointer["step"]
+            return pointer if is_sound and json.dumps(pointer).encode() == text else None
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _pointed_step(self) -> int | None:
+        """The step of the checkpoint that the pointer names; None if it names none, or not the one that is there."""
+        pointer = self._pointer()
+        if pointer is None or pointer["folder"] != step_name(pointer["step"]):
+            return None
+        try:
+            manifest = self.storage.read(f"{pointer['folder']}/{MANIFEST}")
+        except FileNotFoundError:
+            return None
+        return pointer["step"] if hashlib.sha256(manifest).hexdigest() == pointer["sha256"] else None
+
+    def _step_folders(self) -> list[str]:
+        """Also those that were set aside, or that a user has renamed in that way."""
+        return [name for name in self.storage.list() if name.startswith(STEP_PREFIX)]
+
+    def _delete_step(self, folder: str) -> None:
+        manifest = f"{folder}/{MANIFEST}"
+        others = [name for name in self.storage.list(folder) if name != manifest]
+        self.storage.delete([manifest])  # first, so that no kill leaves half a checkpoint under a committed name
+        self.storage.delete(others)
+
+    def _free_name(self, name: str) -> str:
+        number, found = 1, name
+        while self.storage.size(found) is not None or self.storage.list(found):
+            number += 1
+            found = f"{name}{number}"
+        return found
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turns the error of a disk that is full or refuses into a `RunFolderError` that names the place."""
+        try:
+            yield
         except OSError as error:
-            raise unreadable(self.folder, stored.file, error) from error
+            raise RunFolderError(
+                "checkpoint.dir",
+                self.location,
+                f"cannot take the checkpoint: {error.strerror or error}",
+                "make room or choose another checkpoint.dir; the checkpoints that are there are intact, and the same "
+                "command resumes from the newest",
+            ) from error
 
 
-def open_checked(folder: Path, file: str, manifest: Manifest) -> SafetensorsReader:
-    """Opens a file of a checkpoint. Raises ValueError if its size or header are not as written."""
-    reader = SafetensorsReader(folder / file)
-    expected = manifest.files[file]
-    if reader.size != expected.size:
-        raise ValueError(f"has {reader.size} bytes where {expected.size} were written")
-    if reader.header_sha256 != expected.header_sha256:
-        raise ValueError("its header has changed")
-    return reader
-
-
-@contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """Turns the error of a disk that is full or refuses into a `RunFolderError` that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFolderError(
-            "checkpoint.dir",
-            directory,
-            f"cannot take the checkpoint: {error.strerror or error}",
-            "make room or choose another checkpoint.dir; the checkpoints that are there are intact, and the same "
-            "command resumes from the newest",
-        ) from error
+def _index(written: Sequence[WrittenChunk]) -> tuple[dict[str, StoredTensor], dict[str, int]]:
+    """A manifest's tensors and chunks."""
+    tensors: dict[str, StoredTensor] = {}
+    for chunk in written:
+        for entry in chunk.entries:
+            block = entry.block
+            tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+            tensor.fragments.append(
+                StoredFragment(chunk.sha256, block.name, entry.begin, entry.end, block.offset, block.shape)
+            )
+    return tensors, {chunk.sha256: chunk.size for chunk in written}

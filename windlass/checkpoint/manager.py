@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import yaml
 from torch import nn
 
-from windlass.checkpoint.durable import CheckpointReader, DurableStore
-from windlass.checkpoint.manifest import MANIFEST, committed_steps, step_folder
+from windlass.checkpoint.durable import DurableStore, WrittenChunk
+from windlass.checkpoint.manifest import step_folder
 from windlass.checkpoint.optimizer_state import OptimizerState
+from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.rng import capture_rng, restore_rng
-from windlass.errors import ConfigError, CorruptCheckpoint, IncompatibleCheckpoint
+from windlass.checkpoint.stage import stage_chunks
+from windlass.checkpoint.storage import Location, is_same_place, join, resolved, split
+from windlass.errors import CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
+from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import Fragment, fragment_of, is_first_replica, local_tensor
 from windlass.parallel.mesh import Mesh
 
@@ -34,8 +37,8 @@ class Stateful(Protocol):
 @dataclass(frozen=True)
 class Restored:
     step: int
-    folder: Path
-    set_aside: list[Path] = field(default_factory=list)
+    folder: Location
+    set_aside: list[Location] = field(default_factory=list)
     """Newer checkpoints that were moved aside, damaged or superseded, where they are now."""
 
 
@@ -44,7 +47,7 @@ class Checkpointer:
 
     Args:
         objects: name -> `nn.Module`, `torch.optim.Optimizer` (of parameters of those modules), or `Stateful`.
-        dir: the folder of the checkpoints, the same one for all ranks; made if it is missing.
+        dir: the folder of the checkpoints, the same one for all ranks, made if it is missing; or a URL of fsspec's.
         mesh: the ranks that save together; None is torch's process group, or this process where there is none.
         persist_every: steps between checkpoints, for `due`.
         keep: newest checkpoints to keep; 0 keeps all.
@@ -56,7 +59,7 @@ class Checkpointer:
     def __init__(
         self,
         objects: Mapping[str, nn.Module | torch.optim.Optimizer | Stateful],
-        dir: Path | str,
+        dir: Location,
         mesh: Mesh | None = None,
         *,
         persist_every: int = 100,
@@ -66,7 +69,7 @@ class Checkpointer:
     ) -> None:
         self.mesh = mesh = mesh or Mesh.of_process_group()
         self.persist_every, self.keep = persist_every, keep
-        self.store = DurableStore(Path(dir), mesh)
+        self.store = DurableStore(dir)
         self.info = info or {}
         self.modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
         named: dict[torch.Tensor, str] = {
@@ -91,11 +94,13 @@ class Checkpointer:
             raise ValueError(f"{sorted(reserved)} are names that the checkpoint itself uses")
         self.current_step: int | None = None
         """The step that was saved or restored last: what is on disk for it is what is in memory."""
+        self.generation = 0
+        """How often the run has been started again, for the manifests; a store that was fenced refuses lower ones."""
 
     def due(self, step: int) -> bool:
         return step % self.persist_every == 0
 
-    def save(self, step: int) -> Path:
+    def save(self, step: int) -> Location:
         """Writes a durable checkpoint and returns when it is committed. Collective.
 
         The step that was saved or restored last is not written again. An older timeline's checkpoint of this step is
@@ -104,17 +109,32 @@ class Checkpointer:
         Raises:
             RunFolderError: the disk is full or refuses; earlier checkpoints are intact.
         """
-        folder = step_folder(self.store.directory, step)
-        exists = self.mesh.decide(lambda: step in committed_steps(self.store.directory))
+        exists = self.mesh.decide(lambda: step in self.store.steps())
         if not exists or step != self.current_step:
-            if exists:
-                self.mesh.decide(lambda: self._set_aside(folder, "superseded"))
-            objects: dict[str, Any] = {name: value.state_dict() for name, value in self.others.items()}
-            objects |= {name: state.hyperparameters() for name, state in self.optimizers.items()}
-            self.store.write(step, self._fragments(), {**objects, "info": self.info})
-            self.store.retain(self.keep)
+            objects = self._objects()
+            try:
+                of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.group)
+                self.mesh.decide(lambda: self._commit(step, objects, [chunk for rank in of_ranks for chunk in rank]))
+            except Exception:
+                if self.mesh.rank == 0:
+                    with contextlib.suppress(RunFolderError):  # the first error says more
+                        self.store.remove_leftovers()
+                raise
+            self.mesh.decide(lambda: self.store.retain(self.keep))
         self.current_step = step
-        return folder
+        return step_folder(self.store.location, step)
+
+    def _put_chunks(self) -> list[WrittenChunk]:
+        """Writes what this rank has to say, a chunk at a time."""
+        return [self.store.put_chunk(chunk, data) for chunk, data in stage_chunks(self._fragments())]
+
+    def _objects(self) -> dict[str, Any]:
+        objects: dict[str, Any] = {name: value.state_dict() for name, value in self.others.items()}
+        objects |= {name: state.hyperparameters() for name, state in self.optimizers.items()}
+        return {**objects, "info": self.info}
+
+    def _commit(self, step: int, objects: dict[str, Any], written: list[WrittenChunk]) -> None:
+        self.store.commit(step, self.generation, self.mesh.world_size, objects, written)
 
     def restore_latest(self) -> Restored | None:
         """Restores the newest checkpoint that is sound, or returns None where there is none. Collective.
@@ -125,19 +145,20 @@ class Checkpointer:
             CorruptCheckpoint: there are checkpoints and none is sound.
             IncompatibleCheckpoint: as `restore`.
         """
-        steps = self.mesh.decide(lambda: committed_steps(self.store.directory))
-        damaged: list[Path] = []
+        steps = self.mesh.decide(self.store.restorable_steps)
+        damaged: list[Location] = []
         for step in reversed(steps):
-            folder = step_folder(self.store.directory, step)
+            folder = step_folder(self.store.location, step)
             try:
                 return Restored(self.restore(folder), folder, damaged)
             except CorruptCheckpoint:
                 if step == steps[0]:
                     raise
-                damaged.append(self.mesh.decide(lambda folder=folder: self._set_aside(folder, "damaged")))
+                self._set_damaged_chunks_aside(step)
+                damaged.append(self._set_aside(step, "damaged"))
         return None
 
-    def restore(self, folder: Path) -> int:
+    def restore(self, folder: Location) -> int:
         """Restores every object from one checkpoint, of whatever world size and cut. Collective.
 
         The generators of random numbers are restored if the world size is the one that saved; a rank of another
@@ -150,13 +171,13 @@ class Checkpointer:
             CorruptCheckpoint: its bytes are not those that were written; the objects are partly overwritten.
             IncompatibleCheckpoint: it is of another model or optimizer; the objects are as they were.
         """
-        reader = self.mesh.agree(lambda: CheckpointReader(folder))
+        reader = self.mesh.agree(lambda: open_checkpoint(folder))
         try:
             self.mesh.agree(lambda: self._check_compatible(reader))
             self.mesh.agree(lambda: self._read(reader))
         finally:
             reader.close()
-        is_own = folder.resolve().parent == self.store.directory.resolve()
+        is_own = self.owns(folder)
         self.current_step = reader.manifest.step if is_own else None
         return reader.manifest.step
 
@@ -220,55 +241,28 @@ class Checkpointer:
             more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
             raise IncompatibleCheckpoint(
                 "resume",
-                reader.folder,
+                reader.source.describe(),
                 f"is a checkpoint of another model or optimizer: {'; '.join(differences[:3])}{more}",
                 "use the configuration it was saved with (config.yaml beside it), or another run_dir",
             )
 
     def has_any(self) -> bool:
         """Whether the folder holds a committed checkpoint. Collective."""
-        return self.mesh.decide(lambda: bool(committed_steps(self.store.directory)))
+        return self.mesh.decide(lambda: bool(self.store.steps()))
 
-    def set_newer_aside(self, step: int) -> list[Path]:
+    def owns(self, folder: Location) -> bool:
+        """Whether `folder` is a checkpoint of this run."""
+        return is_same_place(split(resolved(folder))[0], self.store.location)
+
+    def set_newer_aside(self, step: int) -> list[Location]:
         """Renames checkpoints after `step` to `.superseded`, for a run that goes on from `step`. Collective."""
-        steps = self.mesh.decide(lambda: committed_steps(self.store.directory))
-        newer = [step_folder(self.store.directory, n) for n in steps if n > step]
-        return [self.mesh.decide(lambda folder=folder: self._set_aside(folder, "superseded")) for folder in newer]
+        steps = self.mesh.decide(self.store.steps)
+        return [self._set_aside(newer, "superseded") for newer in steps if newer > step]
 
-    def _set_aside(self, folder: Path, why: str) -> Path:
-        number, target = 1, folder.with_name(f"{folder.name}.{why}")
-        while target.exists():
-            number += 1
-            target = folder.with_name(f"{folder.name}.{why}{number}")
-        folder.rename(target)
-        return target
+    def _set_aside(self, step: int, why: str) -> Location:
+        return join(self.store.location, self.mesh.decide(lambda: self.store.set_aside(step, why)))
 
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `resume=PATH` names: itself, or the newest of a run's or a `checkpoints/` folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    for directory in (path, path / "checkpoints", *_configured_folder(path)):
-        steps = committed_steps(directory)
-        if steps:
-            return step_folder(directory, steps[-1])
-    if (path / MANIFEST).is_file():
-        return path
-    raise ConfigError(
-        "resume",
-        path,
-        "is neither a checkpoint nor a folder that holds some",
-        "name a step-* folder or a run folder; `windlass ckpt list RUN_DIR` lists them",
-    )
-
-
-def _configured_folder(run_dir: Path) -> list[Path]:
-    """The `checkpoint.dir` of the run in `run_dir`, where its config.yaml names one."""
-    try:
-        config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        directory = config["checkpoint"]["dir"]
-    except (OSError, yaml.YAMLError, KeyError, TypeError):
-        return []
-    return [Path(directory)] if directory else []
+    def _set_damaged_chunks_aside(self, step: int) -> None:
+        """Each rank reads its part of them."""
+        rank, world_size = self.mesh.rank, self.mesh.world_size
+        self.mesh.agree(lambda: self.store.set_damaged_chunks_aside(step, rank, world_size))

@@ -1,7 +1,7 @@
-"""The manifest of a durable checkpoint: what is in it, where, and the checksum of every byte.
+"""The manifest of a durable checkpoint: what is in it, in which chunks, and the checksum of every byte.
 
-A checkpoint is a folder `step-00000300/` with a safetensors file a rank and `manifest.json`. The folder is written
-under another name and renamed when all of it is on disk, so a folder of that name is whole. Torch-free: listing and
+A checkpoint is `step-00000300/manifest.json` and the chunks that it names, which other checkpoints may name as well.
+The manifest is written when all of them are on the disk, so a step that has one is whole. Torch-free: listing and
 verifying need no framework.
 """
 
@@ -10,29 +10,29 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
+import math
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from windlass.checkpoint.storage import Location, Storage, join, open_storage
 from windlass.errors import CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError, WindlassError
 
 MANIFEST = "manifest.json"
 FORMAT = "windlass-checkpoint"
-VERSION = 1
+VERSION = 2
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class StoredFragment:
-    """A block of a global tensor, and the bytes of the file that hold it."""
+    """A block of a global tensor, and the bytes of the chunk's file that hold it."""
 
-    file: str
+    chunk: str
+    """Its SHA-256."""
     key: str
     begin: int
     end: int
-    sha256: str
     offset: tuple[int, ...]
     shape: tuple[int, ...]
 
@@ -45,54 +45,53 @@ class StoredTensor:
     fragments: list[StoredFragment] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    size: int
-    header_sha256: str
-
-
 @dataclass
 class Manifest:
     step: int
+    generation: int
+    """How often the run had been started again when it wrote this."""
     world_size: int
     time: float
     """Unix seconds."""
     objects: dict[str, Any]
     """JSON state by name: scheduler, data cursor, hyperparameters, ..."""
     tensors: dict[str, StoredTensor]
-    files: dict[str, StoredFile]
+    chunks: dict[str, int]
+    """SHA-256 -> bytes of the file."""
 
     @property
     def num_bytes(self) -> int:
-        return sum(file.size for file in self.files.values())
+        return sum(self.chunks.values())
 
-    def write(self, folder: Path) -> None:
-        """Writes and syncs `manifest.json`, with a checksum over itself."""
+    def uncovered(self) -> list[str]:
+        """The tensors of which there are not as many elements as they have."""
+        return [
+            name
+            for name, tensor in self.tensors.items()
+            if sum(math.prod(fragment.shape) for fragment in tensor.fragments) != math.prod(tensor.shape)
+        ]
+
+    def to_bytes(self) -> bytes:
+        """The text of `manifest.json`, with a checksum over itself."""
         body = dataclasses.asdict(self)
         document = {"format": FORMAT, "version": VERSION, "sha256": _digest(VERSION, body), "body": body}
-        with (folder / MANIFEST).open("x", encoding="utf-8") as file:
-            json.dump(document, file)
-            file.flush()
-            os.fsync(file.fileno())
+        return json.dumps(document).encode()
 
     @staticmethod
-    def read(folder: Path) -> Manifest:
-        """The manifest of the checkpoint in `folder`.
+    def parse(text: bytes, folder: Location) -> Manifest:
+        """The manifest that `to_bytes` gave `text`; `folder` is for the messages.
 
         Raises:
-            CorruptCheckpoint: there is none, or it is not as it was written.
+            CorruptCheckpoint: it is not as it was written.
             IncompatibleCheckpoint: another version of windlass wrote it.
-            RunFolderError: the disk does not give it.
         """
-        path = folder / MANIFEST
         try:
-            text = path.read_text(encoding="utf-8")
-            document = json.loads(text)
+            document = json.loads(text.decode())
             if document["format"] != FORMAT:
                 raise ValueError(f"is {document['format']!r}, not {FORMAT!r}")
             body, version = document["body"], document["version"]
             # The second: JSON has more than one way to write the same, and a changed byte is a changed byte.
-            if document["sha256"] != _digest(version, body) or json.dumps(document) != text:
+            if document["sha256"] != _digest(version, body) or json.dumps(document).encode() != text:
                 raise ValueError("its bytes have changed")
             if version != VERSION:
                 raise IncompatibleCheckpoint(
@@ -101,21 +100,29 @@ class Manifest:
                     f"is of version {version} of the format, and this windlass reads {VERSION}",
                     "use the windlass that wrote it",
                 )
-            return Manifest(
-                step=body["step"],
-                world_size=body["world_size"],
-                time=body["time"],
-                objects=body["objects"],
-                tensors={name: _tensor(entry) for name, entry in body["tensors"].items()},
-                files={name: StoredFile(**entry) for name, entry in body["files"].items()},
-            )
+            fields = dict(body)
+            fields["tensors"] = {name: _tensor(entry) for name, entry in body["tensors"].items()}
+            return Manifest(**fields)
         except (ValueError, KeyError, TypeError) as error:
             raise corrupt(folder, f"{MANIFEST} cannot be used: {error}") from error
+
+    @staticmethod
+    def read(folder: Location) -> Manifest:
+        """The manifest of the checkpoint in `folder`.
+
+        Raises:
+            CorruptCheckpoint: there is none, or it is not as it was written.
+            IncompatibleCheckpoint: another version of windlass wrote it.
+            RunFolderError: the disk does not give it.
+        """
+        try:
+            text = open_storage(folder).read(MANIFEST)
         except OSError as error:
             raise unreadable(folder, MANIFEST, error) from error
+        return Manifest.parse(text, folder)
 
 
-def corrupt(folder: Path, what: str) -> CorruptCheckpoint:
+def corrupt(folder: Location, what: str) -> CorruptCheckpoint:
     return CorruptCheckpoint(
         "checkpoint",
         folder,
@@ -124,25 +131,41 @@ def corrupt(folder: Path, what: str) -> CorruptCheckpoint:
     )
 
 
-def unreadable(folder: Path, file: str, error: OSError) -> WindlassError:
+def unreadable(folder: Location, file: str, error: OSError) -> WindlassError:
     """A file that is missing is damage; one that the disk or the system refuses may be there tomorrow."""
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return corrupt(folder, f"{file} cannot be used: {error.strerror}")
+        return corrupt(folder, f"{file} cannot be used: {error.strerror or 'it is not there'}")
     return RunFolderError(
-        "checkpoint", folder / file, f"cannot be read: {error.strerror or error}", "mend that and start again"
+        "checkpoint", join(folder, file), f"cannot be read: {error.strerror or error}", "mend that and start again"
     )
 
 
-def step_folder(directory: Path, step: int) -> Path:
-    return directory / f"step-{step:08d}"
+def step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def committed_steps(directory: Path) -> list[int]:
+def step_folder(directory: Location, step: int) -> Location:
+    return join(directory, step_name(step))
+
+
+def step_of(name: str) -> int | None:
+    """The step whose folder is called `name`; None if it is no step's, or was set aside."""
+    match = STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def committed_steps(directory: Location) -> list[int]:
     """The steps that have a committed checkpoint in `directory`, oldest first."""
-    if not directory.is_dir():
-        return []
-    matches = (STEP_FOLDER.fullmatch(path.name) for path in directory.iterdir())
-    return sorted(int(match[1]) for match in matches if match)
+    return steps_in(open_storage(directory))
+
+
+def steps_in(storage: Storage) -> list[int]:
+    """The steps that have a committed checkpoint in `storage`, oldest first."""
+    return sorted(
+        step
+        for name in storage.list()
+        if (step := step_of(name)) is not None and storage.size(f"{name}/{MANIFEST}") is not None
+    )
 
 
 def _tensor(entry: dict[str, Any]) -> StoredTensor:

@@ -19,6 +19,7 @@ import windlass
 from windlass.checkpoint.config import CheckpointKind
 from windlass.checkpoint.manager import Restored
 from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
+from windlass.checkpoint.storage import Location, name_of
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.errors import EXIT_DONE, RunFolderError, WindlassError
@@ -88,7 +89,8 @@ def _open_folder(config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool)
         return {}
     folder = stack.enter_context(RunFolder(Path(config.run_dir)))
     checkpoints = checkpoint_dir(config)
-    if config.checkpoint.name != CheckpointKind.none and config.checkpoint.dir is not None:
+    own_folder = isinstance(checkpoints, Path) and config.checkpoint.dir is not None
+    if config.checkpoint.name != CheckpointKind.none and own_folder:
         try:
             checkpoints.mkdir(parents=True, exist_ok=True)
             stack.enter_context(lock_folder(checkpoints, "checkpoint.dir"))
@@ -115,7 +117,7 @@ def _open_folder(config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool)
     return changed_keys(before, now)
 
 
-def _config_of(checkpoint: Path) -> dict[str, Any]:
+def _config_of(checkpoint: Location) -> dict[str, Any]:
     return Manifest.read(checkpoint).objects["info"]["config"]
 
 
@@ -189,8 +191,8 @@ def _build_run(
             source="durable",
             lost_nodes=0,
             seconds=time.perf_counter() - begin,
-            checkpoint=restored.folder.name,
-            set_aside=[path.name for path in restored.set_aside],
+            checkpoint=name_of(restored.folder),
+            set_aside=[name_of(path) for path in restored.set_aside],
         )
     return run, restored
 
@@ -235,7 +237,7 @@ def _say_start(
         say(f"changed {key}: {before} -> {now}")
     if restored is not None:
         for path in restored.set_aside:
-            say(f"warning: {path.name}: a newer checkpoint that is damaged or superseded was moved there")
+            say(f"warning: {name_of(path)}: a newer checkpoint that is damaged or superseded was moved there")
         say(f"resumed at step {restored.step} from {restored.folder}")
 
 

@@ -103,7 +103,7 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
     return {key: (old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)}
 
 
-def refuse_another_run(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_another_run(path: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the run that `path` holds is not the one that `now` describes."""
     for key, (old, new) in changed_keys(before, now).items():
         if key.startswith(FIXED_KEYS):

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from windlass.checkpoint.config import CheckpointKind
-from windlass.checkpoint.manager import Checkpointer, Restored, find_checkpoint
+from windlass.checkpoint.locate import find_checkpoint
+from windlass.checkpoint.manager import Checkpointer, Restored
+from windlass.checkpoint.storage import Location, as_location
 from windlass.errors import ConfigError
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.mesh import Mesh
@@ -199,8 +201,8 @@ def build_checkpointer(
     )
 
 
-def checkpoint_dir(config: Config) -> Path:
-    return Path(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run_dir) / "checkpoints"
+def checkpoint_dir(config: Config) -> Location:
+    return as_location(config.checkpoint.dir) if config.checkpoint.dir else Path(config.run_dir) / "checkpoints"
 
 
 def restore(config: Config, checkpoint: Checkpointer | None, is_restart: bool) -> Restored | None:
@@ -215,8 +217,8 @@ def restore(config: Config, checkpoint: Checkpointer | None, is_restart: bool) -
     if checkpoint is None or config.resume == "never":
         return None if checkpoint is None or not is_restart else checkpoint.restore_latest()
     if config.resume != "auto":
-        folder = checkpoint.mesh.agree(lambda: find_checkpoint(Path(config.resume)))
-        is_own = folder.resolve().parent == checkpoint.store.directory.resolve()
+        folder = checkpoint.mesh.agree(lambda: find_checkpoint(config.resume))
+        is_own = checkpoint.owns(folder)
         if is_own and not is_restart:
             step = checkpoint.restore(folder)
             return Restored(step, folder, checkpoint.set_newer_aside(step))

@@ -1,0 +1,114 @@
+"""Checkpoints in an object store, through fsspec: `s3://`, `gs://`, `abfs://`, ..., and `memory://` for tests.
+
+A store has no rename and needs none: a PUT is there whole or not at all. Networks fail, so calls are tried again.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+import fsspec
+
+from windlass.errors import ConfigError, RunFolderError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Result = TypeVar("Result")
+
+NUM_TRIES = 6
+FIRST_WAIT_S = 0.5
+MAX_WAIT_S = 20.0
+NOT_TRANSIENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+class FsspecStorage:
+    """The objects below one URL.
+
+    Args:
+        sleep: waits between tries, which double up to `MAX_WAIT_S` and are spread so that ranks do not come together.
+
+    Raises:
+        ConfigError: nothing that is installed serves URLs of its scheme.
+        RunFolderError: from every method, after `NUM_TRIES` failures, or at once where access is denied.
+    """
+
+    def __init__(self, location: str, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.location, self._sleep = location, sleep
+        try:
+            # A cached listing would hide what other ranks write.
+            self._files, self._root = fsspec.url_to_fs(location, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise ConfigError(
+                "checkpoint.dir",
+                location,
+                f"cannot be served: {error}",
+                "install the fsspec package of its scheme (s3fs, gcsfs, adlfs, ...) or use a local folder",
+            ) from error
+
+    def make(self) -> None:
+        """A store has no folders to make, and a PUT that was cut off leaves nothing."""
+
+    def write(self, name: str, parts: Iterable[Buffer], guard: Callable[[], None] | None = None) -> None:
+        data = b"".join(parts)
+        if guard is not None:
+            guard()
+        self._try(f"write {name}", lambda: self._files.pipe_file(self._path(name), data))
+
+    def read(self, name: str) -> bytes:
+        return self._try(f"read {name}", lambda: self._files.cat_file(self._path(name)))
+
+    def open(self, name: str) -> memoryview:
+        return memoryview(self.read(name))
+
+    def size(self, name: str) -> int | None:
+        try:
+            return self._try(f"look at {name}", lambda: self._files.info(self._path(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def list(self, prefix: str = "") -> list[str]:
+        folder = self._path(prefix)
+        try:
+            paths = self._try(f"list {prefix or 'it'}", lambda: self._files.ls(folder, detail=False))
+        except FileNotFoundError:
+            return []
+        names = (path.rstrip("/").removeprefix(self._root).lstrip("/") for path in paths)
+        return sorted(name for name in names if name != prefix)
+
+    def delete(self, names: Sequence[str]) -> None:
+        for name in names:
+            try:
+                self._try(f"delete {name}", lambda name=name: self._files.rm_file(self._path(name)))
+            except FileNotFoundError:
+                continue
+
+    def move(self, source: str, target: str) -> None:
+        self._try(f"copy {source}", lambda: self._files.cp_file(self._path(source), self._path(target)))
+        self.delete([source])
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}" if name else self._root
+
+    def _try(self, what: str, action: Callable[[], Result]) -> Result:
+        wait_s = FIRST_WAIT_S
+        for remaining in reversed(range(NUM_TRIES)):
+            try:
+                return action()
+            except FileNotFoundError:
+                raise
+            except OSError as error:  # TimeoutError is one
+                if remaining == 0 or isinstance(error, NOT_TRANSIENT):
+                    raise RunFolderError(
+                        "checkpoint.dir",
+                        self.location,
+                        f"cannot {what}: {error.strerror or error or type(error).__name__}",
+                        "see that the store answers and lets this machine in; the checkpoints that are there are "
+                        "intact, and the same command resumes from the newest",
+                    ) from error
+                self._sleep(wait_s * random.uniform(0.5, 1.0))
+                wait_s = min(2 * wait_s, MAX_WAIT_S)
+        raise AssertionError("the last try returns or raises")

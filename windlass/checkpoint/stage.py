@@ -1,0 +1,44 @@
+"""Turns a rank's tensors into chunks of bytes."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from windlass.checkpoint.image import Block, Chunk, lay_out
+from windlass.parallel.fragment import Fragment
+
+
+def block_of(fragment: Fragment) -> Block:
+    dtype = str(fragment.dtype).removeprefix("torch.")
+    return Block(fragment.name, dtype, fragment.global_shape, fragment.offset, fragment.shape)
+
+
+def part_of(tensor: torch.Tensor, fragment: Fragment, block: Block) -> torch.Tensor:
+    """The part of the local `tensor`, which holds `fragment`, that is `block`."""
+    starts = [start - first for start, first in zip(block.offset, fragment.offset, strict=True)]
+    return tensor[tuple(slice(start, start + size) for start, size in zip(starts, block.shape, strict=True))]
+
+
+@torch.no_grad()
+def stage_chunks(fragments: Iterable[tuple[Fragment, torch.Tensor]]) -> Iterator[tuple[Chunk, memoryview]]:
+    """Lays `fragments` out and yields each chunk with its bytes.
+
+    The bytes are of one buffer, in which the next chunk replaces them: the memory is that of the largest chunk, not of
+    the state. The buffer begins at a page, which direct I/O wants.
+
+    Args:
+        fragments: blocks of tensors of different names, and the local tensors that hold them.
+    """
+    tensors = {fragment.name: (fragment, tensor) for fragment, tensor in fragments}
+    chunks = lay_out(block_of(fragment) for fragment, _ in tensors.values())
+    buffer = memoryview(mmap.mmap(-1, max((chunk.end - chunk.begin for chunk in chunks), default=0) or 1))
+    staged = torch.frombuffer(buffer, dtype=torch.uint8)
+    for chunk in chunks:
+        for entry in chunk.entries:
+            fragment, tensor = tensors[entry.block.name]
+            place = staged[entry.begin - chunk.begin : entry.end - chunk.begin]
+            place.view(fragment.dtype).view(entry.block.shape).copy_(part_of(tensor, fragment, entry.block))
+        yield chunk, buffer[: chunk.end - chunk.begin]
