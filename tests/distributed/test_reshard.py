@@ -13,6 +13,7 @@ from support.ranks import run_ranks
 from support.toy import Layout, build, digest, train_steps, whole_weights
 
 from windlass.checkpoint.manager import Checkpointer
+from windlass.checkpoint.manifest import step_name
 from windlass.errors import EXIT_DONE, IncompatibleCheckpoint
 from windlass.parallel.fragment import local_tensor
 from windlass.train.data.loader import Loader
@@ -168,14 +169,13 @@ def run_until(config: runs.Config, num_ranks: int, last_step: int) -> None:
     if last_step == config.train.steps:
         assert life.join() == [EXIT_DONE] * num_ranks, runs.output(config)
         return
-    folder = runs.checkpoints(config) / f"step-{last_step:08d}"
-    while life.is_alive() and not folder.exists():
+    while life.is_alive() and not runs.is_committed(config, last_step):
         pass
     life.kill()
     life.join()
-    assert folder.exists(), runs.output(config)
+    assert runs.is_committed(config, last_step), runs.output(config)
     for newer in runs.checkpoints(config).glob("step-????????"):  # the kill may come a few steps late
-        if newer.name > folder.name:
+        if newer.name > step_name(last_step):
             newer.rename(newer.with_name(newer.name + ".late"))
 
 

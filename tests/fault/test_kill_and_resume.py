@@ -61,14 +61,25 @@ def survive(
 
 
 def wait_for_writing(life: runs.Life, checkpoints: Path, skip: int) -> str:
-    """Returns as soon as a checkpoint is being written, `skip` such moments later than the first."""
-    seen: set[str] = set()
+    """Returns as soon as a checkpoint is being written, `skip` such moments later than the first.
+
+    That is when there are new chunks, whole or half written, and no newer manifest.
+    """
+    committed, settled = names(checkpoints, "step-*/manifest.json"), names(checkpoints, "chunks/*")
+    num_seen, is_counted = 0, False
     while life.is_alive():
-        writing = [path.name for path in checkpoints.glob("*.writing")] if checkpoints.exists() else []
-        seen.update(writing)
-        if writing and len(seen) > skip:
-            return f"while {writing[0]}"
+        manifests, chunks = names(checkpoints, "step-*/manifest.json"), names(checkpoints, "chunks/*")
+        if manifests != committed:
+            committed, settled, is_counted = manifests, chunks, False
+        elif chunks - settled and not is_counted:
+            num_seen, is_counted = num_seen + 1, True
+            if num_seen > skip:
+                return f"while writing after {max(committed, default='nothing')}"
     return "after the end"
+
+
+def names(folder: Path, pattern: str) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.glob(pattern)}
 
 
 @pytest.mark.parametrize(("sharding", "accumulation", "dtype", "optim"), SHORT)

@@ -20,7 +20,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path, dtype: 
     assert runs.run(calm, 1) == [EXIT_DONE], runs.output(calm)
     broken = runs.run_config(tmp_path, "broken", *overrides)
     life = runs.start(broken, 1)
-    while life.is_alive() and not (runs.checkpoints(broken) / "step-00000006").exists():
+    while life.is_alive() and not runs.is_committed(broken, 6):
         pass
     life.kill()
     life.join()

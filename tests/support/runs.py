@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from support.ranks import CONTEXT, free_port
-from windlass.checkpoint.durable import CheckpointReader
-from windlass.checkpoint.manifest import committed_steps, step_folder
+from windlass.checkpoint.manifest import MANIFEST, committed_steps, step_folder, step_name
+from windlass.checkpoint.reader import open_checkpoint
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.launch.worker import run_worker
@@ -171,10 +171,14 @@ def checkpoints(config: Config) -> Path:
     return Path(config.run_dir) / "checkpoints"
 
 
+def is_committed(config: Config, step: int) -> bool:
+    return (checkpoints(config) / step_name(step) / MANIFEST).exists()
+
+
 def newest_digest(config: Config) -> str:
     """SHA-256 over every global weight and optimizer tensor of the newest checkpoint, whatever its cut."""
     folder = step_folder(checkpoints(config), committed_steps(checkpoints(config))[-1])
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(folder)
     hasher = hashlib.sha256()
     for name in sorted(reader.manifest.tensors):
         if not name.startswith("rng."):

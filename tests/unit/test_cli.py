@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import windlass
+from windlass.checkpoint.chunk_file import chunk_name
 from windlass.checkpoint.manager import Checkpointer
+from windlass.checkpoint.manifest import Manifest
 from windlass.cli import main
 from windlass.parallel.config import ParallelConfig, Sharding
 
@@ -23,14 +25,22 @@ Captured = pytest.CaptureFixture[str]
 def run_dir(tmp_path: Path) -> Path:
     """A run's folder with checkpoints of steps 1 and 2."""
     mesh = ParallelConfig(name=Sharding.none).build(torch.device("cpu"))
-    checkpointer = Checkpointer({"model": torch.nn.Linear(3, 2)}, tmp_path / "run" / "checkpoints", mesh)
+    model = torch.nn.Linear(3, 2)
+    checkpointer = Checkpointer({"model": model}, tmp_path / "run" / "checkpoints", mesh)
     checkpointer.save(1)
+    torch.nn.init.zeros_(model.bias)
     checkpointer.save(2)
     return tmp_path / "run"
 
 
+def chunks_of(checkpoint: Path) -> set[Path]:
+    return {checkpoint.parent / chunk_name(sha256) for sha256 in Manifest.read(checkpoint).chunks}
+
+
 def damage(run_dir: Path) -> None:
-    path = run_dir / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
+    (path,) = chunks_of(run_dir / "checkpoints" / "step-00000002") - chunks_of(
+        run_dir / "checkpoints" / "step-00000001"
+    )
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
@@ -110,7 +120,7 @@ def test_train_help_lists_groups_keys_and_examples(capsys: Captured) -> None:
 def test_ckpt_list(run_dir: Path, capsys: Captured) -> None:
     assert main(["ckpt", "list", str(run_dir)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["step", "size", "ranks", "written", "path"]
+    assert lines[0].split() == ["step", "size", "shared", "ranks", "written", "path"]
     assert [line.split()[0] for line in lines[1:]] == ["1", "2"]
 
 

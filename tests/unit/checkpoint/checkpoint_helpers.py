@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from windlass.checkpoint.chunk_file import chunk_name
 from windlass.checkpoint.manager import Checkpointer
+from windlass.checkpoint.manifest import Manifest
 from windlass.parallel.mesh import Mesh
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -79,6 +81,17 @@ def flip(path: Path, position: int, mask: int = 0x01) -> None:
         old = file.read(1)[0]
         file.seek(position)
         file.write(bytes([old ^ mask]))
+
+
+def chunks_of(folder: Path) -> list[Path]:
+    """The files of a checkpoint's chunks."""
+    return [folder.parent / chunk_name(sha256) for sha256 in Manifest.read(folder).chunks]
+
+
+def own_chunk(folder: Path) -> Path:
+    """A chunk that no other checkpoint has."""
+    others = {path for other in folder.parent.glob("step-????????") if other != folder for path in chunks_of(other)}
+    return next(path for path in chunks_of(folder) if path not in others)
 
 
 def snapshot_of(folder: Path) -> dict[str, bytes]:

@@ -7,35 +7,37 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import Training, flip, snapshot_of
+from checkpoint_helpers import Training, chunks_of, flip, own_chunk, snapshot_of
 from torch import nn
 
 from windlass.checkpoint import inspect
+from windlass.checkpoint.locate import checkpoints_of, find_checkpoint
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import Manifest, committed_steps
+from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
+from windlass.checkpoint.reader import open_checkpoint
 from windlass.errors import ConfigError, CorruptCheckpoint
+from windlass.parallel.fragment import Fragment
 from windlass.parallel.mesh import Mesh
-
-RANK_FILE = "rank-00000.safetensors"
 
 
 def test_every_changed_byte_of_a_small_checkpoint_is_noticed(tmp_path: Path, mesh: Mesh) -> None:
     """`verify` and, as a checkpoint's own ranks read all of it, `restore` as well."""
-    model = nn.Linear(3, 2)
-    checkpointer = Checkpointer({"model": model}, tmp_path, mesh)
+    checkpointer = Checkpointer({"model": nn.Linear(3, 2)}, tmp_path, mesh)
     folder = checkpointer.save(1)
-    path = folder / RANK_FILE
     manifest = Manifest.read(folder)
-    first_rng = min(tensor.fragments[0].begin for name, tensor in manifest.tensors.items() if name.startswith("rng"))
-    size = path.stat().st_size
-    # Header and weights byte by byte; the generators' thousands of bytes at a stride.
-    positions = [*range(0, first_rng + 16), *range(first_rng + 16, size, 997), size - 1]
-    for position in positions:
-        flip(path, position, mask=1 << position % 8)
-        assert not inspect.verify(folder)[0].is_sound, position
-        with pytest.raises(CorruptCheckpoint):
-            checkpointer.restore(folder)
-        flip(path, position, mask=1 << position % 8)
+    for path in chunks_of(folder):
+        begins = [
+            part.begin for tensor in manifest.tensors.values() for part in tensor.fragments if part.chunk in path.name
+        ]
+        size = path.stat().st_size
+        # The start of the header and of each block byte by byte; padding and the generators' thousands at a stride.
+        positions = {*range(0, size, 997), *range(400), *(begin + i for begin in begins for i in range(24)), size - 1}
+        for position in sorted(positions):
+            flip(path, position, mask=1 << position % 8)
+            assert not inspect.verify(folder)[0].is_sound, position
+            with pytest.raises(CorruptCheckpoint):
+                checkpointer.restore(folder)
+            flip(path, position, mask=1 << position % 8)
     assert inspect.verify(folder)[0].is_sound
     assert checkpointer.restore(folder) == 1
 
@@ -43,29 +45,44 @@ def test_every_changed_byte_of_a_small_checkpoint_is_noticed(tmp_path: Path, mes
 @pytest.mark.parametrize("size", [0, 5, 8, 100, -1])
 def test_a_truncated_file_is_noticed(size: int, tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh)
-    path = checkpointer.save(1) / RANK_FILE
+    path = chunks_of(checkpointer.save(1))[-1]
     content = path.read_bytes()
     path.write_bytes(content[:size])
     assert not inspect.verify(tmp_path)[0].is_sound
-    with pytest.raises(CorruptCheckpoint, match=RANK_FILE):
+    with pytest.raises(CorruptCheckpoint, match=path.name):
         checkpointer.restore_latest()
 
 
 def test_an_appended_byte_is_noticed(tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh)
-    with (checkpointer.save(1) / RANK_FILE).open("ab") as file:
+    with chunks_of(checkpointer.save(1))[0].open("ab") as file:
         file.write(b"x")
     assert not inspect.verify(tmp_path)[0].is_sound
     with pytest.raises(CorruptCheckpoint, match="bytes where"):
         checkpointer.restore_latest()
 
 
-@pytest.mark.parametrize("name", [RANK_FILE, "manifest.json"])
-def test_a_missing_file_is_noticed(name: str, tmp_path: Path, mesh: Mesh) -> None:
+def test_a_missing_chunk_is_noticed(tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh)
-    (checkpointer.save(1) / name).unlink()
-    assert not inspect.verify(tmp_path)[0].is_sound
-    with pytest.raises(CorruptCheckpoint, match=name):
+    path = chunks_of(checkpointer.save(1))[0]
+    path.unlink()
+    (result,) = inspect.verify(tmp_path)
+    assert result.problems == [f"chunks/{path.name}: is not there"]
+    with pytest.raises(CorruptCheckpoint, match=path.name):
+        checkpointer.restore_latest()
+
+
+def test_a_missing_manifest_is_noticed(tmp_path: Path, mesh: Mesh) -> None:
+    """The pointer says that there was one: a run must not begin afresh where its checkpoint is lost."""
+    checkpointer = Training().checkpointer(tmp_path, mesh, keep=0)
+    checkpointer.save(1)
+    (checkpointer.save(2) / "manifest.json").unlink()
+    restored = checkpointer.restore_latest()
+    assert restored is not None
+    assert (restored.step, restored.set_aside) == (1, [tmp_path / "step-00000002"])
+    (tmp_path / "latest.json").write_text(json.dumps({"step": 1, "folder": "step-00000001", "sha256": ""}))
+    (tmp_path / "step-00000001" / "manifest.json").unlink()
+    with pytest.raises(CorruptCheckpoint, match=r"manifest\.json"):
         checkpointer.restore_latest()
 
 
@@ -78,8 +95,9 @@ def test_restore_falls_back_to_the_newest_that_is_sound(num_damaged: int, tmp_pa
         training.run(1)
         checkpointer.save(step)
         bits[step] = training.bits()
+    chunks = {step: own_chunk(step_folder(tmp_path, step)) for step in bits}
     for step in range(3, 3 - num_damaged, -1):
-        flip(tmp_path / f"step-0000000{step}" / RANK_FILE, -1 + (tmp_path / "step-00000003" / RANK_FILE).stat().st_size)
+        flip(chunks[step], chunks[step].stat().st_size - 1)
     other = Training(seed=8)
     restored = other.checkpointer(tmp_path, mesh).restore_latest()
     sound = 3 - num_damaged
@@ -87,8 +105,30 @@ def test_restore_falls_back_to_the_newest_that_is_sound(num_damaged: int, tmp_pa
     assert restored.step == sound
     assert other.bits() == bits[sound]
     assert [path.name for path in restored.set_aside] == [f"step-0000000{step}.damaged" for step in range(3, sound, -1)]
-    assert all((path / RANK_FILE).is_file() for path in restored.set_aside)
     assert committed_steps(tmp_path) == list(range(1, sound + 1))
+    for step, path in chunks.items():
+        assert path.exists() == (step <= sound), "a damaged chunk would be taken for written by the next save"
+        assert path.with_name(path.name + ".damaged").exists() == (step > sound)
+
+
+def test_a_save_of_the_same_bytes_does_not_use_a_damaged_chunk(tmp_path: Path, mesh: Mesh) -> None:
+    """As when a run goes on from the checkpoint before, and comes to the same bits once more."""
+    training = Training()
+    checkpointer = training.checkpointer(tmp_path, mesh, keep=0)
+    checkpointer.save(1)
+    training.run(1)
+    folder = checkpointer.save(2)
+    bits = training.bits()
+    flip(own_chunk(folder), -1 + own_chunk(folder).stat().st_size)
+    restored = checkpointer.restore_latest()
+    assert restored is not None and restored.step == 1
+    training.run(1)
+    assert training.bits() == bits
+    checkpointer.save(2)
+    assert [result.is_sound for result in inspect.verify(tmp_path)] == [True, True]
+    other = Training(seed=7)
+    other.checkpointer(tmp_path, mesh).restore_latest()
+    assert other.bits() == bits
 
 
 def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(tmp_path: Path, mesh: Mesh) -> None:
@@ -104,11 +144,17 @@ def test_a_second_damaged_checkpoint_of_a_step_does_not_replace_the_first(tmp_pa
 def test_where_all_are_damaged_nothing_is_lost(tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh, keep=0)
     for step in (1, 2):
-        flip(checkpointer.save(step) / RANK_FILE, 3000)
-    before = sorted(snapshot_of(tmp_path).values())
+        checkpointer.save(step)
+    for path in chunks_of(tmp_path / "step-00000001"):  # the second save shares them: nothing was trained
+        flip(path, 3000)
+
+    def bytes_of_all() -> list[bytes]:
+        return sorted(data for name, data in snapshot_of(tmp_path).items() if name != "latest.json")
+
+    before = bytes_of_all()
     with pytest.raises(CorruptCheckpoint, match=r"step-00000001.*is damaged"):
         checkpointer.restore_latest()
-    assert sorted(snapshot_of(tmp_path).values()) == before
+    assert bytes_of_all() == before
 
 
 def test_a_checkpoint_that_lacks_a_block_is_corrupt(tmp_path: Path, mesh: Mesh) -> None:
@@ -117,8 +163,7 @@ def test_a_checkpoint_that_lacks_a_block_is_corrupt(tmp_path: Path, mesh: Mesh) 
     folder = checkpointer.save(1)
     manifest = Manifest.read(folder)
     manifest.tensors["model.weight"].fragments.clear()
-    (folder / "manifest.json").unlink()
-    manifest.write(folder)
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
     with pytest.raises(CorruptCheckpoint, match=r"model\.weight lacks 6 of its elements"):
         checkpointer.restore_latest()
     assert inspect.verify(folder)[0].problems == ["model.weight: its fragments do not cover it"]
@@ -130,7 +175,7 @@ def test_list_tells_of_sound_and_damaged_ones(tmp_path: Path, mesh: Mesh) -> Non
     (checkpointer.save(2) / "manifest.json").write_text("{}")
     rows = inspect.list_checkpoints(tmp_path)
     assert [(row.step, row.problem is None) for row in rows] == [(1, True), (-1, False)]
-    assert rows[0].num_bytes == (Path(rows[0].path) / RANK_FILE).stat().st_size
+    assert rows[0].num_bytes == sum(path.stat().st_size for path in chunks_of(Path(rows[0].path)))
     table = inspect.render_list(rows, as_json=False).splitlines()
     assert len(table) == 3
     assert "step-00000001" in table[1]
@@ -139,39 +184,37 @@ def test_list_tells_of_sound_and_damaged_ones(tmp_path: Path, mesh: Mesh) -> Non
 
 
 def test_verify_names_what_is_damaged(tmp_path: Path, mesh: Mesh) -> None:
-    checkpointer = Checkpointer({"model": nn.Linear(3, 2)}, tmp_path, mesh, keep=0)
+    model = nn.Linear(3, 2)
+    checkpointer = Checkpointer({"model": model}, tmp_path, mesh, keep=0)
     checkpointer.save(1)
-    folder = checkpointer.save(2)
-    begin = Manifest.read(folder).tensors["model.bias"].fragments[0].begin
-    flip(folder / RANK_FILE, begin)
+    nn.init.zeros_(model.bias)
+    path = own_chunk(checkpointer.save(2))
+    flip(path, Manifest.read(tmp_path / "step-00000002").tensors["model.bias"].fragments[0].begin)
     sound, damaged = inspect.verify(tmp_path)
     assert sound.is_sound
-    assert damaged.problems == [f"{RANK_FILE}: the bytes of model.bias have changed"]
+    assert damaged.problems == [f"chunks/{path.name}: its bytes have changed"]
     text = inspect.render_verification([sound, damaged], as_json=False)
     assert text.startswith("sound ")
     assert "\nDAMAGED " in text
-    assert "model.bias" in text
+    assert path.name in text
     assert [row["is_sound"] for row in json.loads(inspect.render_verification([sound, damaged], True))] == [True, False]
 
 
 def test_one_checkpoint_can_be_named(tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh, keep=0)
     older, _ = checkpointer.save(1), checkpointer.save(2)
-    assert inspect.checkpoints_of(older) == [older]
-    assert len(inspect.checkpoints_of(tmp_path)) == 2
+    assert checkpoints_of(older) == [older]
+    assert len(checkpoints_of(tmp_path)) == 2
     with pytest.raises(ConfigError):
-        inspect.checkpoints_of(tmp_path / "missing")
+        find_checkpoint(tmp_path / "missing")
 
 
 def test_a_read_block_may_be_any_part(tmp_path: Path, mesh: Mesh) -> None:
-    from windlass.checkpoint.durable import CheckpointReader
-    from windlass.parallel.fragment import Fragment
-
     model = nn.Linear(5, 4)
     folder = Checkpointer({"model": model}, tmp_path, mesh).save(1)
     block = Fragment("model.weight", (4, 5), (1, 2), (2, 3), torch.float32)
     into = torch.empty(2, 3)
-    reader = CheckpointReader(folder)
+    reader = open_checkpoint(folder)
     reader.read(block, into)
     reader.close()
     assert torch.equal(into, model.weight[1:3, 2:5])

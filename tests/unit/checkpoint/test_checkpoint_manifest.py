@@ -9,7 +9,6 @@ from checkpoint_helpers import flip
 from windlass.checkpoint.manifest import (
     MANIFEST,
     Manifest,
-    StoredFile,
     StoredFragment,
     StoredTensor,
     _digest,
@@ -21,31 +20,45 @@ from windlass.errors import CorruptCheckpoint, IncompatibleCheckpoint
 
 def example() -> Manifest:
     fragments = [
-        StoredFragment("rank-00000.safetensors", "w", 64, 88, "ab" * 32, (0, 0), (2, 3)),
-        StoredFragment("rank-00001.safetensors", "w", 64, 76, "cd" * 32, (2, 0), (1, 3)),
+        StoredFragment("ab" * 32, "w", 64, 88, (0, 0), (2, 3)),
+        StoredFragment("cd" * 32, "w", 64, 76, (2, 0), (1, 3)),
     ]
     return Manifest(
         step=7,
+        generation=3,
         world_size=2,
         time=1234567890.123456,
         objects={"train": {"step": 7, "loss": 0.1 + 0.2, "none": None, "text": "naïve ✓"}},
         tensors={"w": StoredTensor((3, 3), "float32", fragments), "s": StoredTensor((), "int64")},
-        files={f"rank-0000{rank}.safetensors": StoredFile(88 - 12 * rank, "ef" * 32) for rank in range(2)},
+        chunks={"ab" * 32: 88, "cd" * 32: 76},
     )
 
 
+def write(folder: Path) -> None:
+    (folder / MANIFEST).write_bytes(example().to_bytes())
+
+
 def test_a_manifest_reads_back_equal(tmp_path: Path) -> None:
-    example().write(tmp_path)
+    write(tmp_path)
     assert Manifest.read(tmp_path) == example()
 
 
-def test_its_size_is_that_of_its_files() -> None:
+def test_its_size_is_that_of_its_chunks() -> None:
     assert example().num_bytes == 88 + 76
+
+
+def test_tensors_that_are_not_whole_are_named() -> None:
+    manifest = example()
+    assert manifest.uncovered() == ["s"], "a scalar has one element"
+    manifest.tensors["s"].fragments.append(StoredFragment("ab" * 32, "s", 88, 96, (), ()))
+    assert manifest.uncovered() == []
+    manifest.tensors["w"].fragments.pop()
+    assert manifest.uncovered() == ["w"]
 
 
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
     """Also those that JSON does not care about, such as a space that becomes a newline."""
-    example().write(tmp_path)
+    write(tmp_path)
     path = tmp_path / MANIFEST
     for position in range(path.stat().st_size):
         for mask in (0x01, 0x20, 0x2A, 0x80):  # 0x2A makes a newline of a space
@@ -69,7 +82,7 @@ def test_a_missing_manifest_is_a_corrupt_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
-    example().write(tmp_path)
+    write(tmp_path)
     document = json.loads((tmp_path / MANIFEST).read_text())
     document["version"] = 99
     document["sha256"] = _digest(99, document["body"])
@@ -79,8 +92,10 @@ def test_a_later_version_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_only_whole_step_folders_count(tmp_path: Path) -> None:
-    for name in ("step-00000010", "step-00000002", "step-123456789", "step-00000003.writing", "step-4", "other"):
+    for name in ("step-00000010", "step-00000002", "step-123456789", "step-00000003.damaged", "step-4", "other"):
         (tmp_path / name).mkdir()
+        write(tmp_path / name)
+    (tmp_path / "step-00000005").mkdir()
     assert committed_steps(tmp_path) == [2, 10, 123456789]
-    assert step_folder(tmp_path, 10).name == "step-00000010"
+    assert step_folder(tmp_path, 10) == tmp_path / "step-00000010"
     assert committed_steps(tmp_path / "missing") == []

@@ -13,8 +13,10 @@ import torch
 from checkpoint_helpers import Counter, MakeOptimizer, Training, disk_full_after, snapshot_of
 from torch import nn
 
-from windlass.checkpoint.manager import Checkpointer, find_checkpoint
-from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
+from windlass.checkpoint.local_storage import LocalStorage
+from windlass.checkpoint.locate import find_checkpoint
+from windlass.checkpoint.manager import Checkpointer
+from windlass.checkpoint.manifest import committed_steps, step_folder
 from windlass.errors import ConfigError, IncompatibleCheckpoint, RunFolderError
 from windlass.optim.config import Schedule
 from windlass.optim.scheduler import WarmupScheduler
@@ -217,17 +219,17 @@ def test_retention_keeps_the_newest(keep: int, left: list[int], tmp_path: Path, 
     for step in range(1, 6):
         checkpointer.save(step)
     assert committed_steps(tmp_path) == left
-    assert len(list(tmp_path.iterdir())) == len(left)
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-0000000{n}" for n in left} | {"chunks", "latest.json"}
 
 
 def test_a_step_that_is_saved_is_not_written_again(tmp_path: Path, mesh: Mesh) -> None:
     training = Training()
     checkpointer = training.checkpointer(tmp_path, mesh)
     folder = checkpointer.save(1)
-    before = snapshot_of(folder)
+    before = snapshot_of(tmp_path)
     training.run(1)
     assert checkpointer.save(1) == folder
-    assert snapshot_of(folder) == before
+    assert snapshot_of(tmp_path) == before
 
 
 @pytest.mark.parametrize(("step", "due"), [(0, True), (1, False), (9, False), (10, True), (11, False), (20, True)])
@@ -235,23 +237,21 @@ def test_due_is_every_so_many_steps(step: int, due: bool, tmp_path: Path, mesh: 
     assert Training().checkpointer(tmp_path, mesh, persist_every=10).due(step) == due
 
 
-def test_leftovers_of_a_killed_writer_are_removed_and_nothing_else(tmp_path: Path, mesh: Mesh) -> None:
+def test_leftovers_of_killed_writers_go_with_the_next_save_and_nothing_else(tmp_path: Path, mesh: Mesh) -> None:
     checkpointer = Training().checkpointer(tmp_path, mesh)
     checkpointer.save(1)
-    for name in ("step-00000002.writing", "step-00000000.deleting", "step-00000003.damaged", "mine"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text("x")
+    orphan = f"chunks/{'ab' * 32}.safetensors"
+    leftovers = [orphan, "chunks/x.safetensors.77-ab.tmp", "latest.json.77-ab.tmp", "step-00000002/manifest.json.1.tmp"]
+    others = ["mine/file", "step-00000003.damaged/file", orphan + ".damaged"]
+    for name in (*leftovers, *others):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
     checkpointer.store.open_for_writing()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "step-00000001", "step-00000003.damaged"]
-
-
-def test_a_leftover_of_the_same_step_does_not_stand_in_the_way(tmp_path: Path, mesh: Mesh) -> None:
-    leftover = tmp_path / "deeper" / "step-00000001.writing"
-    leftover.mkdir(parents=True)
-    (leftover / "rank-00000.safetensors").write_text("half")
-    checkpointer = Training().checkpointer(leftover.parent, mesh)
-    checkpointer.save(1)
-    assert [path.name for path in leftover.parent.iterdir()] == ["step-00000001"]
+    assert [name for name in leftovers if (tmp_path / name).exists()] == [orphan]
+    checkpointer.save(3)
+    assert not any((tmp_path / name).exists() for name in leftovers)
+    assert not (tmp_path / "step-00000002").exists()
+    assert all((tmp_path / name).read_text() == "x" for name in others)
     assert checkpointer.restore_latest() is not None
 
 
@@ -274,10 +274,14 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_leftovers(room: int, tmp_
 def test_a_manifest_that_does_not_fit_commits_nothing(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
+    write = LocalStorage.write
 
-    monkeypatch.setattr(Manifest, "write", full)
+    def full(storage: LocalStorage, name: str, *others: Any, **more: Any) -> None:
+        if name.endswith("manifest.json"):
+            raise OSError(28, "No space left on device")
+        write(storage, name, *others, **more)
+
+    monkeypatch.setattr(LocalStorage, "write", full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         Training().checkpointer(tmp_path, mesh).save(1)
     assert list(tmp_path.iterdir()) == []
