@@ -50,7 +50,7 @@ class PeerClosed(TransportError):
 
 
 class Connection:
-    """One TCP connection. Any thread may send or close; one at a time receives.
+    """One connection, TCP or of this node alone. Any thread may send or close; one at a time receives.
 
     Every error closes it, because a stream that was left within a frame cannot be read on.
 
@@ -68,12 +68,8 @@ class Connection:
         self._send_lock = threading.Lock()
         self._state = threading.Lock()
         self._num_users, self._is_closed = 0, False
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
-        for name, value in _KEEPALIVE.items():
-            if hasattr(socket, name):  # not on every system
-                sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if sock.family != socket.AF_UNIX:
+            _set_options(sock)
         self.settimeout(IDLE_S)
 
     def shake_hands(self, prove: Callable[[], None]) -> None:
@@ -263,6 +259,15 @@ class Connection:
     def _check_unread(self, num_bytes: int) -> None:
         if not 0 <= num_bytes <= self._unread:
             raise ValueError(f"{num_bytes} bytes of a payload of which {self._unread} are left")
+
+
+def _set_options(sock: socket.socket) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
+    for name, value in _KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def address_text(address: tuple[str, int]) -> str:

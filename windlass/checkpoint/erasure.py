@@ -101,6 +101,29 @@ class Codec:
         else:
             self._engine.add(coefficients, source[0], targets)
 
+    def add(self, row: int, index: int, data: Memory, parity: Memory, first: bool = False) -> None:
+        """`encode_update` of one parity shard, for who keeps that one only.
+
+        Args:
+            row: which parity shard it is, from 0.
+
+        Raises:
+            ValueError: as `encode_update`.
+        """
+        if not 0 <= index < self.num_data_shards or not 0 <= row < self.num_parity_shards:
+            raise ValueError(f"there is no data shard {index} of {self.num_data_shards}, or no parity {row}")
+        source, target = _arrays({index: data}, "data"), _arrays({row: parity}, "parity", writable=True)
+        _require_apart(source, target)
+        coefficients = self._parity_rows[row : row + 1, index : index + 1]
+        if first:
+            self._engine.multiply(coefficients, source, target)
+        else:
+            self._engine.add(coefficients, source[0], target)
+
+    def is_copy(self, row: int) -> bool:
+        """Whether parity `row` is data shard 0 itself: a mirror."""
+        return self.num_data_shards == 1 and int(self._parity_rows[row, 0]) == 1
+
     def reconstruct(self, shards: Mapping[int, Memory], missing: Mapping[int, Memory]) -> None:
         """Restores lost shards from those that are left.
 

@@ -7,6 +7,7 @@ checkpoint to the next, so chunks are cut by names and shapes alone. Torch-free:
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -118,6 +119,38 @@ def image_bytes(chunks: Sequence[Chunk]) -> int:
 
 def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
+
+
+MAGIC = b"windlas2"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a region says of the image in it: it goes before the image, and is protected as the image is."""
+
+    rank: int
+    chunks: list[Chunk]
+    objects: dict[str, Any]
+    """JSON state that is not tensors; of one rank, empty in the others."""
+
+    def to_bytes(self) -> bytes:
+        document = {"rank": self.rank, "chunks": chunks_to_json(self.chunks), "objects": self.objects}
+        text = json.dumps(document, separators=(",", ":")).encode()
+        return MAGIC + len(text).to_bytes(8, "little") + text
+
+    @staticmethod
+    def from_region(region: memoryview) -> tuple[Description, int]:
+        """The description, and where in the region the image begins.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if bytes(region[:8]) != MAGIC:
+            raise ValueError("the region holds no image")
+        end = 16 + int.from_bytes(region[8:16], "little")
+        document = json.loads(bytes(region[16:end]))
+        chunks = chunks_from_json(document["chunks"])
+        return Description(document["rank"], chunks, document["objects"]), len(region) - image_bytes(chunks)
 
 
 def chunks_to_json(chunks: Sequence[Chunk]) -> list[list[dict[str, Any]]]:
