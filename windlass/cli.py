@@ -9,6 +9,7 @@ from pathlib import Path
 
 import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
+from windlass.train import exchange_cli
 
 TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
 
@@ -79,7 +80,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
-    checkpoint = verbs.add_parser("ckpt", help="list or verify checkpoints")
+    checkpoint = verbs.add_parser("ckpt", help="list, verify, export or import checkpoints")
     actions = checkpoint.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in (
         ("list", "list the checkpoints of a run"),
@@ -89,6 +90,7 @@ def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
         action.add_argument("path", type=Path, help="a run's folder, its checkpoints/ folder, or one checkpoint")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=_checkpoint, action=name)
+    exchange_cli.add_parsers(actions)
 
 
 def _checkpoint(options: argparse.Namespace) -> int:

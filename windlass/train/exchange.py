@@ -1,0 +1,234 @@
+"""`windlass ckpt export` and `import`: checkpoints of windlass to and from what other programs read."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from windlass.checkpoint import dcp, huggingface
+from windlass.checkpoint.dcp_state import read_state, state_dict_layout
+from windlass.checkpoint.exchange import PARTIAL, new_folder
+from windlass.checkpoint.huggingface import HuggingFaceFolder, Weight
+from windlass.checkpoint.image import DTYPE_BYTES
+from windlass.checkpoint.imported import Described, Read, write_checkpoint
+from windlass.checkpoint.locate import find_checkpoint
+from windlass.checkpoint.manifest import Manifest, StoredTensor
+from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
+from windlass.errors import ConfigError, require
+from windlass.train.config import ModelConfig
+from windlass.train.data.progress import ProgressReport
+from windlass.train.data.tokenizer import ByteTokenizer, load_tokenizer
+from windlass.train.huggingface import (
+    ROTARY_BUFFER,
+    check_weights,
+    from_huggingface,
+    huggingface_name,
+    overrides,
+    to_huggingface,
+    weight_shapes,
+    windlass_name,
+)
+from windlass.train.state import TrainState
+
+MODEL_PREFIX = "model."
+TOKENIZER = "tokenizer.json"
+BEGINS_ANEW = "what a run needs and the folder has not (optimizer state, schedule, data cursor) begins anew with it"
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What an export or an import did."""
+
+    source: str
+    output: str
+    step: int
+    num_tensors: int
+    num_bytes: int
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, a sentence each."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_bytes: int) -> Exchanged:
+    """Writes the weights of a checkpoint of a Llama as a folder that transformers loads.
+
+    Args:
+        dtype: of the exported weights; None keeps that of the checkpoint.
+
+    Raises:
+        ConfigError: `path` is no checkpoint, or not one of a Llama.
+        CorruptCheckpoint: a byte of its weights is not as it was written.
+        RunFolderError: `output` holds something, or the disk is full or refuses.
+    """
+    folder = find_checkpoint(path)
+    with closing(open_checkpoint(folder)) as reader, new_folder(output) as writing:
+        config = _stored_config(reader.manifest)
+        model = _stored_model(reader.manifest, config, str(folder))
+        stored = {
+            name.removeprefix(MODEL_PREFIX): entry
+            for name, entry in reader.manifest.tensors.items()
+            if name.startswith(MODEL_PREFIX)
+        }
+        check_weights(folder, weight_shapes(model), {name: entry.shape for name, entry in stored.items()})
+        weights = [_weight(reader, name, entry, dtype) for name, entry in stored.items()]
+        tokenizer, eos_id, notes = _tokenizer(config)
+        stored_dtype = dtype or next(iter(stored.values())).dtype
+        document = to_huggingface(model, config["train"]["seq_len"], stored_dtype, eos_id)
+        num_bytes = sum(weight.nbytes for weight in weights)
+        with ProgressReport("export", num_bytes) as progress:
+            huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, writing / TOKENIZER)
+    return Exchanged(str(folder), str(output), reader.manifest.step, len(weights), num_bytes, notes)
+
+
+def _weight(reader: CheckpointReader, name: str, stored: StoredTensor, dtype: str | None) -> Weight:
+    return Weight(
+        huggingface_name(name),
+        stored.shape,
+        getattr(torch, dtype or stored.dtype),
+        lambda: reader.read_whole(MODEL_PREFIX + name),
+    )
+
+
+def _stored_config(manifest: Manifest) -> dict[str, Any]:
+    info = manifest.objects.get("info")
+    config = info.get("config") if isinstance(info, dict) else None
+    return config if isinstance(config, dict) else {}
+
+
+def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) -> ModelConfig:
+    try:
+        return ModelConfig(**config["model"])
+    except (KeyError, TypeError):
+        raise ConfigError(
+            "path",
+            folder,
+            "does not say which Llama it is of: windlass train did not write it",
+            "export it with --format dcp",
+        ) from None
+
+
+def _tokenizer(config: Mapping[str, Any]) -> tuple[Path | None, int | None, list[str]]:
+    """The data's tokenizer file to export with the weights, the id that ends a document, and notes."""
+    spec = config.get("data", {}).get("tokenizer")
+    if spec is None:
+        return None, None, []
+    if spec == ByteTokenizer.name:
+        return None, ByteTokenizer.eos_id, ["its tokens are UTF-8 bytes, for which there is no tokenizer file"]
+    path = Path(spec).expanduser()
+    path = path / TOKENIZER if path.is_dir() else path
+    if not path.is_file():
+        return None, None, [f"the tokenizer {spec} is not here any more: put its {TOKENIZER} beside the weights"]
+    return path, load_tokenizer(str(path)).eos_id, []
+
+
+def export_dcp(path: str, output: Path) -> Exchanged:
+    """Writes a checkpoint of anything as a folder of torch.distributed.checkpoint.
+
+    Raises:
+        ConfigError, CorruptCheckpoint, RunFolderError: as `export_huggingface`.
+    """
+    folder = find_checkpoint(path)
+    with closing(open_checkpoint(folder)) as reader, new_folder(output) as writing:
+        stored = reader.manifest.tensors.values()
+        num_bytes = sum(math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] for entry in stored)
+        with ProgressReport("export", num_bytes) as progress:
+            dcp.write_folder(writing, reader, *state_dict_layout(reader.manifest), progress.set_done)
+    return Exchanged(str(folder), str(output), reader.manifest.step, len(stored), num_bytes)
+
+
+def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | None) -> Exchanged:
+    """Makes a checkpoint of the weights of a Hugging Face Llama, for a run to begin from.
+
+    Args:
+        output: the folder of the new checkpoint, as a run's `checkpoints/` is.
+        step: that the run begins at; None is 0.
+        dtype: of the weights; None is float32, in which windlass trains.
+
+    Raises:
+        ConfigError: it is no Llama, or weights are missing, too many or of other shapes.
+        CorruptCheckpoint: a file is missing or cannot be read.
+        RunFolderError: `output` holds something, or the disk is full or refuses.
+    """
+    folder = HuggingFaceFolder(path)
+    model = from_huggingface(folder.config, path)
+    names = {windlass_name(name): name for name in folder.tensors if not name.endswith(ROTARY_BUFFER)}
+    check_weights(path, weight_shapes(model), {name: folder.tensors[flat][0] for name, flat in names.items()})
+    target = getattr(torch, dtype or "float32")
+    tensors = {MODEL_PREFIX + name: (folder.tensors[flat][0], target) for name, flat in names.items()}
+    step = step or 0
+    info = {PARTIAL: True, "imported_from": "hf", "config": {"model": asdict(model)}}
+    num_bytes = _write(
+        output,
+        step,
+        0,
+        {**_progress(step), "info": info},
+        tensors,
+        lambda name: folder.read(names[name.removeprefix(MODEL_PREFIX)]),
+    )
+    begin = f"begin a run from it: windlass train {' '.join(overrides(model))} resume={output}"
+    return Exchanged(str(path), str(output), step, len(tensors), num_bytes, [BEGINS_ANEW, begin])
+
+
+def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, optimizer_class: str | None) -> Exchanged:
+    """Makes a checkpoint of a folder of torch.distributed.checkpoint.
+
+    Args:
+        step: that the run begins at; None is that of the checkpoint that windlass exported, or 0.
+        dtype: of the weights; None keeps theirs.
+        optimizer_class: see `read_state`.
+
+    Raises:
+        ConfigError: it is no such folder, or has no model; CorruptCheckpoint, RunFolderError: as above.
+    """
+    folder = dcp.DcpFolder(path)
+    state = read_state(folder, optimizer_class)
+    tensors = {}
+    for name, flat in state.tensors.items():
+        stored = folder.contents.tensors[flat]
+        is_weight = name.startswith(MODEL_PREFIX) and stored.dtype.is_floating_point
+        tensors[name] = (stored.shape, getattr(torch, dtype) if dtype and is_weight else stored.dtype)
+    require(
+        state.is_partial or step in (None, state.step),
+        "--step",
+        step,
+        f"the checkpoint that was exported is of step {state.step}",
+        "leave --step out",
+    )
+    step = state.step if step is None else step
+    notes, objects = [], state.objects
+    if state.is_partial:
+        objects = {**objects, **_progress(step), "info": {PARTIAL: True, "imported_from": "dcp", "config": {}}}
+        notes.append(BEGINS_ANEW)
+        if state.left_out:
+            notes.append(f"left out: {', '.join(state.left_out)} (--optimizer-class takes the state of an optimizer)")
+    num_bytes = _write(
+        output, step, state.world_size, objects, tensors, lambda name: folder.read_tensor(state.tensors[name])
+    )
+    return Exchanged(str(path), str(output), step, len(tensors), num_bytes, notes)
+
+
+def _progress(step: int) -> dict[str, Any]:
+    """The state of a run that is to begin at `step`; none for 0, where it begins anyway."""
+    if step == 0:
+        return {}
+    return {"train": asdict(TrainState(step)), "scheduler": {"step": step}}
+
+
+def _write(
+    output: Path, step: int, world_size: int, objects: dict[str, Any], tensors: Mapping[str, Described], read: Read
+) -> int:
+    num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    with new_folder(output) as writing, ProgressReport("import", num_bytes) as progress:
+        write_checkpoint(writing, step, world_size, objects, tensors, read, progress.set_done)
+    return num_bytes

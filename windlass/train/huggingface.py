@@ -1,0 +1,138 @@
+"""The Llama of windlass in the terms of Hugging Face's: names of weights and the fields of config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from windlass.errors import ConfigError
+from windlass.train.config import ModelConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+HEAD = "lm_head.weight"
+PREFIX = "model."
+ROTARY_BUFFER = ".rotary_emb.inv_freq"
+"""Of old exports; rope_theta says the same."""
+
+
+def huggingface_name(name: str) -> str:
+    """The name in Hugging Face's Llama of the weight that `windlass.train.model.Llama` calls `name`."""
+    return name if name == HEAD else PREFIX + name
+
+
+def windlass_name(name: str) -> str:
+    """The inverse of `huggingface_name`."""
+    return name if name == HEAD else name.removeprefix(PREFIX)
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape, of every weight of the model."""
+    return {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
+
+
+def check_weights(
+    path: Path | str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raises ConfigError unless the two name the same weights with the same shapes."""
+    differences = [f"it has no {name}" for name in expected if name not in found]
+    differences += [f"it has {name}, which this Llama has not" for name in found if name not in expected]
+    differences += [
+        f"{name} is {list(found[name])} and should be {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if differences:
+        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+        raise ConfigError(
+            "path",
+            path,
+            f"its weights are not those that its configuration describes: {'; '.join(differences[:3])}{more}",
+            "check that the configuration and the weights are of the same model",
+        )
+
+
+def to_huggingface(config: ModelConfig, seq_len: int, dtype: str, eos_id: int | None) -> dict[str, Any]:
+    """What config.json says of a model.
+
+    Args:
+        seq_len: that the model was trained with. It bounds nothing here: rotary positions have no end.
+        dtype: of the exported weights, as torch names it.
+        eos_id: the token that ends a document, if it is known.
+    """
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,  # where transformers 4 looks for it; 5 has it below
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": config.dropout,
+        "mlp_bias": False,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": None,  # and not the ones that LlamaConfig would assume
+        "eos_token_id": eos_id,
+        "pad_token_id": None,
+        "torch_dtype": dtype,
+    }
+
+
+def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
+    """The model that a config.json describes, with the defaults of transformers' LlamaConfig.
+
+    Raises:
+        ConfigError: it is no Llama, or one that `windlass.train.model.Llama` cannot be.
+    """
+    if config.get("model_type") != "llama":
+        raise _refusal(path, f"model_type={config.get('model_type')!r}, and only 'llama' is imported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise _refusal(path, f"rotary positions of type {kind!r}, and this Llama has only plain ones")
+    for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        if config.get(key, plain) != plain:
+            raise _refusal(path, f"{key}={config[key]!r}, and this Llama has only {plain!r}")
+    try:
+        num_heads = config["num_attention_heads"]
+        model = ModelConfig(
+            name="llama",
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=config.get("num_key_value_heads") or num_heads,
+            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
+            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+            init_std=float(config.get("initializer_range", 0.02)),
+        )
+    except KeyError as error:
+        raise _refusal(path, f"no {error.args[0]}") from None
+    except (TypeError, ValueError) as error:
+        raise _refusal(path, f"a value that is none ({error})") from None
+    head_dim = config.get("head_dim") or model.head_dim
+    if head_dim != model.head_dim:
+        raise _refusal(path, f"head_dim={head_dim}, and this Llama has hidden_size / heads = {model.head_dim}")
+    return model
+
+
+def overrides(config: ModelConfig) -> list[str]:
+    """The arguments of `windlass train` that make this model."""
+    fields = asdict(config).items()
+    return ["model=tiny", *(f"model.{key}={str(value).lower()}" for key, value in fields if key != "name")]
+
+
+def _refusal(path: Path, what: str) -> ConfigError:
+    return ConfigError("path", path / "config.json", f"has {what}", "import another model, or convert it first")
