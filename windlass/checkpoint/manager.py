@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from windlass.checkpoint.durable import DurableStore, WrittenChunk
-from windlass.checkpoint.manifest import step_folder
+from windlass.checkpoint.exchange import PARTIAL
+from windlass.checkpoint.manifest import Manifest, step_folder
 from windlass.checkpoint.optimizer_state import OptimizerState
 from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.rng import capture_rng, restore_rng
@@ -162,7 +163,7 @@ class Checkpointer:
         """Restores every object from one checkpoint, of whatever world size and cut. Collective.
 
         The generators of random numbers are restored if the world size is the one that saved; a rank of another
-        world size keeps those it has.
+        world size keeps those it has. So do the objects, other than modules, that an imported checkpoint lacks.
 
         Returns:
             The step that was saved.
@@ -185,12 +186,14 @@ class Checkpointer:
     def _read(self, reader: CheckpointReader) -> None:
         # First what may still refuse, such as a loader of other data, while nothing is overwritten.
         for name, value in self.others.items():
-            value.load_state_dict(reader.manifest.objects[name])
+            if not _begins_anew(name, reader.manifest):
+                value.load_state_dict(reader.manifest.objects[name])
         for module_name, module in self.modules.items():
             for name, tensor in module.state_dict().items():
                 reader.read(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor))
         for state in self.optimizers.values():
-            state.restore(reader)
+            if not _begins_anew(state.name, reader.manifest):
+                state.restore(reader)
         if reader.manifest.world_size == self.mesh.world_size:
             prefix = f"{RNG_PREFIX}.{self.mesh.rank}."
             states = {
@@ -232,11 +235,12 @@ class Checkpointer:
             differences += [
                 f"it has {name} too" for name in names_there if name.removeprefix(f"{module_name}.") not in own
             ]
-        for name in (*self.optimizers, *self.others):
+        restored = [name for name in (*self.optimizers, *self.others) if not _begins_anew(name, reader.manifest)]
+        for name in restored:
             if name not in reader.manifest.objects:
                 differences.append(f"it has no state of {name}")
-        for state in self.optimizers.values():
-            differences += state.differences(reader.manifest)
+            elif name in self.optimizers:
+                differences += self.optimizers[name].differences(reader.manifest)
         if differences:
             more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
             raise IncompatibleCheckpoint(
@@ -266,3 +270,8 @@ class Checkpointer:
         """Each rank reads its part of them."""
         rank, world_size = self.mesh.rank, self.mesh.world_size
         self.mesh.agree(lambda: self.store.set_damaged_chunks_aside(step, rank, world_size))
+
+
+def _begins_anew(name: str, manifest: Manifest) -> bool:
+    """Whether an object stays as it is: only a checkpoint that was imported, and says so, may lack its state."""
+    return name not in manifest.objects and manifest.objects.get("info", {}).get(PARTIAL) is True
