@@ -11,6 +11,7 @@ import socket
 import statistics
 import sys
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -18,10 +19,14 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.multiprocessing as mp
 
 PR_SET_PDEATHSIG = 1
+MARK = "WINDLASS_BENCHMARK"
+"""In the environment of all ranks and of what they start, whatever becomes of its parents."""
+LOOPBACK = "lo"
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,45 @@ class Spread:
 
     def to_dict(self) -> dict[str, float]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What all processes of a benchmark together have used so far."""
+
+    cpu_s: float
+    """User and system; of processes that have ended too, if their parents are left."""
+    disk_bytes: int
+    """Handed to the kernel for a disk. Memory file systems do not count."""
+    sent_bytes: int
+    """Through the loopback interface, by all programs of this machine."""
+
+    @staticmethod
+    def now() -> Usage:
+        """To be called by a rank of `run_ranks`."""
+        cpu_s, disk_bytes = 0.0, 0
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) != os.environ[MARK]:
+                    continue
+                times = process.cpu_times()
+                cpu_s += times.user + times.system + times.children_user + times.children_system
+                disk_bytes += process.io_counters().write_bytes
+            except psutil.Error:
+                continue  # another user's, or it has ended
+        return Usage(cpu_s, disk_bytes, psutil.net_io_counters(pernic=True)[LOOPBACK].bytes_sent)
+
+    def since(self, before: Usage) -> Usage:
+        return Usage(
+            self.cpu_s - before.cpu_s, self.disk_bytes - before.disk_bytes, self.sent_bytes - before.sent_bytes
+        )
+
+
+def filesystem_of(folder: Path) -> str:
+    """The type of the file system that `folder` is on."""
+    folder = folder.resolve()
+    mounts = [mount for mount in psutil.disk_partitions(all=True) if folder.is_relative_to(mount.mountpoint)]
+    return max(mounts, key=lambda mount: len(mount.mountpoint)).fstype
 
 
 def num_cores() -> int:
@@ -80,6 +124,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
         "OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)),
+        MARK: str(uuid.uuid4()),
     }
     before = dict(os.environ)
     os.environ.update(variables)  # OpenMP reads its variable before a rank's first line of Python could set it

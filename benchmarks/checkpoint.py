@@ -1,0 +1,375 @@
+"""Claim: windlass's checkpoints in memory cost training less than those of the peers.
+
+`python benchmarks/checkpoint.py` trains one Llama of 64M parameters (windlass's, ZeRO-3, fused AdamW, float32) on two
+gloo ranks of one thread each, without checkpoints and with one every second step, saved in several ways:
+
+- `torch.save`: each rank its part of all tensors. Nothing waits for the disk, so it may still be in the page cache.
+- `dcp`, `dcp-thread`, `dcp-process`: `torch.distributed.checkpoint.save` and `async_save`. They sync their files.
+  An asynchronous save waits for the one before, as its users do; that wait counts as blocking.
+- `durable`: windlass's `checkpoint=durable`. Synced, and checksummed.
+
+All ways share one model and one optimizer and take turns in blocks of a few steps, so that whatever else the machine
+does hits all alike; each round begins with another one. A block begins with a checkpoint and ends when its last one is
+done, two steps later. Between blocks, off the clock, the disk is synced and the peers' files are deleted.
+
+All ratios are taken within a round, to the block without checkpoints. Only figures of one run may be compared.
+CPU seconds, bytes written and bytes sent are those of all processes that this program started, above those of training.
+The limit is what a copy of the state in memory takes, in the same round. Timings are printed and never asserted: the
+exit code is 0 unless something fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from checkpoint_variants import CopyLimit, Variant, build_variant, local_tensors
+from common import Spread, Usage, describe_machine, filesystem_of, print_json, print_table, run_ranks
+from loop_variants import Tokens, synthetic_batches
+
+from windlass.conf.compose import compose
+from windlass.conf.schema import Config
+from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.parallel.collectives import all_gather_object
+from windlass.parallel.mesh import Mesh
+from windlass.train.loss import cross_entropy_sum
+from windlass.train.model import count_parameters
+from windlass.train.state import build_model
+
+NONE = "none"
+PEERS = ("torch.save", "dcp", "dcp-thread", "dcp-process")
+WINDLASS = ("durable",)
+SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 10, "num_heads": 8}
+WARM_UP_CHECKPOINTS = 2
+COPIES_A_ROUND = 3
+MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
+
+
+@dataclass(frozen=True)
+class Settings:
+    num_ranks: int
+    names: tuple[str, ...]
+    """Of the ways to save; `none` is the first."""
+    every: int
+    """Steps from one checkpoint to the next."""
+    block_checkpoints: int
+    rounds: int
+    batch_size: int
+    seq_len: int
+    directory: Path
+
+    def config(self) -> Config:
+        return compose(
+            [
+                "model=llama_60m",
+                *(f"model.{key}={value}" for key, value in SHAPE.items()),
+                f"model.num_kv_heads={SHAPE['num_heads']}",
+                "parallel=zero3",
+                "optim=adamw",
+                "train.dtype=float32",
+                f"train.batch_size={self.batch_size}",
+                f"train.seq_len={self.seq_len}",
+                f"run_dir={self.directory}",
+            ]
+        )
+
+
+@dataclass
+class Block:
+    """What one rank saw of one way's turn."""
+
+    wall_s: float = 0.0
+    blocking_s: float = 0.0
+    """That training waited for checkpoints."""
+    step_s: list[float] = field(default_factory=list)
+    """Of each step, without what it waited for checkpoints."""
+    busy: list[bool] = field(default_factory=list)
+    """Whether a checkpoint was under way as the step began."""
+    num_skipped: int = 0
+    used: Usage | None = None
+    """Of all processes together; measured by rank 0."""
+
+
+class Trainer:
+    """One rank's model, and its loop with the two lines that save."""
+
+    def __init__(self, settings: Settings, mesh: Mesh) -> None:
+        config = settings.config()
+        self.mesh, self.every, self.max_norm = mesh, settings.every, config.train.max_norm
+        self.model, self.sharder = build_model(config, mesh)
+        self.optimizer = config.optim.build(self.model)
+        self.batches: Iterator[Tokens] = synthetic_batches(config, mesh.rank)
+        self.num_tokens = settings.num_ranks * settings.batch_size * settings.seq_len
+        self.num_steps = 0
+        self.train_step(lambda: None)  # makes the optimizer's state
+
+    def train_step(self, wait_staged: Callable[[], None]) -> float:
+        """One step; returns the seconds that it stood in `wait_staged`."""
+        input_ids, labels = next(self.batches)
+        self.sharder.begin_micro_step(self.model, is_last=True)
+        (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
+        clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
+        waited_s = _seconds(wait_staged)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_steps += 1
+        return waited_s
+
+    def run(self, variant: Variant, num_checkpoints: int) -> Block:
+        """A turn: a checkpoint, `every` steps, and so on; the last one is waited for."""
+        block = Block()
+        skipped_before = variant.num_skipped
+        self.mesh.barrier()
+        usage_before = Usage.now() if self.mesh.rank == 0 else None
+        self.mesh.barrier()
+        begin = time.perf_counter()
+        for _ in range(num_checkpoints):
+            block.blocking_s += _seconds(lambda: variant.save(self.num_steps))
+            for _ in range(self.every):
+                block.busy.append(variant.busy)
+                step_begin = time.perf_counter()
+                waited_s = self.train_step(variant.wait_staged)
+                block.step_s.append(time.perf_counter() - step_begin - waited_s)
+                block.blocking_s += waited_s
+        block.blocking_s += _seconds(variant.finish)
+        self.mesh.barrier()
+        block.wall_s = time.perf_counter() - begin
+        block.used = Usage.now().since(usage_before) if usage_before is not None else None
+        block.num_skipped = variant.num_skipped - skipped_before
+        return block
+
+
+def _seconds(action: Callable[[], None]) -> float:
+    begin = time.perf_counter()
+    action()
+    return time.perf_counter() - begin
+
+
+def _shm_used() -> int:
+    return psutil.disk_usage("/dev/shm").used
+
+
+def measure_rank(settings: Settings) -> dict[str, Any]:
+    """What each rank runs: its blocks, by way and round, and the seconds of each round's copy."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    torch.set_num_threads(1)
+    mesh = settings.config().parallel.build(torch.device("cpu"))
+    trainer = Trainer(settings, mesh)
+    limit = CopyLimit(local_tensors(trainer.model, trainer.optimizer))
+    say = (lambda text: print(text, file=sys.stderr, flush=True)) if mesh.rank == 0 else (lambda text: None)
+    variants: dict[str, Variant] = {}
+    shm_bytes: dict[str, int] = {}
+    for name in settings.names:
+        say(f"warming up: {name}")
+        shm_before = _shm_used()
+        variants[name] = build_variant(name, trainer.model, trainer.optimizer, settings.directory / name, mesh)
+        trainer.run(variants[name], WARM_UP_CHECKPOINTS)
+        settle(variants[name], mesh)
+        shm_bytes[name] = _shm_used() - shm_before
+    blocks: dict[str, list[Block]] = {name: [] for name in variants}
+    copies: list[float] = []
+    for round_number in range(settings.rounds):
+        first = round_number % len(variants)
+        for name in settings.names[first:] + settings.names[:first]:
+            blocks[name].append(trainer.run(variants[name], settings.block_checkpoints))
+            settle(variants[name], mesh)
+        copies.append(statistics.median(limit.measure() for _ in range(COPIES_A_ROUND)))
+        latest = "  ".join(f"{name} {blocks[name][-1].wall_s:.1f} s" for name in settings.names)
+        say(f"round {round_number + 1}/{settings.rounds}: {latest}  copy {copies[-1]:.3f} s")
+    state_bytes = sum(all_gather_object(limit.num_bytes, mesh.group))
+    for variant in variants.values():
+        variant.close()
+    num_parameters = count_parameters(trainer.model)
+    mesh.stop()
+    return {
+        "blocks": blocks,
+        "copies": copies,
+        "shm_bytes": shm_bytes,
+        "on_disk": {name: variant.on_disk for name, variant in variants.items()},
+        "state_bytes": state_bytes,
+        "num_parameters": num_parameters,
+    }
+
+
+def settle(variant: Variant, mesh: Mesh) -> None:
+    """Lets no block pay for what another has left to the kernel."""
+    mesh.barrier()
+    variant.delete()
+    if mesh.rank == 0:
+        os.sync()
+    mesh.barrier()
+
+
+def summarize(settings: Settings, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of each way, with their ranges over the rounds.
+
+    Raises:
+        RuntimeError: a way wrote less than the state, so it is not what it claims to be.
+    """
+    plain = outcomes[0]["blocks"][NONE]
+    copy_s = [max(of_ranks) for of_ranks in zip(*(outcome["copies"] for outcome in outcomes), strict=True)]
+    plain_step_s = [statistics.median(block.step_s) for block in plain]
+    limits = [1 + copy / (settings.every * step) for copy, step in zip(copy_s, plain_step_s, strict=True)]
+    state_bytes = outcomes[0]["state_bytes"]
+    rows = {
+        name: _row([outcome["blocks"][name] for outcome in outcomes], plain, plain_step_s, settings.block_checkpoints)
+        for name in settings.names
+    }
+    for name, row in rows.items():
+        row["shm_bytes"] = outcomes[0]["shm_bytes"][name]
+        if outcomes[0]["on_disk"][name] and row["disk_bytes"]["median"] < state_bytes:
+            raise RuntimeError(f"{name} wrote {row['disk_bytes']} bytes of a state of {state_bytes}")
+    return {
+        "machine": describe_machine(),
+        "num_ranks": settings.num_ranks,
+        "shape": SHAPE | {"batch_size": settings.batch_size, "seq_len": settings.seq_len},
+        "num_parameters": outcomes[0]["num_parameters"],
+        "state_bytes": state_bytes,
+        "every": settings.every,
+        "block_checkpoints": settings.block_checkpoints,
+        "rounds": settings.rounds,
+        "filesystem": filesystem_of(settings.directory),
+        "step_s": Spread.of(plain_step_s).to_dict(),
+        "step_cpu_s": Spread.of([block.used.cpu_s / len(block.step_s) for block in plain if block.used]).to_dict(),
+        "copy_s": Spread.of(copy_s).to_dict(),
+        "limit_ratio": Spread.of(limits).to_dict(),
+        "ways": rows,
+    }
+
+
+def _row(of_ranks: Sequence[Sequence[Block]], plain: Sequence[Block], plain_step_s: Sequence[float], count: int) -> Any:
+    """One way's figures; `of_ranks[rank][round]`."""
+    mine = of_ranks[0]  # all ranks begin and end a block together
+    blocking = [max(block.blocking_s for block in turn) / count for turn in zip(*of_ranks, strict=True)]
+    slowed = [
+        statistics.median(while_busy) / step_s
+        for block, step_s in zip(mine, plain_step_s, strict=True)
+        if (while_busy := [s for s, is_busy in zip(block.step_s, block.busy, strict=True) if is_busy])
+    ]
+    used = [
+        mine_block.used.since(plain_block.used)
+        for mine_block, plain_block in zip(mine, plain, strict=True)
+        if mine_block.used is not None and plain_block.used is not None
+    ]
+    return {
+        "total_ratio": Spread.of([a.wall_s / b.wall_s for a, b in zip(mine, plain, strict=True)]).to_dict(),
+        "blocking_s": Spread.of(blocking).to_dict(),
+        "busy_step_ratio": Spread.of(slowed).to_dict() if slowed else None,
+        "busy_steps": sum(sum(block.busy) for block in mine) / sum(len(block.busy) for block in mine),
+        "cpu_s": Spread.of([use.cpu_s / count for use in used]).to_dict(),
+        "disk_bytes": Spread.of([use.disk_bytes / count for use in used]).to_dict(),
+        "sent_bytes": Spread.of([use.sent_bytes / count for use in used]).to_dict(),
+        "num_skipped": sum(block.num_skipped for block in mine),
+        "num_checkpoints": count * len(mine),
+    }
+
+
+def print_summary(result: dict[str, Any]) -> None:
+    machine, shape = result["machine"], result["shape"]
+    print(
+        f"\n{result['num_parameters'] / 1e6:.1f}M parameters, state {result['state_bytes'] / 1e6:.0f} MB in all, "
+        f"{result['num_ranks']} gloo ranks of 1 thread; a checkpoint every {result['every']} steps, "
+        f"{result['rounds']} rounds of {result['block_checkpoints']} checkpoints each, taking turns"
+    )
+    print(", ".join(f"{key} {value}" for key, value in shape.items()))
+    print(f"{machine['cpu']}, {machine['cores']} cores, load {machine['load_1min']}, torch {machine['torch']}")
+    print(
+        f"checkpoints on {result['filesystem']}; a step {Spread(**result['step_s']).text('.3f')} s, "
+        f"{Spread(**result['step_cpu_s']).text('.3f')} CPU s of all ranks"
+    )
+    print(
+        f"limit: a copy of the state in memory, {Spread(**result['copy_s']).text('.3f')} s a checkpoint, would make "
+        f"total time {Spread(**result['limit_ratio']).text('.3f')}\n"
+    )
+    header = ["way", "total time", "blocking s", "step while it saves", "such steps", "CPU s"]
+    header += ["disk MB", "sent MB", "shm held MB", "skipped"]
+    rows = []
+    for name, row in result["ways"].items():
+        if name == NONE:
+            continue
+        slowed = Spread(**row["busy_step_ratio"]).text(".2f") + "x" if row["busy_step_ratio"] else ""
+        rows.append(
+            [
+                name,
+                Spread(**row["total_ratio"]).text(".3f") + "x",
+                Spread(**row["blocking_s"]).text(".3f"),
+                slowed,
+                f"{100 * row['busy_steps']:.0f} %",
+                Spread(**row["cpu_s"]).text(".2f"),
+                *(f"{row[key]['median'] / 1e6:,.0f}" for key in ("disk_bytes", "sent_bytes")),
+                f"{row['shm_bytes'] / 1e6:,.0f}",
+                f"{row['num_skipped']}/{row['num_checkpoints']}",
+            ]
+        )
+    print_table(header, rows)
+    print(
+        "\nmedian (lowest..highest) over rounds; seconds and MB are a checkpoint's. Total time and steps are over those"
+        "\nwithout checkpoints; CPU, disk and sent are what is above theirs. Blocking is of the slowest rank. Sent is"
+        "\nwhat went through the loopback interface, and shm held by how much /dev/shm is fuller once the way has saved:"
+        "\nother programs of the machine count in both."
+    )
+    print("bars: in memory with parity (erasure), total <= 1.15x (aim 1.08x), and blocking <= 1x that of dcp-thread")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2, help="gloo ranks (2)")
+    parser.add_argument("--every", type=int, default=2, help="steps from one checkpoint to the next (2)")
+    parser.add_argument("--batch-size", type=int, default=1, help="sequences a rank (1)")
+    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--block-checkpoints", type=int, default=4, help="of one way before the next (4)")
+    parser.add_argument("--rounds", type=int, default=9, help="blocks of each way that count (9)")
+    parser.add_argument("--only", nargs="+", choices=(*PEERS, *WINDLASS), default=(*PEERS, *WINDLASS), metavar="WAY")
+    parser.add_argument("--dir", type=Path, default=Path("runs"), help="where the checkpoints go, on a disk (runs)")
+    parser.add_argument("--quick", action="store_true", help="2 rounds of 2 checkpoints: to see that all works")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    options = parser.parse_args(arguments)
+    if options.ranks < 2:
+        parser.error("--ranks must be at least 2: a checkpoint of one rank has no peer")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    options.dir.mkdir(parents=True, exist_ok=True)
+    if filesystem_of(options.dir) in MEMORY_FILESYSTEMS:
+        print(f"{options.dir.resolve()} is in memory: name a folder on a disk with --dir", file=sys.stderr)
+        return 2
+    directory = Path(tempfile.mkdtemp(prefix="windlass-benchmark-", dir=options.dir)).resolve()
+    settings = Settings(
+        num_ranks=options.ranks,
+        names=(NONE, *options.only),
+        every=options.every,
+        block_checkpoints=2 if options.quick else options.block_checkpoints,
+        rounds=2 if options.quick else options.rounds,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        directory=directory,
+    )
+    try:
+        outcomes = run_ranks(measure_rank, options.ranks, settings)
+        result = summarize(settings, outcomes)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    if options.json:
+        print_json(result)
+    else:
+        print_summary(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
