@@ -43,12 +43,17 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
 
 
 class _Writer(dcp.FileSystemWriter):
+    """A file an entry: of what goes into one file torch keeps all tensors in memory until that file is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=False)
+
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # torch's own holds the path of the folder, which is a temporary one here
 
 
 def write_folder(folder: Path, reader: CheckpointReader, tensors: Tree, values: Tree, report: Report) -> None:
-    """Writes and syncs a DCP folder in one process; memory is one tensor.
+    """Writes and syncs a DCP folder in one process; memory is two tensors.
 
     Args:
         folder: empty.

@@ -97,6 +97,7 @@ def _write_shard(path: Path, weights: Sequence[Weight], num_done: int, report: R
             tensor = weight.read().to(weight.dtype).contiguous()
             assert tuple(tensor.shape) == weight.shape, f"{weight.name}: {tensor.shape} is not {weight.shape}"
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            del tensor  # gone before the next one is read
             num_done += weight.nbytes
             report(num_done)
         file.flush()
