@@ -134,6 +134,9 @@ class Agent:
             Stale: a newer one has begun.
         """
         with self.changed:
+            if self.encoding is not None:
+                # In a generation that goes on: with the connections goes what is under way on them.
+                self.ledger.abort(self.encoding.snapshot)
             self.ledger.fence(group.generation, group.position, len(group.addresses), [] if keep is None else [keep])
             path = self.folder.path / "generation.new"
             path.write_text(str(group.generation))

@@ -170,22 +170,21 @@ class TrainerSession:
     def _begin_files(self, files: SlotFiles, snapshot: SnapshotId, request: Json) -> None:
         group = self._group()
         regions = tuple(Region(*region) for region in request["regions"])
-        files.begin(
-            Header(
-                snapshot=snapshot,
-                step=request["step"],
-                phase=Phase.writing,
-                position=group.position,
-                num_nodes=len(group.addresses),
-                num_parity_shards=group.num_parity_shards,
-                node_bytes=request["node_bytes"],
-                world_size=request["world_size"],
-                layout=request["layout"],
-                regions=regions,
-                persist=request["persist"],
-            )
+        header = Header(
+            snapshot=snapshot,
+            step=request["step"],
+            phase=Phase.writing,
+            position=group.position,
+            num_nodes=len(group.addresses),
+            num_parity_shards=group.num_parity_shards,
+            node_bytes=request["node_bytes"],
+            world_size=request["world_size"],
+            layout=request["layout"],
+            regions=regions,
+            persist=request["persist"],
         )
-        ranks = [region.rank for region in regions]
+        files.begin(header)
+        ranks = [region.rank for region in header.own_regions]
         self.agent.damaged.pop(files.index, None)
         self.agent.encoding = Encoding(snapshot, files, ranks, time.monotonic())
 
@@ -200,7 +199,7 @@ class TrainerSession:
             if encoding is None or encoding.snapshot != snapshot:
                 raise Stale(f"snapshot {snapshot} is over")
             assert encoding.files.header is not None
-            region = next(region for region in encoding.files.header.regions if region.rank == rank)
+            region = next(region for region in encoding.files.header.own_regions if region.rank == rank)
             first = region.offset // BLOCK_BYTES
             encoding.files.table[first : first + checksums.size] = checksums
             encoding.waiting.discard(rank)

@@ -150,7 +150,7 @@ class Persister(threading.Thread):
         if files is None or files.header is None or files.data is None:
             raise ValueError("the snapshot is gone")
         store, written, objects = DurableStore(location), [], {}
-        for region in files.header.regions:
+        for region in files.header.own_regions:
             _check_region(files, region)
             view = files.data.view[region.offset : region.offset + region.nbytes]
             description, image = Description.from_region(view)

@@ -81,7 +81,7 @@ class Encoding:
         """Blocks of the data that no rank's region covers: padding, whose checksums no trainer sends."""
         assert self.files.header is not None
         covered: set[int] = set()
-        for region in self.files.header.regions:
+        for region in self.files.header.own_regions:
             first = region.offset // BLOCK_BYTES
             covered.update(range(first, first + -(-region.nbytes // BLOCK_BYTES)))
         return [number for number in range(self._num_data_blocks) if number not in covered]

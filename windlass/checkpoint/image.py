@@ -139,16 +139,20 @@ class Description:
         return MAGIC + len(text).to_bytes(8, "little") + text
 
     @staticmethod
+    def num_bytes(region: memoryview) -> int:
+        """Of the description at the start of `region`. Raises ValueError if there is none."""
+        if bytes(region[:8]) != MAGIC:
+            raise ValueError("the region holds no image")
+        return 16 + int.from_bytes(region[8:16], "little")
+
+    @staticmethod
     def from_region(region: memoryview) -> tuple[Description, int]:
         """The description, and where in the region the image begins.
 
         Raises:
             ValueError: there is none.
         """
-        if bytes(region[:8]) != MAGIC:
-            raise ValueError("the region holds no image")
-        end = 16 + int.from_bytes(region[8:16], "little")
-        document = json.loads(bytes(region[16:end]))
+        document = json.loads(bytes(region[16 : Description.num_bytes(region)]))
         chunks = chunks_from_json(document["chunks"])
         return Description(document["rank"], chunks, document["objects"]), len(region) - image_bytes(chunks)
 

@@ -33,6 +33,8 @@ OWNER_ONLY = 0o600
 class Region:
     """Where a rank's part lies in its node's data."""
 
+    position: int
+    """Of the node."""
     rank: int
     offset: int
     nbytes: int
@@ -53,11 +55,16 @@ class Header:
     layout: str
     """Says how the job was cut: what differs in it is never mixed."""
     regions: tuple[Region, ...] = ()
+    """Of all nodes: who restores a lost node's data must know what is in it."""
     persist: bool = False
     """Whether the snapshot is to be written to the durable tier."""
     num_resumes: int = 0
     """How often trainers began to go on from it."""
     table_crc: int = 0
+
+    @property
+    def own_regions(self) -> list[Region]:
+        return [region for region in self.regions if region.position == self.position]
 
     @property
     def stripes(self) -> Stripes:

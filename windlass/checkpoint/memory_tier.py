@@ -1,0 +1,414 @@
+"""The tier of snapshots in memory, as trainers see it: all ranks of a job and the agents of their nodes.
+
+Trainers bring the agents together: they gather their addresses over the process group, agree on a generation and a
+secret, and tell each agent its place. So any launcher will do, and an agent trusts only who can open its folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import secrets
+import socket
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from windlass.checkpoint.agent_client import AgentClient, AgentError, NoMemory, TransportError
+from windlass.checkpoint.agent_folder import AgentFolder
+from windlass.checkpoint.image import round_up
+from windlass.checkpoint.ledger import Busy, SnapshotId, Stale
+from windlass.checkpoint.recovery_plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.slots import Region, SharedFile
+from windlass.checkpoint.storage import Location
+from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.errors import ConfigError, CorruptCheckpoint, DoesNotFit
+from windlass.parallel.collectives import all_gather_object
+from windlass.parallel.mesh import Mesh
+
+logger = logging.getLogger(__name__)
+
+_FREE, _BUSY, _GONE = 0, -1, -2
+"""What a node's agent is to a snapshot that is due."""
+
+
+class FailureDomain(StrEnum):
+    """What is lost together: parity is kept elsewhere. `rank` protects ranks of one machine from each other."""
+
+    node = "node"
+    rank = "rank"
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Args:
+    num_parity_shards: how many failure domains may be lost at once.
+    num_slots: snapshots that have room on a node: 2, so that one is whole while the next is taken.
+    shm_dir: a folder of shared memory; None: the system's.
+    host: the address that agents listen on; None: that from which this node reaches the job's first.
+    lease_s: how long an agent waits for trainers to come back before it gives the job up.
+    max_send_bytes_per_s: what a node's agent sends at most; None: no limit.
+    """
+
+    num_parity_shards: int = 0
+    failure_domain: FailureDomain = FailureDomain.node
+    num_slots: int = 2
+    shm_dir: Path | None = None
+    host: str | None = None
+    lease_s: float = 600.0
+    max_send_bytes_per_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a rank's snapshot goes."""
+
+    snapshot: SnapshotId
+    region: memoryview
+
+
+class MemoryTier:
+    """Collective unless said otherwise.
+
+    Args:
+        job: what names the job, alike on all nodes and in every life of it.
+        store: where agents write what is to be durable, and `keep` of how many checkpoints.
+    """
+
+    def __init__(self, mesh: Mesh, job: str, settings: MemorySettings, store: Location, keep: int) -> None:
+        self.mesh, self.job, self.settings, self.store, self.keep = mesh, job, settings, store, keep
+        by_rank = settings.failure_domain == FailureDomain.rank
+        self.ranks_per_node = 1 if by_rank else mesh.local_world_size
+        if mesh.world_size % self.ranks_per_node:
+            raise ConfigError(
+                "launch.nproc_per_node",
+                self.ranks_per_node,
+                f"{mesh.world_size} ranks are not the same number on every node, which snapshots in memory need",
+                "start as many ranks on each node, or set checkpoint=durable",
+            )
+        self.num_nodes = mesh.world_size // self.ranks_per_node
+        if settings.num_parity_shards >= self.num_nodes:
+            raise ConfigError(
+                "checkpoint.num_parity_shards",
+                settings.num_parity_shards,
+                f"parity of {self.num_nodes} {'rank' if by_rank else 'node'}{'s' * (self.num_nodes > 1)} can make up "
+                f"for at most {self.num_nodes - 1} lost",
+                "set checkpoint.failure_domain=rank to protect the ranks of a machine from each other, "
+                "or checkpoint.num_parity_shards=0",
+            )
+        self.node = mesh.rank // self.ranks_per_node
+        self.is_leader = mesh.rank % self.ranks_per_node == 0
+        """Whether this rank speaks for its node."""
+        member = f"r{mesh.local_rank}" if by_rank else ""
+        self.folder = AgentFolder.of(job, settings.shm_dir, member)
+        self.client: AgentClient | None = None
+        self.generation = 0
+        self.number = 0
+        """Of the newest snapshot of this generation."""
+        self.skipped = 0
+        """Snapshots that were due while the one before was not done."""
+        self.statuses: list[dict[str, Any]] = []
+        """Of every node's agent, when all were asked last."""
+        self.secret = ""
+        self.positions: list[int] = list(range(self.num_nodes))
+        """Node -> its position among the agents."""
+        self._maps: dict[tuple[str, int, int], SharedFile] = {}
+
+    # --- Agents. ---
+
+    def open(self) -> None:
+        """Finds the agent of each node, or starts it, and asks what it holds.
+
+        Raises:
+            RunFolderError: an agent does not start.
+            ConfigError: two nodes share an agent.
+        """
+        host = self.settings.host or _own_address()
+        for is_turn in (self.is_leader, not self.is_leader):
+            self.mesh.agree(lambda is_turn=is_turn: self._connect(host) if is_turn else None)
+        self.refresh()
+        incarnations = [status["incarnation"] for status in self.statuses]
+        if len(set(incarnations)) < len(incarnations):
+            raise ConfigError(
+                "checkpoint.shm_dir",
+                self.settings.shm_dir,
+                "is the same for several nodes",
+                "give each node its own, or set checkpoint.failure_domain=rank if they are one machine",
+            )
+
+    def _connect(self, host: str) -> None:
+        if self.client is not None:
+            self.client.close()
+        settings = self.settings
+        connection = self.folder.start_agent(self.job, settings.num_slots, host, settings.lease_s)
+        self.client = AgentClient(connection)
+
+    def refresh(self) -> None:
+        """Asks all agents for their status."""
+        mine = self.mesh.agree(lambda: self._ask("status") if self.is_leader else None)
+        answers = all_gather_object(mine, self.mesh.group)
+        self.statuses = [answer for answer in answers if answer is not None]
+
+    def plan(self) -> RecoveryPlan | None:
+        """What could be gone on from, by `statuses`. Not collective."""
+        held = [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
+        return plan_recovery(held)
+
+    def begin_generation(self, generation: int, plan: RecoveryPlan | None) -> None:
+        """Fences off whoever was before, and keeps of what agents hold only the plan's snapshot."""
+        self.generation, self.number = generation, 0
+        self.secret = self.mesh.decide(lambda: secrets.token_hex(32))
+        is_same_cut = plan is not None and (plan.num_nodes, plan.num_parity_shards) == (
+            self.num_nodes,
+            self.settings.num_parity_shards,
+        )
+        self.positions = list(range(self.num_nodes))
+        if plan is not None and is_same_cut:
+            taken = {node: position for position, node in reversed(plan.holders.items())}
+            free = iter(position for position in range(self.num_nodes) if position not in taken.values())
+            self.positions = [taken[node] if node in taken else next(free) for node in range(self.num_nodes)]
+        self._configure(None if plan is None else plan.snapshot)
+
+    def _configure(self, restored: SnapshotId | None) -> None:
+        addresses = [
+            tuple(self.statuses[self.positions.index(position)]["address"]) for position in range(self.num_nodes)
+        ]
+        self.mesh.agree(
+            lambda: (
+                self._ask(
+                    "configure",
+                    generation=self.generation,
+                    position=self.positions[self.node],
+                    addresses=addresses,
+                    secret=self.secret,
+                    num_parity_shards=self.settings.num_parity_shards,
+                    writer=self.positions[0],
+                    restored=restored,
+                    store=str(self.store),
+                    keep=self.keep,
+                    max_send_bytes_per_s=self.settings.max_send_bytes_per_s,
+                )
+                if self.is_leader
+                else None
+            )
+        )
+
+    def address_of(self, node: int) -> tuple[str, int]:
+        host, port = self.statuses[node]["address"]
+        return host, port
+
+    def newest_generation(self) -> int:
+        """Of all that agents know. Not collective."""
+        return max((status["generation"] for status in self.statuses), default=0)
+
+    def sources(self, plan: RecoveryPlan) -> dict[int, tuple[str, int]]:
+        """Where the agents are that hold each position of a snapshot."""
+        return {position: self.address_of(node) for position, node in plan.holders.items()}
+
+    # --- Recovery. ---
+
+    def verify(self, snapshot: SnapshotId) -> None:
+        """Has all agents read every block of a snapshot again; `statuses` then says what is sound."""
+        self.mesh.agree(lambda: self._ask("verify", snapshot=snapshot) if self.is_leader else None)
+        self.refresh()
+
+    def rebuild(self, plan: RecoveryPlan) -> None:
+        """Restores what is lost of a snapshot: each position on the node that has taken it, or else on any.
+
+        Raises:
+            CorruptCheckpoint: more is lost than was thought; nothing that is left is touched.
+        """
+        sources = self.sources(plan)
+        header = next(
+            slot
+            for slot in self.statuses[min(plan.holders.values())]["slots"]
+            if SnapshotId(*slot["snapshot"]) == plan.snapshot
+        )
+        is_same_cut = plan.num_nodes == self.num_nodes and plan.num_parity_shards == self.settings.num_parity_shards
+        mine = [
+            position
+            for number, position in enumerate(plan.lost)
+            if self.node == (self.positions.index(position) if is_same_cut else number % self.num_nodes)
+        ]
+
+        def rebuild_mine() -> None:
+            for position in mine if self.is_leader else []:
+                try:
+                    self._ask("rebuild", header=header, position=position, sources=sources)
+                except (AgentError, NoMemory) as error:
+                    raise CorruptCheckpoint(
+                        "snapshot",
+                        f"step {plan.step}",
+                        f"cannot be put together again: {error}",
+                        "nothing; an older one is used",
+                    ) from error
+
+        self.mesh.agree(rebuild_mine)
+        self.refresh()
+
+    def count_resume(self, snapshot: SnapshotId) -> None:
+        self.mesh.agree(lambda: self._ask("resume", snapshot=snapshot) if self.is_leader else None)
+
+    # --- Snapshots. ---
+
+    def reserve(self, region_bytes: int) -> None:
+        """Takes the memory that snapshots of `region_bytes` a rank need.
+
+        Raises:
+            DoesNotFit: a node has too little of it.
+        """
+        _, node_bytes = self._regions([int(size) for size in self._gather(region_bytes)])
+
+        def reserve_mine() -> None:
+            try:
+                self._ask("reserve", node_bytes=node_bytes)
+            except NoMemory as error:
+                raise DoesNotFit(
+                    "checkpoint.shm_dir",
+                    self.folder.path,
+                    f"{self.settings.num_slots} snapshots need {error.needed_bytes / 2**20:,.0f} MiB of shared memory "
+                    f"on this node, and {error.free_bytes / 2**20:,.0f} MiB are free",
+                    "make it larger (`mount -o remount,size=... /dev/shm`, `docker run --shm-size=...`), "
+                    "set checkpoint.shm_dir to another folder, or checkpoint=durable",
+                ) from error
+
+        self.mesh.agree(lambda: reserve_mine() if self.is_leader else None)
+
+    def begin(self, step: int, region_bytes: int, persist: bool) -> Target | None:
+        """Takes a slot on all nodes, or on none: None if the snapshot before is not done, or an agent was lost."""
+        state = self._state()
+        answers = self._gather(region_bytes if state == _FREE else state)
+        if (answers < 0).any():
+            self.skipped += 1
+            if (answers == _GONE).any():
+                self._reopen()
+            return None
+        regions, node_bytes = self._regions([int(size) for size in answers])
+        self.number += 1
+        snapshot = SnapshotId(self.generation, self.number)
+        mine = next(region for region in regions if region.rank == self.mesh.rank)
+        try:
+            answer = self._ask(
+                "begin",
+                snapshot=snapshot,
+                step=step,
+                rank=self.mesh.rank,
+                regions=[[region.position, region.rank, region.offset, region.nbytes] for region in regions],
+                node_bytes=node_bytes,
+                world_size=self.mesh.world_size,
+                layout=_layout_hash(regions, node_bytes),
+                persist=persist,
+            )
+        except (Stale, Busy, NoMemory, AgentError, TransportError) as error:
+            logger.warning("no snapshot of step %d: %s", step, error)
+            self.give_up(snapshot, str(error))
+            return None
+        data = self._map(answer["path"], answer["inode"], answer["size"])
+        return Target(snapshot, data.view[mine.offset : mine.offset + mine.nbytes])
+
+    def copied(self, snapshot: SnapshotId, checksums: np.ndarray) -> None:
+        """This rank's region is whole. Not collective; from any thread."""
+        try:
+            self._ask("copied", checksums.view(np.uint8), snapshot=snapshot, rank=self.mesh.rank)
+        except (Stale, TransportError) as error:
+            logger.warning("snapshot %s is lost: %s", tuple(snapshot), error)
+
+    def give_up(self, snapshot: SnapshotId, why: str) -> None:
+        """Not collective."""
+        try:
+            self._ask("abort", snapshot=snapshot, why=why)
+        except (AgentError, TransportError) as error:
+            logger.warning("%s", error)
+
+    def events(self, since: int) -> list[dict[str, Any]]:
+        """What this node's agent did after event number `since`. Not collective."""
+        try:
+            return self._ask("status", since=since)["events"]
+        except TransportError:
+            return []
+
+    def end(self) -> None:
+        """The job is over: the agents leave, and leave nothing behind. Not collective."""
+        if self.client is not None:
+            try:
+                self._ask("end", rank=self.mesh.rank, num_local_ranks=self.ranks_per_node, persist=False)
+            except (AgentError, TransportError) as error:
+                logger.warning("%s", error)
+            self.client.close()
+            self.client = None
+
+    def _state(self) -> int:
+        try:
+            status = self._ask("status", since=1 << 62)
+        except TransportError:
+            return _GONE
+        if not status["is_configured"]:
+            return _GONE
+        return _FREE if status["is_free"] and status["generation"] == self.generation else _BUSY
+
+    def _reopen(self) -> None:
+        """Agents were lost: others take over what they left, in the same generation."""
+        logger.warning("a snapshot agent was lost: it is started again")
+        self.open()
+        self._configure(None)
+
+    def _gather(self, value: int) -> torch.Tensor:
+        """`value` of every rank, int64."""
+        group = self.mesh.host_group
+        mine = torch.tensor([value], dtype=torch.int64)
+        if group is None:
+            return mine
+        gathered = torch.empty(self.mesh.world_size, dtype=torch.int64)
+        dist.all_gather_into_tensor(gathered, mine, group=group)
+        return gathered
+
+    def _regions(self, region_bytes: list[int]) -> tuple[list[Region], int]:
+        """Where each rank's region lies, and the data of the node that has the most."""
+        regions, largest = [], 0
+        for node in range(self.num_nodes):
+            offset = 0
+            for rank in range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node):
+                regions.append(Region(self.positions[node], rank, offset, region_bytes[rank]))
+                offset += round_up(region_bytes[rank], BLOCK_BYTES)
+            largest = max(largest, offset)
+        return regions, largest
+
+    def _map(self, path: str, inode: int, size: int) -> SharedFile:
+        """The slot's data, mapped once: to map it again for every snapshot costs as much as to copy it."""
+        key = (path, inode, size)
+        if key not in self._maps:
+            for other in [other for other in self._maps if other[0] == path]:
+                del self._maps[other]
+            self._maps[key] = SharedFile(Path(path), size, may_make=False)
+        return self._maps[key]
+
+    def _ask(self, do: str, payload: np.ndarray | None = None, **fields: Any) -> dict[str, Any]:
+        if self.client is None:
+            raise TransportError("there is no snapshot agent")
+        return self.client.ask(do, payload, **fields)
+
+
+def _held(slot: dict[str, Any]) -> dict[str, Any]:
+    keys = ("snapshot", "step", "layout", "phase", "position", "num_nodes", "num_parity_shards")
+    return {key: slot[key] for key in (*keys, "num_resumes", "is_sound")}
+
+
+def _layout_hash(regions: list[Region], node_bytes: int) -> str:
+    return hashlib.sha256(repr((regions, node_bytes)).encode()).hexdigest()[:16]
+
+
+def _own_address() -> str:
+    """The address from which this node reaches the one that the job meets on; loopback for a job of one node."""
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: it only chooses a route
+            return probe.getsockname()[0]
+    except OSError:
+        return "127.0.0.1"
