@@ -82,7 +82,7 @@ def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_byt
         weights = [_weight(reader, name, entry, dtype) for name, entry in stored.items()]
         tokenizer, eos_id, notes = _tokenizer(config)
         stored_dtype = dtype or next(iter(stored.values())).dtype
-        document = to_huggingface(model, config["train"]["seq_len"], stored_dtype, eos_id)
+        document = to_huggingface(model, config.get("train", {}).get("seq_len"), stored_dtype, eos_id)
         num_bytes = sum(weight.nbytes for weight in weights)
         with ProgressReport("export", num_bytes) as progress:
             huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
@@ -167,7 +167,8 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
     target = getattr(torch, dtype or "float32")
     tensors = {MODEL_PREFIX + name: (folder.tensors[flat][0], target) for name, flat in names.items()}
     step = step or 0
-    info = {PARTIAL: True, "imported_from": "hf", "config": {"model": asdict(model)}}
+    train = {"seq_len": folder.config["max_position_embeddings"]} if "max_position_embeddings" in folder.config else {}
+    info = {PARTIAL: True, "imported_from": "hf", "config": {"model": asdict(model), "train": train}}
     num_bytes = _write(
         output,
         step,

@@ -53,15 +53,17 @@ def check_weights(
         )
 
 
-def to_huggingface(config: ModelConfig, seq_len: int, dtype: str, eos_id: int | None) -> dict[str, Any]:
+def to_huggingface(config: ModelConfig, seq_len: int | None, dtype: str, eos_id: int | None) -> dict[str, Any]:
     """What config.json says of a model.
 
     Args:
-        seq_len: that the model was trained with. It bounds nothing here: rotary positions have no end.
+        seq_len: that the model was trained with, if it is known. It bounds nothing: rotary positions have no end.
         dtype: of the exported weights, as torch names it.
         eos_id: the token that ends a document, if it is known.
     """
+    positions = {} if seq_len is None else {"max_position_embeddings": seq_len}
     return {
+        **positions,
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.vocab_size,
@@ -72,7 +74,6 @@ def to_huggingface(config: ModelConfig, seq_len: int, dtype: str, eos_id: int | 
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": seq_len,
         "rms_norm_eps": config.rms_norm_eps,
         "rope_theta": config.rope_theta,  # where transformers 4 looks for it; 5 has it below
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
