@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from support import runs
 
-from windlass.checkpoint.manifest import committed_steps
+from windlass.checkpoint.chunk_file import chunk_name
+from windlass.checkpoint.manifest import MANIFEST, Manifest, committed_steps, step_folder
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
 
 CONSTANT = "optim.schedule=constant"
@@ -108,7 +109,11 @@ def copy_of(finished: runs.Config, tmp_path: Path, *overrides: str) -> runs.Conf
 
 
 def checkpoint_files(config: runs.Config, step: int) -> list[Path]:
-    return sorted((runs.checkpoints(config) / f"step-{step:08d}").iterdir())
+    """The manifest and the chunks that no other checkpoint has."""
+    directory = runs.checkpoints(config)
+    chunks = {n: set(Manifest.read(step_folder(directory, n)).chunks) for n in committed_steps(directory)}
+    own = chunks.pop(step).difference(*chunks.values())
+    return [directory / f"step-{step:08d}" / MANIFEST, *(directory / chunk_name(sha256) for sha256 in sorted(own))]
 
 
 def test_a_checkpoint_of_another_model(finished: runs.Config, tmp_path: Path) -> None:
@@ -157,7 +162,10 @@ def test_a_damaged_newest_checkpoint_is_set_aside_and_the_run_goes_on_from_the_o
     assert runs.run(config, 2) == [EXIT_DONE] * 2, runs.output(config)
 
     assert "resumed at step 3" in runs.output(config) and "step-00000006.damaged" in runs.output(config)
-    kept = runs.checkpoints(config) / "step-00000006.damaged" / damaged.name
+    if damaged.name == MANIFEST:
+        kept = runs.checkpoints(config) / "step-00000006.damaged" / MANIFEST
+    else:
+        kept = damaged.with_name(damaged.name + ".damaged")
     assert kept.read_bytes() == contents, "what was damaged is kept as it was found"
     assert len({tuple(values) for values in runs.losses(config).values() if len(values) > 1}) == 3
     assert all(len(set(values)) == 1 for values in runs.losses(config).values()), "steps 4 to 6 again, to the bit"
@@ -171,13 +179,17 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so_and_deletes_nothing(
         damage(checkpoint_files(config, step)[1], "flipped", random.Random(step))
     message = refused(config, num_ranks=2)
     assert "step-00000003" in message and "is damaged" in message
-    assert {path.name for path in runs.checkpoints(config).iterdir()} == {"step-00000003", "step-00000006.damaged"}
+    assert {path.name for path in runs.checkpoints(config).iterdir()} == {
+        "step-00000003",
+        "step-00000006.damaged",
+        "chunks",
+        "latest.json",
+    }
 
 
 def test_resuming_from_a_damaged_path_is_refused(finished: runs.Config, tmp_path: Path) -> None:
     config = copy_of(finished, tmp_path)
     manifest = checkpoint_files(config, 6)[0]
-    assert manifest.name == "manifest.json"
     body = json.loads(manifest.read_text())
     body["body"]["step"] = 7
     manifest.write_text(json.dumps(body))
@@ -204,10 +216,11 @@ def test_a_run_folder_that_is_read_only(tmp_path: Path) -> None:
 def test_a_disk_that_fills_while_a_checkpoint_is_written(finished: runs.Config, tmp_path: Path) -> None:
     """The message names the folder, the older checkpoints are intact, and the run goes on once there is room."""
     config = copy_of(finished, tmp_path)
+    before = set(runs.checkpoints(config).glob("chunks/*"))
     message = refused(config, num_ranks=2, largest_file_bytes=100_000)
     assert "checkpoint.dir" in message and "make room" in message
     assert committed_steps(runs.checkpoints(config)) == [3, 6]
-    assert list(runs.checkpoints(config).glob("*.writing")) == []
+    assert set(runs.checkpoints(config).glob("chunks/*")) == before
     assert runs.run(config, 2) == [EXIT_DONE] * 2, runs.output(config)
     assert committed_steps(runs.checkpoints(config)) == [6, 9]
 
@@ -263,4 +276,4 @@ def test_going_back_sets_newer_checkpoints_aside(finished: runs.Config, tmp_path
     assert runs.run(config, 2) == [EXIT_DONE] * 2, runs.output(config)
     assert "changed optim.lr: 0.002 -> 0.01" in runs.output(config)
     names = {path.name for path in runs.checkpoints(config).iterdir()}
-    assert names == {"step-00000006", "step-00000009", "step-00000006.superseded"}
+    assert names == {"step-00000006", "step-00000009", "step-00000006.superseded", "chunks", "latest.json"}

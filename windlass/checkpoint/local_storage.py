@@ -6,6 +6,7 @@ the pages that it drives out, cost several times the CPU of the write itself, an
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -81,7 +82,8 @@ class LocalStorage:
     def delete(self, names: Sequence[str]) -> None:
         paths = [self.location / name for name in names]
         for path in paths:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
         for folder in {path.parent for path in paths}:
             if folder.is_dir():
                 sync_folder(folder)
