@@ -141,13 +141,13 @@ def test_what_cannot_be_sent_costs_nothing(listener: Listener, monkeypatch: pyte
 
 
 def test_threads_share_a_connection(listener: Listener) -> None:
-    num_threads, num_frames = 8, 40
+    num_threads, num_frames = 6, 8
     received: dict[int, list[int]] = {i: [] for i in range(num_threads)}
     with connect(listener.address, SECRET) as connection:
 
         def send(sender: int) -> None:
             for i in range(num_frames):
-                payload = bytes([sender]) * random.Random(i).randrange(60_000)
+                payload = bytes([sender]) * random.Random(i).randrange(3 << 20)  # several slices each
                 connection.send({"sender": sender, "i": i, "crc": crc32c(payload)}, payload)
 
         threads = [threading.Thread(target=send, args=(i,)) for i in range(num_threads)]
@@ -257,7 +257,20 @@ def test_the_end_between_two_frames_is_an_end() -> None:
             connection.receive()
 
 
+def test_another_magic_is_no_frame() -> None:
+    lengths = struct.pack("<4sIQI", b"wlax", 2, 0, crc32c(b"{}"))
+    with raw_pair() as (raw, connection):
+        raw.sendall(lengths + struct.pack("<I", crc32c(lengths)) + b"{}")
+        with pytest.raises(TransportError, match="damaged"):
+            connection.receive()
+
+
 # Peers that stop
+
+
+def test_both_ends_have_the_idle_timeout_once_the_handshake_is_over() -> None:
+    with pair() as (here, there):
+        assert here._socket.gettimeout() == there._socket.gettimeout() == connection_module.IDLE_S
 
 
 def test_a_peer_that_does_not_read_makes_the_sender_wait() -> None:
