@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 
 class SnapshotId(NamedTuple):
@@ -68,7 +68,11 @@ class Stale(Exception):
 
 @dataclass
 class Ledger:
-    """One node's part in the protocol. A slot's phase is to be in its header before a report of it is sent."""
+    """One node's part in the protocol.
+
+    What a report or an answer says is to be written down before it is sent, so that the next agent of this node knows
+    it as well: first `aborted`, then the headers of the slots, then the generation.
+    """
 
     num_slots: int
     position: int = 0
@@ -176,9 +180,10 @@ class Ledger:
         return Report(self.position, self.generation, newest, self.committed, self.aborted)
 
     def fence(self, generation: int, position: int, num_nodes: int, keep: Iterable[SnapshotId] = ()) -> list[int]:
-        """Begins a generation: nothing of an older one is listened to any more, and only `keep` stays, committed.
+        """Begins a generation: nothing of an older one is listened to any more, and `keep` stays, committed.
 
-        The same generation may be begun again (its agent was restarted): then nothing changes.
+        So does what is whole and older than it: until all nodes have `keep`, a further loss may take it. The same
+        generation may be begun again (its agent was restarted): then nothing changes.
 
         Returns:
             The slots that were emptied: an old writer may still have them open.
@@ -194,29 +199,30 @@ class Ledger:
         self.generation = generation
         self.newest_begun = self.aborted = None
         self._prepared_by.clear()
-        kept, emptied = set(keep), []
+        newest, emptied = max(keep, default=None), []
         for index, slot in enumerate(self.slots):
-            if slot.snapshot in kept:
+            is_whole = slot.phase in (Phase.prepared, Phase.committed)
+            if is_whole and slot.snapshot is not None and newest is not None and slot.snapshot <= newest:
                 slot.phase, slot.is_pinned = Phase.committed, False
             elif slot.snapshot is not None:
                 self.slots[index] = Slot()
                 emptied.append(index)
         return emptied
 
-    @staticmethod
-    def adopt(generation: int, slots: list[Slot]) -> Ledger:
-        """The ledger of an agent that takes over what another left, by the headers of its slots.
+    @classmethod
+    def adopt(cls, generation: int, slots: list[Slot], aborted: SnapshotId | None = None) -> Self:
+        """The ledger of an agent that takes over what another left, by what that had written down.
 
         What was being written when that agent died is given up: nobody knows how far it had come.
         """
-        ledger = Ledger(len(slots), generation=generation, slots=slots)
-        begun = [s.snapshot for s in slots if s.snapshot and s.snapshot.generation == generation]
-        ledger.newest_begun = max(begun, default=None)
+        ledger = cls(len(slots), generation=generation, slots=slots, aborted=aborted)
         for index, slot in enumerate(slots):
             slot.is_pinned = False
-            if slot.phase in (Phase.writing, Phase.local):
+            if slot.snapshot is not None and slot.phase in (Phase.writing, Phase.local):
                 ledger.aborted = slot.snapshot
                 slots[index] = Slot()
+        begun = [s for s in (ledger.aborted, *[slot.snapshot for slot in slots]) if s and s.generation == generation]
+        ledger.newest_begun = max(begun, default=None)
         return ledger
 
     def _note_prepared(self, snapshot: SnapshotId, position: int) -> None:
