@@ -127,10 +127,11 @@ class DurableStore:
             raise ValueError(f"the chunks lack parts of {partial[:3]}")
         text, name = manifest.to_bytes(), f"{step_name(step)}/{MANIFEST}"
         with self._disk_errors():
-            self._check_generation(generation)
             self._check_present(manifest)
+            self._check_generation(generation)
             if self.storage.size(name) is not None:
-                self.set_aside(step, "superseded")
+                superseded = self._copy_aside(step, "superseded")
+                self._point_to(superseded)  # not to the name whose bytes are about to change
             self.storage.write(name, [text], guard=lambda: self._check_generation(generation))
             try:
                 self._check_generation(generation)  # a store checks and writes in two calls
@@ -193,15 +194,12 @@ class DurableStore:
             names = self.storage.list(old)
             if not names:
                 return old
-            new = self._free_name(f"{old}.{why}")
-            if f"{old}/{MANIFEST}" in names:
-                # A copy first, so that the pointer names a checkpoint at every moment.
-                self.storage.write(f"{new}/{MANIFEST}", [self.storage.read(f"{old}/{MANIFEST}")])
+            if f"{old}/{MANIFEST}" not in names:
+                new = self._free_name(f"{old}.{why}")
+            else:
+                new = self._copy_aside(step, why)
                 others = [other for other in steps_in(self.storage) if other != step]
-                if others:
-                    self._point_to(step_name(others[-1]))
-                else:
-                    self._point_to(new)
+                self._point_to(step_name(others[-1]) if others else new)
                 self.storage.delete([f"{old}/{MANIFEST}"])
             for name in names:
                 if name != f"{old}/{MANIFEST}":
@@ -281,6 +279,12 @@ class DurableStore:
                 "see that no other process writes or cleans up there; nothing that was committed is touched",
             )
 
+    def _copy_aside(self, step: int, why: str) -> str:
+        """Gives the manifest of `step` a second name: the pointer needs one that resolves while the first changes."""
+        new = self._free_name(f"{step_name(step)}.{why}")
+        self.storage.write(f"{new}/{MANIFEST}", [self.storage.read(f"{step_name(step)}/{MANIFEST}")])
+        return new
+
     def _point_to(self, folder: str) -> None:
         sha256 = hashlib.sha256(self.storage.read(f"{folder}/{MANIFEST}")).hexdigest()
         pointer = {"step": step_of(folder.partition(".")[0]), "folder": folder, "sha256": sha256}
@@ -291,7 +295,8 @@ class DurableStore:
         try:
             text = self.storage.read(POINTER)
             pointer = json.loads(text)
-            is_sound = step_of(pointer["folder"].partition(".")[0]) == pointer["step"]
+            is_sound = pointer.keys() == {"step", "folder", "sha256"}
+            is_sound &= step_of(pointer["folder"].partition(".")[0]) == pointer["step"]
             return pointer if is_sound and json.dumps(pointer).encode() == text else None
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,15 +72,6 @@ def bits_of(value: Any) -> bytes:
     return f"{value.dtype} {list(value.shape)} ".encode() + bytes(value.reshape(-1).view(torch.uint8).tolist())
 
 
-def flip(path: Path, position: int, mask: int = 0x01) -> None:
-    """Changes one byte of a file."""
-    with path.open("r+b") as file:
-        file.seek(position)
-        old = file.read(1)[0]
-        file.seek(position)
-        file.write(bytes([old ^ mask]))
-
-
 def chunks_of(folder: Path) -> list[Path]:
     """The files of a checkpoint's chunks."""
     return [folder.parent / chunk_name(sha256) for sha256 in Manifest.read(folder).chunks]
@@ -92,19 +81,3 @@ def own_chunk(folder: Path) -> Path:
     """A chunk that no other checkpoint has."""
     others = {path for other in folder.parent.glob("step-????????") if other != folder for path in chunks_of(other)}
     return next(path for path in chunks_of(folder) if path not in others)
-
-
-def snapshot_of(folder: Path) -> dict[str, bytes]:
-    """Every file below `folder`, with its bytes."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@contextlib.contextmanager
-def disk_full_after(num_bytes: int) -> Iterator[None]:
-    """No file can grow beyond `num_bytes`; root is bound by it as well."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

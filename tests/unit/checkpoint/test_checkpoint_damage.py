@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import Training, chunks_of, flip, own_chunk, snapshot_of
+from checkpoint_helpers import Training, chunks_of, own_chunk
+from support.files import flip, snapshot_of
 from torch import nn
 
 from windlass.checkpoint import inspect

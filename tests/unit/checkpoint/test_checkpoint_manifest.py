@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import flip
+from support.files import flip
 
 from windlass.checkpoint.manifest import (
     MANIFEST,

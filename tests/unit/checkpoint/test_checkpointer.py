@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import Counter, MakeOptimizer, Training, disk_full_after, snapshot_of
+from checkpoint_helpers import Counter, MakeOptimizer, Training
+from support.files import disk_full_after, snapshot_of
 from torch import nn
 
 from windlass.checkpoint.local_storage import LocalStorage

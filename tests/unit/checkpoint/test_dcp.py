@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_helpers import MakeOptimizer, Training, bits_of, disk_full_after
+from checkpoint_helpers import MakeOptimizer, Training, bits_of
+from support.files import disk_full_after
 from torch import nn
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import bits_of, disk_full_after, snapshot_of
+from checkpoint_helpers import bits_of
 from safetensors.torch import load_file, save_file
+from support.files import disk_full_after, snapshot_of
 
 from windlass.checkpoint.exchange import new_folder
 from windlass.checkpoint.huggingface import (

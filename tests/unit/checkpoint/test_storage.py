@@ -13,8 +13,8 @@ from typing import Any
 
 import fsspec
 import pytest
-from checkpoint_helpers import disk_full_after, snapshot_of
 from fsspec.implementations.memory import MemoryFileSystem
+from support.files import disk_full_after, snapshot_of
 
 from windlass.checkpoint import local_storage, object_storage
 from windlass.checkpoint.image import PAGE_BYTES
