@@ -109,6 +109,8 @@ ADMITTED: dict[tuple[str, str], Callable[..., Any] | torch.dtype] = {
     ("torch.distributed.checkpoint.metadata", "TensorProperties"): _Properties,
     ("torch.distributed.checkpoint.metadata", "MetadataIndex"): _Index,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
+    ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Properties,  # of older torch
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _Record,
     # What no reader needs: the layout and memory format of tensors, who saved, and the path of the folder then.
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): _Record,
     ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Record,

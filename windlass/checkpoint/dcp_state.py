@@ -16,12 +16,13 @@ import torch
 from windlass.checkpoint.dcp import DcpFolder
 from windlass.checkpoint.dcp_metadata import damaged
 from windlass.checkpoint.image import DTYPE_BYTES
-from windlass.checkpoint.manager import RNG_PREFIX
 from windlass.checkpoint.manifest import Manifest
 from windlass.errors import ConfigError
 
 OWN_KEY = "__windlass__"
 MODEL, OPTIMIZER = "model", "optimizer"
+GENERATORS = "rng"
+"""What the names of random generators begin with in a checkpoint."""
 
 
 def state_dict_layout(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -41,7 +42,7 @@ def state_dict_layout(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any
     paths: dict[str, list[str]] = {}
     for name in manifest.tensors:
         module, _, rest = name.partition(".")
-        if module == RNG_PREFIX:
+        if module == GENERATORS:
             paths[name] = [OWN_KEY, "tensors", name]
         elif module in optimizers:
             parameter, _, key = rest.removeprefix("state.").rpartition(".")

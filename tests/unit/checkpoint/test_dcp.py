@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_helpers import MakeOptimizer, Training, bits_of
 from support.files import disk_full_after
 from torch import nn
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -211,7 +212,8 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, mesh: Mesh) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
-def test_a_tensor_in_parts_is_put_together(tmp_path: Path) -> None:
+@pytest.mark.parametrize("properties", [TensorProperties(), OldTensorProperties()], ids=["now", "of_older_torch"])
+def test_a_tensor_in_parts_is_put_together(properties: Any, tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(4, 3)
     places, chunks = {}, []
     with (tmp_path / "__0_0.distcp").open("wb") as file:
@@ -221,7 +223,7 @@ def test_a_tensor_in_parts_is_put_together(tmp_path: Path) -> None:
             offset, size = torch.Size((row, 0)), torch.Size((2, 3))
             chunks.append(ChunkStorageMetadata(offset, size))
             places[MetadataIndex("w", offset)] = _StorageInfo("__0_0.distcp", begin, file.tell() - begin)
-    entry = TensorStorageMetadata(TensorProperties(), whole.shape, chunks)
+    entry = TensorStorageMetadata(properties, whole.shape, chunks)
     (tmp_path / METADATA).write_bytes(pickle.dumps(Metadata({"w": entry}, None, places)))
     assert torch.equal(DcpFolder(tmp_path).read_tensor("w"), whole)
 
