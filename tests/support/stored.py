@@ -20,7 +20,8 @@ def blocks(num_blocks: int = 10, num_bytes: int = 2 << 20) -> list[Block]:
 
 
 def noise(key: str, num_bytes: int) -> bytes:
-    return hashlib.shake_256(key.encode()).digest(num_bytes)
+    pattern = hashlib.shake_256(key.encode()).digest(9973)
+    return (pattern * (num_bytes // len(pattern) + 1))[:num_bytes]
 
 
 def image_of(versions: Sequence[int], num_bytes: int = 3 << 20) -> Iterator[tuple[Chunk, memoryview]]:
