@@ -11,6 +11,7 @@ import torch
 from windlass.checkpoint.durable import DurableStore, WrittenChunk
 from windlass.checkpoint.exchange import Report
 from windlass.checkpoint.image import Block, Chunk, lay_out
+from windlass.errors import RunFolderError
 
 Described = tuple[tuple[int, ...], torch.dtype]
 """A tensor's shape and dtype."""
@@ -35,22 +36,26 @@ def write_checkpoint(
         tensors: those to write; what `read` gives is cast to their dtypes.
 
     Raises:
-        RunFolderError: the disk is full or refuses.
+        OSError: the disk is full or refuses.
     """
     blocks = [
         Block(name, str(dtype).removeprefix("torch."), shape, (0,) * len(shape), shape)
         for name, (shape, dtype) in tensors.items()
     ]
-    store = DurableStore(folder)
-    store.open_for_writing()
-    source = _LastRead(tensors, read)
+    store, source = DurableStore(folder), _LastRead(tensors, read)
     written: list[WrittenChunk] = []
     num_done = 0
-    for chunk in lay_out(blocks):
-        written.append(store.put_chunk(chunk, _assembled(chunk, source)))
-        num_done += chunk.end - chunk.begin
-        report(num_done)
-    store.commit(step, 0, world_size, objects, written)
+    try:
+        store.open_for_writing()
+        for chunk in lay_out(blocks):
+            written.append(store.put_chunk(chunk, _assembled(chunk, source)))
+            num_done += chunk.end - chunk.begin
+            report(num_done)
+        store.commit(step, 0, world_size, objects, written)
+    except RunFolderError as error:
+        if isinstance(error.__cause__, OSError):  # the store's own message speaks of a run, and there is none
+            raise error.__cause__ from None
+        raise
 
 
 class _LastRead:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from windlass.checkpoint.locate import find_checkpoint
 from windlass.checkpoint.manifest import Manifest, StoredTensor
 from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
 from windlass.errors import ConfigError, require
+from windlass.files import atomic_file
 from windlass.train.config import ModelConfig
 from windlass.train.data.progress import ProgressReport
 from windlass.train.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -87,7 +87,8 @@ def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_byt
         with ProgressReport("export", num_bytes) as progress:
             huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, writing / TOKENIZER)
+            with atomic_file(writing / TOKENIZER) as file:
+                file.write(tokenizer.read_bytes())
     return Exchanged(str(folder), str(output), reader.manifest.step, len(weights), num_bytes, notes)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.files import disk_full_after
 
 from windlass.checkpoint.huggingface import CONFIG, INDEX, SINGLE
 from windlass.checkpoint.manager import Checkpointer
@@ -207,8 +208,9 @@ def refused(capsys: Captured, *arguments: object) -> str:
     assert command(*arguments) == 2
     assert not list(output.parent.glob(f"{output.name}*"))
     printed = capsys.readouterr()
-    assert printed.err.startswith("windlass: error: ") and "Fix: " in printed.err and "Traceback" not in printed.err
-    return printed.err
+    message = printed.err[printed.err.index("windlass: error: ") :]  # after what was said of the progress
+    assert "Fix: " in message and "Traceback" not in message
+    return message
 
 
 CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -291,6 +293,24 @@ def test_an_output_in_use_is_refused(tmp_path: Path, mesh: Mesh, capsys: Capture
     assert command("export", run, "--format", "hf", "--output", run) == 2
     assert "--output" in capsys.readouterr().err
     assert command("verify", run) == 0
+
+
+@pytest.mark.parametrize("kind", ["hf", "dcp"])
+def test_a_full_disk_leaves_nothing_of_an_import(kind: str, tmp_path: Path, mesh: Mesh, capsys: Captured) -> None:
+    folder = tmp_path / "folder"
+    assert command("export", run_folder(tmp_path, mesh, llama()), "--format", kind, "--output", folder) == 0
+    capsys.readouterr()
+    with disk_full_after(1 << 12):
+        said = refused(capsys, "import", folder, "--format", kind, "--output", tmp_path / "in")
+    assert f"--output={tmp_path / 'in'}: cannot be written: File too large" in said
+
+
+def test_a_whole_checkpoint_keeps_its_step(tmp_path: Path, mesh: Mesh, capsys: Captured) -> None:
+    run = run_folder(tmp_path, mesh, llama())
+    assert command("export", run, "--format", "dcp", "--output", tmp_path / "dcp") == 0
+    capsys.readouterr()
+    said = refused(capsys, "import", tmp_path / "dcp", "--format", "dcp", "--output", tmp_path / "in", "--step", 7)
+    assert "--step=7: the checkpoint that was exported is of step 3" in said
 
 
 def test_an_unknown_dtype_is_refused(capsys: Captured) -> None:
