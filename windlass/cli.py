@@ -87,7 +87,7 @@ def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
         ("verify", "read every byte of a checkpoint again and compare checksums"),
     ):
         action = actions.add_parser(name, help=text, description=text)
-        action.add_argument("path", type=Path, help="a run's folder, its checkpoints/ folder, or one checkpoint")
+        action.add_argument("path", help="a run's folder, its checkpoints/ folder, one checkpoint, or the URL of one")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=_checkpoint, action=name)
     exchange_cli.add_parsers(actions)
