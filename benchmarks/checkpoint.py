@@ -7,15 +7,19 @@ gloo ranks of one thread each, without checkpoints and with one every second ste
 - `dcp`, `dcp-thread`, `dcp-process`: `torch.distributed.checkpoint.save` and `async_save`. They sync their files.
   An asynchronous save waits for the one before, as its users do; that wait counts as blocking.
 - `durable`: windlass's `checkpoint=durable`. Synced, and checksummed.
+- `lazy`: copied behind the next forward and backward pass into the memory of a snapshot agent, which writes it.
+- `erasure`: the same copy, kept in memory with one parity shard; each rank is a node of its own, and any may be lost.
+  The only way here whose checkpoints are not on the disk. Neither waits for the checkpoint before: where that is not
+  done they skip one, and count it. What still runs at the end of a block counts in their total time.
 
 All ways share one model and one optimizer and take turns in blocks of a few steps, so that whatever else the machine
 does hits all alike; each round begins with another one. A block begins with a checkpoint and ends when its last one is
 done, two steps later. Between blocks, off the clock, the disk is synced and the peers' files are deleted.
 
 All ratios are taken within a round, to the block without checkpoints. Only figures of one run may be compared.
-CPU seconds, bytes written and bytes sent are those of all processes that this program started, above those of training.
-The limit is what a copy of the state in memory takes, in the same round. Timings are printed and never asserted: the
-exit code is 0 unless something fails.
+CPU seconds and bytes written to the disk are those of all processes that this program started, above those of training;
+bytes sent are counted for the whole machine. The limit is what a copy of the state in memory takes, in the same round.
+Timings are printed and never asserted: the exit code is 0 unless something fails.
 """
 
 from __future__ import annotations
@@ -26,139 +30,31 @@ import shutil
 import statistics
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from checkpoint_trainer import SHAPE, Block, Settings, Trainer
 from checkpoint_variants import CopyLimit, Variant, build_variant, local_tensors
-from common import Spread, Usage, describe_machine, filesystem_of, print_json, print_table, run_ranks
-from loop_variants import Tokens, synthetic_batches
+from common import Spread, describe_machine, filesystem_of, print_json, print_table, run_ranks
 
-from windlass.conf.compose import compose
-from windlass.conf.schema import Config
-from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.checkpoint.config import CheckpointKind
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
-from windlass.train.loss import cross_entropy_sum
 from windlass.train.model import count_parameters
-from windlass.train.state import build_model
 
 NONE = "none"
-PEERS = ("torch.save", "dcp", "dcp-thread", "dcp-process")
-WINDLASS = ("durable",)
-SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 10, "num_heads": 8}
+ASYNCHRONOUS = ("dcp-thread", "dcp-process")
+PEERS = ("torch.save", "dcp", *ASYNCHRONOUS)
+WINDLASS = tuple(kind.value for kind in CheckpointKind if kind != CheckpointKind.none)
+TOTAL_BAR, TOTAL_AIM, BLOCKING_BAR = 1.15, 1.08, 1.0
+"""Of `erasure`: over no checkpoint, and over the asynchronous save of DCP that blocks less."""
 WARM_UP_CHECKPOINTS = 2
 COPIES_A_ROUND = 3
 MEMORY_FILESYSTEMS = ("tmpfs", "ramfs")
-
-
-@dataclass(frozen=True)
-class Settings:
-    num_ranks: int
-    names: tuple[str, ...]
-    """Of the ways to save; `none` is the first."""
-    every: int
-    """Steps from one checkpoint to the next."""
-    block_checkpoints: int
-    rounds: int
-    batch_size: int
-    seq_len: int
-    directory: Path
-
-    def config(self) -> Config:
-        return compose(
-            [
-                "model=llama_60m",
-                *(f"model.{key}={value}" for key, value in SHAPE.items()),
-                f"model.num_kv_heads={SHAPE['num_heads']}",
-                "parallel=zero3",
-                "optim=adamw",
-                "train.dtype=float32",
-                f"train.batch_size={self.batch_size}",
-                f"train.seq_len={self.seq_len}",
-                f"run_dir={self.directory}",
-            ]
-        )
-
-
-@dataclass
-class Block:
-    """What one rank saw of one way's turn."""
-
-    wall_s: float = 0.0
-    blocking_s: float = 0.0
-    """That training waited for checkpoints."""
-    step_s: list[float] = field(default_factory=list)
-    """Of each step, without what it waited for checkpoints."""
-    busy: list[bool] = field(default_factory=list)
-    """Whether a checkpoint was under way as the step began."""
-    num_skipped: int = 0
-    used: Usage | None = None
-    """Of all processes together; measured by rank 0."""
-
-
-class Trainer:
-    """One rank's model, and its loop with the two lines that save."""
-
-    def __init__(self, settings: Settings, mesh: Mesh) -> None:
-        config = settings.config()
-        self.mesh, self.every, self.max_norm = mesh, settings.every, config.train.max_norm
-        self.model, self.sharder = build_model(config, mesh)
-        self.optimizer = config.optim.build(self.model)
-        self.batches: Iterator[Tokens] = synthetic_batches(config, mesh.rank)
-        self.num_tokens = settings.num_ranks * settings.batch_size * settings.seq_len
-        self.num_steps = 0
-        self.train_step(lambda: None)  # makes the optimizer's state
-
-    def train_step(self, wait_staged: Callable[[], None]) -> float:
-        """One step; returns the seconds that it stood in `wait_staged`."""
-        input_ids, labels = next(self.batches)
-        self.sharder.begin_micro_step(self.model, is_last=True)
-        (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
-        clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
-        waited_s = _seconds(wait_staged)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.num_steps += 1
-        return waited_s
-
-    def run(self, variant: Variant, num_checkpoints: int) -> Block:
-        """A turn: a checkpoint, `every` steps, and so on; the last one is waited for."""
-        block = Block()
-        skipped_before = variant.num_skipped
-        self.mesh.barrier()
-        usage_before = Usage.now() if self.mesh.rank == 0 else None
-        self.mesh.barrier()
-        begin = time.perf_counter()
-        for _ in range(num_checkpoints):
-            block.blocking_s += _seconds(lambda: variant.save(self.num_steps))
-            for _ in range(self.every):
-                block.busy.append(variant.busy)
-                step_begin = time.perf_counter()
-                waited_s = self.train_step(variant.wait_staged)
-                block.step_s.append(time.perf_counter() - step_begin - waited_s)
-                block.blocking_s += waited_s
-        block.blocking_s += _seconds(variant.finish)
-        self.mesh.barrier()
-        block.wall_s = time.perf_counter() - begin
-        block.used = Usage.now().since(usage_before) if usage_before is not None else None
-        block.num_skipped = variant.num_skipped - skipped_before
-        return block
-
-
-def _seconds(action: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    action()
-    return time.perf_counter() - begin
-
-
-def _shm_used() -> int:
-    return psutil.disk_usage("/dev/shm").used
 
 
 def measure_rank(settings: Settings) -> dict[str, Any]:
@@ -175,7 +71,9 @@ def measure_rank(settings: Settings) -> dict[str, Any]:
     for name in settings.names:
         say(f"warming up: {name}")
         shm_before = _shm_used()
-        variants[name] = build_variant(name, trainer.model, trainer.optimizer, settings.directory / name, mesh)
+        variants[name] = build_variant(
+            name, trainer.model, trainer.optimizer, settings.directory / name, mesh, settings.every
+        )
         trainer.run(variants[name], WARM_UP_CHECKPOINTS)
         settle(variants[name], mesh)
         shm_bytes[name] = _shm_used() - shm_before
@@ -213,6 +111,10 @@ def settle(variant: Variant, mesh: Mesh) -> None:
     mesh.barrier()
 
 
+def _shm_used() -> int:
+    return psutil.disk_usage("/dev/shm").used
+
+
 def summarize(settings: Settings, outcomes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of each way, with their ranges over the rounds.
 
@@ -232,6 +134,18 @@ def summarize(settings: Settings, outcomes: Sequence[dict[str, Any]]) -> dict[st
         row["shm_bytes"] = outcomes[0]["shm_bytes"][name]
         if outcomes[0]["on_disk"][name] and row["disk_bytes"]["median"] < state_bytes:
             raise RuntimeError(f"{name} wrote {row['disk_bytes']} bytes of a state of {state_bytes}")
+    blocking = {
+        name: blocking_s([outcome["blocks"][name] for outcome in outcomes], settings.block_checkpoints)
+        for name in settings.names
+    }
+    asynchronous = [blocking[name] for name in ASYNCHRONOUS if name in blocking]
+    for name, row in rows.items():
+        if name == NONE:
+            continue
+        pairs = zip(blocking[name], *asynchronous, strict=True)
+        row["blocking_over_async"] = (
+            Spread.of([mine / min(theirs) for mine, *theirs in pairs]).to_dict() if asynchronous else None
+        )
     return {
         "machine": describe_machine(),
         "num_ranks": settings.num_ranks,
@@ -253,7 +167,6 @@ def summarize(settings: Settings, outcomes: Sequence[dict[str, Any]]) -> dict[st
 def _row(of_ranks: Sequence[Sequence[Block]], plain: Sequence[Block], plain_step_s: Sequence[float], count: int) -> Any:
     """One way's figures; `of_ranks[rank][round]`."""
     mine = of_ranks[0]  # all ranks begin and end a block together
-    blocking = [max(block.blocking_s for block in turn) / count for turn in zip(*of_ranks, strict=True)]
     slowed = [
         statistics.median(while_busy) / step_s
         for block, step_s in zip(mine, plain_step_s, strict=True)
@@ -266,7 +179,7 @@ def _row(of_ranks: Sequence[Sequence[Block]], plain: Sequence[Block], plain_step
     ]
     return {
         "total_ratio": Spread.of([a.wall_s / b.wall_s for a, b in zip(mine, plain, strict=True)]).to_dict(),
-        "blocking_s": Spread.of(blocking).to_dict(),
+        "blocking_s": Spread.of(blocking_s(of_ranks, count)).to_dict(),
         "busy_step_ratio": Spread.of(slowed).to_dict() if slowed else None,
         "busy_steps": sum(sum(block.busy) for block in mine) / sum(len(block.busy) for block in mine),
         "cpu_s": Spread.of([use.cpu_s / count for use in used]).to_dict(),
@@ -275,6 +188,11 @@ def _row(of_ranks: Sequence[Sequence[Block]], plain: Sequence[Block], plain_step
         "num_skipped": sum(block.num_skipped for block in mine),
         "num_checkpoints": count * len(mine),
     }
+
+
+def blocking_s(of_ranks: Sequence[Sequence[Block]], count: int) -> list[float]:
+    """Seconds a checkpoint that the slowest rank waited, by round; `of_ranks[rank][round]`."""
+    return [max(block.blocking_s for block in turn) / count for turn in zip(*of_ranks, strict=True)]
 
 
 def print_summary(result: dict[str, Any]) -> None:
@@ -318,10 +236,22 @@ def print_summary(result: dict[str, Any]) -> None:
     print(
         "\nmedian (lowest..highest) over rounds; seconds and MB are a checkpoint's. Total time and steps are over those"
         "\nwithout checkpoints; CPU, disk and sent are what is above theirs. Blocking is of the slowest rank. Sent is"
-        "\nwhat went through the loopback interface, and shm held by how much /dev/shm is fuller once the way has saved:"
-        "\nother programs of the machine count in both."
+        "\nwhat went through the loopback interface, and shm held by how much fuller /dev/shm is once the way has"
+        "\nsaved: other programs of the machine count in both."
     )
-    print("bars: in memory with parity (erasure), total <= 1.15x (aim 1.08x), and blocking <= 1x that of dcp-thread")
+    print_bars(result["ways"].get("erasure"))
+
+
+def print_bars(erasure: dict[str, Any] | None) -> None:
+    if erasure is None:
+        return
+    total, blocking = erasure["total_ratio"]["median"], erasure["blocking_over_async"]
+    held = "met" if total <= TOTAL_BAR else "MISSED"
+    print(f"erasure: total {total:.3f}x, bar <= {TOTAL_BAR:.2f}x {held} (aim {TOTAL_AIM:.2f}x)")
+    if blocking is not None:
+        held = "met" if blocking["median"] <= BLOCKING_BAR else "MISSED"
+        spread = Spread(**blocking).text(".2f")
+        print(f"erasure: blocks {spread} times as long as DCP's asynchronous save, bar <= {BLOCKING_BAR:.0f}x {held}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -26,11 +26,18 @@ from windlass.parallel.mesh import Mesh
 logging.disable(logging.WARNING)  # here, as the process that `dcp-process` starts imports this and logs each request
 
 
+NEVER = 1_000_000_001  # no step is a multiple of it
+POLL_S = 0.005
+FINISH_S = 60.0
+
+
 class Variant(Protocol):
     """One way to save. All ranks call the same methods at the same places of their steps."""
 
     on_disk: bool
     """Whether each checkpoint is on the disk, not only in memory."""
+    waits_for_previous: bool
+    """Whether a `save` waits until the checkpoint before is done."""
 
     def save(self, step: int) -> None:
         """At the border of a step; returns when training may go on."""
@@ -46,7 +53,7 @@ class Variant(Protocol):
         ...
 
     def finish(self) -> None:
-        """Waits for the newest checkpoint, as the next `save` would have to."""
+        """Waits until nothing is under way."""
         ...
 
     @property
@@ -65,6 +72,7 @@ class NoCheckpoint:
     """Trains and saves nothing. Also what the synchronous ways have in common: nothing is left to wait for."""
 
     on_disk = False
+    waits_for_previous = True
 
     @property
     def busy(self) -> bool:
@@ -195,6 +203,59 @@ class WindlassDurable(NoCheckpoint):
         self.checkpointer.save(step)
 
 
+class WindlassBehind(NoCheckpoint):
+    """`checkpoint=lazy` or `erasure`: the copy runs behind forward and backward passes, the rest in snapshot agents.
+
+    Nothing waits for the checkpoint before: one that is not done when the next is due makes that one be skipped.
+    `lazy` writes each to the disk, from one agent. With `erasure` each rank is a node of its own and keeps parity for
+    the others; nothing is written.
+    """
+
+    waits_for_previous = False
+
+    def __init__(self, objects: Mapping[str, Any], directory: Path, mesh: Mesh, kind: str, every: int) -> None:
+        self.on_disk = kind == "lazy"
+        self.checkpointer = Checkpointer(
+            objects,
+            directory,
+            mesh,
+            kind=kind,
+            snapshot_every=every,
+            persist_every=every if self.on_disk else NEVER,
+            num_parity_shards=0 if self.on_disk else 1,
+            failure_domain="node" if self.on_disk else "rank",
+        )
+        self.num_due = self.num_done = self.num_lost = 0
+
+    def save(self, step: int) -> None:
+        self.num_due += 1
+        self.checkpointer.snapshot(step)
+
+    def wait_staged(self) -> None:
+        self.checkpointer.wait_staged()
+
+    @property
+    def busy(self) -> bool:
+        for event in self.checkpointer.poll():
+            self.num_done += event["kind"] == ("persisted" if self.on_disk else "snapshot_committed")
+            self.num_lost += event["kind"] in ("snapshot_skipped", "snapshot_given_up", "persist_failed")
+        return self.num_done + self.num_lost < self.num_due
+
+    @property
+    def num_skipped(self) -> int:
+        return self.num_lost
+
+    def finish(self) -> None:
+        give_up = time.monotonic() + FINISH_S
+        while self.busy:
+            if time.monotonic() > give_up:
+                raise RuntimeError(f"of {self.num_due} checkpoints {self.num_done} are done, {self.num_lost} skipped")
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        self.checkpointer.close()
+
+
 def local_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     """What a checkpoint must hold of this rank: weights and optimizer state."""
     state = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
@@ -222,16 +283,18 @@ class CopyLimit:
 
 
 def build_variant(
-    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, mesh: Mesh
+    name: str, model: nn.Module, optimizer: torch.optim.Optimizer, directory: Path, mesh: Mesh, every: int
 ) -> Variant:
-    """The way called `name`, with `directory` for itself. Collective."""
-    if name == "durable":
-        return WindlassDurable({"model": model, "optimizer": optimizer}, directory, mesh)
+    """The way called `name`, with `directory` for itself and a checkpoint after `every` steps. Collective."""
+    objects = {"model": model, "optimizer": optimizer}
     makers: dict[str, Callable[[], Variant]] = {
         "none": NoCheckpoint,
         "torch.save": lambda: TorchSave(model, optimizer, directory, mesh),
         "dcp": lambda: Dcp(model, optimizer, directory, mesh),
         "dcp-thread": lambda: DcpAsync(model, optimizer, directory, mesh, AsyncCheckpointerType.THREAD),
         "dcp-process": lambda: DcpAsync(model, optimizer, directory, mesh, AsyncCheckpointerType.PROCESS),
+        "durable": lambda: WindlassDurable(objects, directory, mesh),
+        "lazy": lambda: WindlassBehind(objects, directory, mesh, "lazy", every),
+        "erasure": lambda: WindlassBehind(objects, directory, mesh, "erasure", every),
     }
     return makers[name]()
