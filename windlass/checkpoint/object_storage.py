@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-NUM_TRIES = 6
+NUM_TRIES = 8
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 20.0
 NOT_TRANSIENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)

@@ -51,7 +51,7 @@ class Training:
             self.optimizer.zero_grad(set_to_none=True)
             self.counter.value += 1
 
-    def checkpointer(self, directory: Path, mesh: Mesh, **settings: Any) -> Checkpointer:
+    def checkpointer(self, directory: Path | str, mesh: Mesh, **settings: Any) -> Checkpointer:
         objects = {"model": self.model, "optimizer": self.optimizer, "counter": self.counter}
         return Checkpointer(objects, directory, mesh, **settings)
 

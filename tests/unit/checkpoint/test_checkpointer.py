@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -349,3 +350,47 @@ def test_a_path_names_a_checkpoint_a_folder_of_them_or_a_run(tmp_path: Path, mes
 def test_a_path_without_checkpoints_is_refused(path: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a checkpoint nor a folder that holds some"):
         find_checkpoint(tmp_path / path)
+
+
+def test_a_checkpoint_of_a_mostly_frozen_model_writes_little(tmp_path: Path, mesh: Mesh) -> None:
+    """One of 29 layers is trained; with its two moments that is 3 of 31 parts of the state."""
+    model = nn.Sequential(*(nn.Linear(1100, 1100) for _ in range(29)))
+    model.requires_grad_(False)
+    model[11].requires_grad_(True)
+    optimizer = torch.optim.AdamW(model[11].parameters())
+    checkpointer = Checkpointer({"model": model, "optimizer": optimizer}, tmp_path, mesh, keep=0)
+    sizes = []
+    seen: set[Path] = set()
+    for step in (1, 2):
+        model(torch.randn(2, 1100)).square().sum().backward()
+        optimizer.step()
+        checkpointer.save(step)
+        new = set(tmp_path.glob("chunks/*")) - seen
+        sizes.append(sum(path.stat().st_size for path in new))
+        seen |= new
+    assert sizes[0] > 31 * 1100 * 1100 * 4
+    assert 3 / 31 * sizes[0] * 0.9 <= sizes[1] <= 0.12 * sizes[0]
+
+
+def test_an_object_store_serves_as_a_folder_does(mesh: Mesh) -> None:
+    location = f"memory://{uuid.uuid4().hex}/run/checkpoints"
+    training = Training()
+    checkpointer = training.checkpointer(location, mesh, keep=0)
+    bits = {}
+    for step in (1, 2, 3):
+        training.run(1)
+        assert checkpointer.save(step) == f"{location}/step-0000000{step}"
+        bits[step] = training.bits()
+    storage = checkpointer.store.storage
+    storage.write("step-00000003/manifest.json", [b"{}"])
+
+    other = Training(seed=8)
+    restored = other.checkpointer(location, mesh).restore_latest()
+    assert restored is not None
+    assert (restored.step, restored.set_aside) == (2, [f"{location}/step-00000003.damaged"])
+    assert other.bits() == bits[2]
+    older = find_checkpoint(f"{location}/step-00000001")
+    assert checkpointer.owns(older)
+    assert checkpointer.restore(older) == 1
+    assert training.bits() == bits[1]
+    assert checkpointer.set_newer_aside(1) == [f"{location}/step-00000002.superseded"]
