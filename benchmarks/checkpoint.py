@@ -132,8 +132,11 @@ def summarize(settings: Settings, outcomes: Sequence[dict[str, Any]]) -> dict[st
     }
     for name, row in rows.items():
         row["shm_bytes"] = outcomes[0]["shm_bytes"][name]
-        if outcomes[0]["on_disk"][name] and row["disk_bytes"]["median"] < state_bytes:
-            raise RuntimeError(f"{name} wrote {row['disk_bytes']} bytes of a state of {state_bytes}")
+        taken = 1 - row["num_skipped"] / row["num_checkpoints"]
+        if outcomes[0]["on_disk"][name] and row["mean_disk_bytes"] < taken * state_bytes:
+            raise RuntimeError(
+                f"{name} wrote {row['mean_disk_bytes']:.0f} bytes a checkpoint of a state of {state_bytes}"
+            )
     blocking = {
         name: blocking_s([outcome["blocks"][name] for outcome in outcomes], settings.block_checkpoints)
         for name in settings.names
@@ -184,6 +187,7 @@ def _row(of_ranks: Sequence[Sequence[Block]], plain: Sequence[Block], plain_step
         "busy_steps": sum(sum(block.busy) for block in mine) / sum(len(block.busy) for block in mine),
         "cpu_s": Spread.of([use.cpu_s / count for use in used]).to_dict(),
         "disk_bytes": Spread.of([use.disk_bytes / count for use in used]).to_dict(),
+        "mean_disk_bytes": statistics.mean(use.disk_bytes / count for use in used),
         "sent_bytes": Spread.of([use.sent_bytes / count for use in used]).to_dict(),
         "num_skipped": sum(block.num_skipped for block in mine),
         "num_checkpoints": count * len(mine),

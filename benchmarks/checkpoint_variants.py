@@ -224,6 +224,7 @@ class WindlassBehind(NoCheckpoint):
             persist_every=every if self.on_disk else NEVER,
             num_parity_shards=0 if self.on_disk else 1,
             failure_domain="node" if self.on_disk else "rank",
+            lease_s=60.0,  # the agents of a run that was killed end soon
         )
         self.num_due = self.num_done = self.num_lost = 0
 
