@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint.agent_commands import serve_trainer
-from windlass.checkpoint.agent_folder import AgentFolder, remove_expired
+from windlass.checkpoint.agent_folder import AgentFolder, remove_expired, uptime
 from windlass.checkpoint.agent_peers import Group, PeerSender, Push, serve_peer
 from windlass.checkpoint.agent_persist import Persister
 from windlass.checkpoint.checksum import crc32c
 from windlass.checkpoint.connection import Connection
 from windlass.checkpoint.encoding import Encoding
-from windlass.checkpoint.ledger import IN_FLIGHT, Ledger, Phase, Slot, SnapshotId, Stale
+from windlass.checkpoint.ledger import IN_FLIGHT, Ledger, Phase, Report, Slot, SnapshotId
 from windlass.checkpoint.pacer import Pacer
 from windlass.checkpoint.slots import SlotFiles
 from windlass.checkpoint.transport import Listener
@@ -57,7 +57,8 @@ class Agent:
         self.senders: dict[int, PeerSender] = {}
         self.encoding: Encoding | None = None
         self.version = 0
-        """Counts what a report could say."""
+        """Counts the changes of what there is to report."""
+        self._reported: Report | None = None
         self.events: list[dict[str, Any]] = []
         self.num_stale = 0
         self.is_closing = False
@@ -127,26 +128,28 @@ class Agent:
 
     # --- The group. ---
 
-    def configure(self, group: Group, keep: SnapshotId | None) -> None:
+    def configure(self, group: Group, keep: list[SnapshotId]) -> None:
         """Begins a generation, or says again who is in it. Whoever still acts for an older one is refused from now on.
 
         Raises:
             Stale: a newer one has begun.
         """
         with self.changed:
+            is_new = group.generation > self.ledger.generation
             if self.encoding is not None:
                 # In a generation that goes on: with the connections goes what is under way on them.
                 self.ledger.abort(self.encoding.snapshot)
-            self.ledger.fence(group.generation, group.position, len(group.addresses), [] if keep is None else [keep])
+            self.ledger.fence(group.generation, group.position, len(group.addresses), keep)
             path = self.folder.path / "generation.new"
             path.write_text(str(group.generation))
             path.replace(self.folder.path / "generation")
             self.group = group
             self.ended.clear()
-            for files in self.foreign:
-                if files.header is None or files.header.snapshot != keep:
-                    files.empty()
-            self.foreign = [files for files in self.foreign if files.header is not None]
+            if is_new:
+                for files in self.foreign:
+                    if files.header is None or files.header.snapshot not in keep:
+                        files.empty()
+                self.foreign = [files for files in self.foreign if files.header is not None]
             self.persister.forget()
             self.apply()
             self.senders = {position: PeerSender(self, group, position) for position in group.others}
@@ -231,8 +234,7 @@ class Agent:
         with self.changed:
             if self.ledger.abort(snapshot):
                 logger.warning("gave up snapshot %s: %s", tuple(snapshot), why)
-                self.add_event("snapshot_given_up", reason=why)
-                self.apply()
+                self.apply(why)
 
     def peer_gone(self, group: Group, position: int) -> None:
         """A peer's connection has ended. What it had begun to send will not come."""
@@ -242,8 +244,13 @@ class Agent:
         if encoding is not None and is_missing:
             self.give_up(encoding.snapshot, f"node {position} was lost while it sent parity")
 
-    def apply(self) -> None:
-        """Brings headers, work and reports up to what the ledger says. `changed` is held."""
+    def apply(self, why: str = "another node gave it up") -> None:
+        """Brings headers, work and reports up to what the ledger says. `changed` is held.
+
+        Args:
+            why: a snapshot in flight is over without a commit, if it is.
+        """
+        step = None if self.encoding is None or self.encoding.files.header is None else self.encoding.files.header.step
         self._write_headers()
         encoding = self.encoding
         if encoding is not None:
@@ -254,7 +261,12 @@ class Agent:
                 self.encoding = None
             if phase == Phase.committed:
                 self._committed(encoding)
-        self.version += 1
+            elif phase == Phase.empty:
+                self.add_event("snapshot_given_up", step=step, reason=why)
+        report = self.ledger.report()
+        if report != self._reported:
+            self._reported = report
+            self.version += 1
         self.changed.notify_all()
 
     def _committed(self, encoding: Encoding) -> None:
@@ -270,7 +282,8 @@ class Agent:
 
     def add_event(self, kind: str, **fields: Any) -> None:
         """For trainers to collect."""
-        number = self.events[-1]["number"] + 1 if self.events else 1
+        # The next agent's go on from these: no two of them run at the same time.
+        number = self.events[-1]["number"] + 1 if self.events else int(uptime() * 1e6)
         self.events.append({"number": number, "kind": kind, **fields})
         del self.events[:-1000]
 
@@ -304,6 +317,3 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     os._exit(code)  # without waiting for threads that serve connections
-
-
-__all__ = ["Agent", "Stale"]

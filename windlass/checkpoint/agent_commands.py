@@ -130,9 +130,9 @@ class TrainerSession:
             writer=request["writer"],
         )
         agent = self.agent
-        agent.persister.target = (request["store"], request["keep"])
+        agent.persister.target = (request["store"], request["keep_durable"])
         agent.pacer = Pacer(request["max_send_bytes_per_s"])
-        agent.configure(group, None if request["restored"] is None else SnapshotId(*request["restored"]))
+        agent.configure(group, [SnapshotId(*snapshot) for snapshot in request["keep"]])
         return {}
 
     def _reserve(self, request: Json) -> Json:

@@ -11,6 +11,18 @@ from windlass.errors import require
 class CheckpointKind(StrEnum):
     none = "none"
     durable = "durable"
+    """Written while training waits."""
+    lazy = "lazy"
+    """Copied behind the training into the memory of a snapshot agent, which writes it."""
+    erasure = "erasure"
+    """As lazy, and in between kept in memory alone, with parity on other nodes."""
+
+
+class FailureDomain(StrEnum):
+    """What is lost together: parity is kept elsewhere. `rank` protects ranks of one machine from each other."""
+
+    node = "node"
+    rank = "rank"
 
 
 @dataclass
@@ -18,12 +30,44 @@ class CheckpointConfig:
     name: CheckpointKind = CheckpointKind.durable
     dir: str | None = None
     """Null is `checkpoints/` in the run folder."""
+    snapshot_every: int = 10
+    """Steps between snapshots in memory; `erasure` only."""
     persist_every: int = 100
     """Steps between durable checkpoints. The last step and a requested stop are saved as well."""
     keep: int = 2
     """Newest checkpoints kept; older ones are deleted once a newer one is committed. 0 keeps all."""
 
+    num_parity_shards: int = 1
+    """How many nodes may be lost at once without going back to a durable checkpoint; `erasure` only. Less than the
+    number of nodes; 0 keeps no parity."""
+    failure_domain: FailureDomain = FailureDomain.node
+    shm_dir: str | None = None
+    """Shared memory for snapshots; null is /dev/shm."""
+    agent_host: str | None = None
+    """The address that this node's snapshot agent listens on; null is that from which it reaches the job's first."""
+    lease_s: float = 600.0
+    """How long a snapshot agent waits for trainers to come back, before it writes what it has to disk and ends."""
+    max_send_bytes_per_s: float | None = None
+    """What a node sends at most to protect snapshots; null is no limit."""
+
     def __post_init__(self) -> None:
+        for key in ("snapshot_every", "lease_s"):
+            value = getattr(self, key)
+            require(value > 0, f"checkpoint.{key}", value, "must be above 0", f"leave checkpoint.{key} as it is")
+        require(
+            self.num_parity_shards >= 0,
+            "checkpoint.num_parity_shards",
+            self.num_parity_shards,
+            "must not be negative",
+            "set checkpoint.num_parity_shards=0 to keep no parity",
+        )
+        require(
+            self.max_send_bytes_per_s is None or self.max_send_bytes_per_s > 0,
+            "checkpoint.max_send_bytes_per_s",
+            self.max_send_bytes_per_s,
+            "must be above 0",
+            "leave it null for no limit",
+        )
         require(
             self.persist_every >= 1,
             "checkpoint.persist_every",

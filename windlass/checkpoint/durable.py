@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ from windlass.errors import RunFolderError, StaleWriter
 
 POINTER = "latest.json"
 FENCE = "generation"
+JOB = "job"
 STEP_PREFIX = "step-"
 
 
@@ -239,6 +241,21 @@ class DurableStore:
                 steps.add(pointer["step"])
             return sorted(steps)
 
+    def job_id(self) -> str:
+        """What tells this place from one that was here before under the same name; written at the first call."""
+        with self._disk_errors():
+            try:
+                return self.storage.read(JOB).decode()
+            except FileNotFoundError:
+                identity = secrets.token_hex(8)
+                self.storage.write(JOB, [identity.encode()])
+                return identity
+
+    def generation(self) -> int:
+        """The newest life of the run that has begun; 0 before the first."""
+        with self._disk_errors():
+            return self._fenced_generation()
+
     def fence(self, generation: int) -> None:
         """Refuses commits of older generations from now on.
 
@@ -250,10 +267,20 @@ class DurableStore:
             self.storage.write(FENCE, [str(generation).encode()])
 
     def _check_generation(self, generation: int) -> None:
+        newest = self._fenced_generation()
+        if newest > generation:
+            raise StaleWriter(
+                "checkpoint.dir",
+                self.location,
+                f"takes no checkpoint of generation {generation} any more: the run goes on in generation {newest}",
+                "let this process end; the run was started again without it",
+            )
+
+    def _fenced_generation(self) -> int:
         try:
             text = self.storage.read(FENCE)
         except FileNotFoundError:
-            return
+            return 0
         if not text.isdigit():
             raise RunFolderError(
                 "checkpoint.dir",
@@ -261,13 +288,7 @@ class DurableStore:
                 "does not say which generation of the run may write",
                 "delete that file if no other process of this run is alive",
             )
-        if int(text) > generation:
-            raise StaleWriter(
-                "checkpoint.dir",
-                self.location,
-                f"takes no checkpoint of generation {generation} any more: the run goes on in generation {int(text)}",
-                "let this process end; the run was started again without it",
-            )
+        return int(text)
 
     def _check_present(self, manifest: Manifest) -> None:
         missing = {chunk_name(sha256) for sha256 in manifest.chunks} - set(self.storage.list(FOLDER))

@@ -58,7 +58,7 @@ class Block:
             return [self]
         row_bytes = self.nbytes // self.shape[dim]
         rows = max(1, max_bytes // row_bytes)
-        found = []
+        found: list[Block] = []
         for start in range(0, self.shape[dim], rows):
             offset, shape = list(self.offset), list(self.shape)
             offset[dim] += start

@@ -12,7 +12,7 @@ import sys
 from ctypes import POINTER, c_char_p, c_int, c_ubyte, c_uint, c_void_p
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -80,7 +80,7 @@ def byte_array(buffer: Memory, name: str, writable: bool = False) -> np.ndarray:
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             raise ValueError(f"{name} must be a contiguous tensor of the CPU")
         buffer = buffer.detach().reshape(-1).view(torch.uint8).numpy()
-    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(buffer)
+    view = buffer.data if isinstance(buffer, np.ndarray) else memoryview(cast("Buffer", buffer))
     if not view.c_contiguous:
         raise ValueError(f"{name} must be contiguous")
     if writable and view.readonly:

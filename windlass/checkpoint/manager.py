@@ -3,55 +3,75 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
+from windlass.checkpoint.agents import job_name
+from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable import DurableStore, WrittenChunk
-from windlass.checkpoint.exchange import PARTIAL
-from windlass.checkpoint.manifest import Manifest, step_folder
-from windlass.checkpoint.optimizer_state import OptimizerState
+from windlass.checkpoint.manifest import step_folder
+from windlass.checkpoint.memory_restore import open_snapshot, plan_restore
+from windlass.checkpoint.memory_tier import MemorySettings, MemoryTier
+from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
-from windlass.checkpoint.rng import capture_rng, restore_rng
+from windlass.checkpoint.recovery_plan import RecoveryPlan
+from windlass.checkpoint.snapshot import LazySnapshots
 from windlass.checkpoint.stage import stage_chunks
 from windlass.checkpoint.storage import Location, is_same_place, join, resolved, split
-from windlass.errors import CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
+from windlass.errors import CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
-from windlass.parallel.fragment import Fragment, fragment_of, is_first_replica, local_tensor
 from windlass.parallel.mesh import Mesh
 
-RNG_PREFIX = "rng"
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """Small state that is not tensors: `state_dict` returns what JSON can hold."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Restored:
     step: int
-    folder: Location
+    origin: Location
+    """The checkpoint's folder, or in words what memory it was in."""
     set_aside: list[Location] = field(default_factory=list)
     """Newer checkpoints that were moved aside, damaged or superseded, where they are now."""
+    source: str = "durable"
+    """`local_ram`: every node had its own; `parity`: some were made again; `durable`."""
+    lost_nodes: int = 0
 
 
 class Checkpointer:
     """Saves and restores a set of named objects, sharded or not, to the bit.
 
+        checkpointer = Checkpointer({"model": model, "optimizer": optimizer}, dir, num_parity_shards=1)
+        checkpointer.restore_latest()
+        for step in ...:
+            loss(batch).backward()
+            checkpointer.wait_staged()      # the copy of the last snapshot ends before weights change
+            optimizer.step()
+            if checkpointer.due(step):
+                checkpointer.snapshot(step) # returns at once; copy, parity and disk come behind
+        checkpointer.close()
+
     Args:
         objects: name -> `nn.Module`, `torch.optim.Optimizer` (of parameters of those modules), or `Stateful`.
         dir: the folder of the checkpoints, the same one for all ranks, made if it is missing; or a URL of fsspec's.
         mesh: the ranks that save together; None is torch's process group, or this process where there is none.
-        persist_every: steps between checkpoints, for `due`.
-        keep: newest checkpoints to keep; 0 keeps all.
+        kind: `durable` writes while training waits; `lazy` copies behind the training into the memory of a snapshot
+            agent, which writes; `erasure` keeps snapshots there, with parity on other nodes. None: `erasure` with
+            parity shards, `durable` without.
+        snapshot_every: steps between snapshots in memory, for `due`; of `erasure` only.
+        persist_every: steps between durable checkpoints, for `due`.
+        keep: newest durable checkpoints to keep; 0 keeps all.
+        num_parity_shards: how many nodes may be lost at once without going back to a durable checkpoint.
+        failure_domain: `node`, or `rank` to protect the ranks of one machine from each other.
+        shm_dir: shared memory for snapshots, a folder of its own on each node; None: /dev/shm.
+        agent_host: the address that this node's agent listens on; None: that from which the job's first is reached.
+        lease_s: how long agents wait for trainers to come back.
+        max_send_bytes_per_s: what a node sends at most to protect snapshots; None: no limit.
         info: JSON to write beside the state, e.g. the configuration.
         restore_hyperparameters: whether a restored optimizer takes its learning rate, betas and so on from the
             checkpoint, or keeps those that it was made with.
@@ -63,43 +83,113 @@ class Checkpointer:
         dir: Location,
         mesh: Mesh | None = None,
         *,
+        kind: CheckpointKind | str | None = None,
+        snapshot_every: int = 10,
         persist_every: int = 100,
         keep: int = 2,
+        num_parity_shards: int = 0,
+        failure_domain: FailureDomain | str = FailureDomain.node,
+        shm_dir: Path | str | None = None,
+        agent_host: str | None = None,
+        lease_s: float = 600.0,
+        max_send_bytes_per_s: float | None = None,
         info: dict[str, Any] | None = None,
         restore_hyperparameters: bool = True,
     ) -> None:
         self.mesh = mesh = mesh or Mesh.of_process_group()
-        self.persist_every, self.keep = persist_every, keep
+        self.kind = CheckpointKind(kind or ("erasure" if num_parity_shards else "durable"))
+        if num_parity_shards and self.kind != CheckpointKind.erasure:
+            raise ValueError(f"num_parity_shards={num_parity_shards} with kind={self.kind}: only erasure keeps parity")
+        self.snapshot_every, self.persist_every, self.keep = snapshot_every, persist_every, keep
         self.store = DurableStore(dir)
-        self.info = info or {}
-        self.modules = {name: value for name, value in objects.items() if isinstance(value, nn.Module)}
-        named: dict[torch.Tensor, str] = {
-            parameter: f"{module_name}.{name}"
-            for module_name, module in self.modules.items()
-            for name, parameter in module.named_parameters()
-        }
-        self.optimizers = {
-            name: OptimizerState(name, value, named, restore_hyperparameters)
-            for name, value in objects.items()
-            if isinstance(value, torch.optim.Optimizer)
-        }
-        self.others = {
-            name: value
-            for name, value in objects.items()
-            if name not in self.modules and name not in self.optimizers and isinstance(value, Stateful)
-        }
-        unknown = objects.keys() - self.modules.keys() - self.optimizers.keys() - self.others.keys()
-        if unknown:
-            raise ValueError(f"{sorted(unknown)} have no state_dict and load_state_dict")
-        if reserved := objects.keys() & {RNG_PREFIX, "info"}:
-            raise ValueError(f"{sorted(reserved)} are names that the checkpoint itself uses")
+        self.objects = CheckpointedObjects(objects, mesh, info or {}, restore_hyperparameters)
+        self.settings = MemorySettings(
+            num_parity_shards=num_parity_shards,
+            failure_domain=FailureDomain(failure_domain),
+            num_slots=2 if self.kind == CheckpointKind.erasure else 1,
+            shm_dir=None if shm_dir is None else Path(shm_dir),
+            host=agent_host,
+            lease_s=lease_s,
+            max_send_bytes_per_s=max_send_bytes_per_s,
+        )
+        self.snapshots: LazySnapshots | None = None
+        """The tier in memory, once `open` was called; None for `durable`."""
         self.current_step: int | None = None
-        """The step that was saved or restored last: what is on disk for it is what is in memory."""
+        """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
-        """How often the run has been started again, for the manifests; a store that was fenced refuses lower ones."""
+        """Which life of the run this is: older ones may write no more."""
+
+    @property
+    def is_durable_only(self) -> bool:
+        return self.kind == CheckpointKind.durable
+
+    def open(self) -> None:
+        """Makes the folder, and finds or starts the snapshot agents. Collective; others call it when they need it.
+
+        Raises:
+            RunFolderError: the folder cannot be used, or an agent does not start.
+            ConfigError: the ranks cannot keep so much parity.
+        """
+        if self.is_durable_only or self.snapshots is not None:
+            return
+        self.mesh.decide(self.store.open_for_writing)
+        location = resolved(self.store.location)
+        job = job_name(location, self.mesh.decide(self.store.job_id))
+        memory = MemoryTier(self.mesh, job, self.settings, location, self.keep)
+        memory.open()
+        self.snapshots = LazySnapshots(memory, self.objects)
 
     def due(self, step: int) -> bool:
-        return step % self.persist_every == 0
+        is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
+        return is_snapshot_due or step % self.persist_every == 0
+
+    def reserve(self, num_more_bytes: int = 0) -> None:
+        """Takes the shared memory that snapshots will need now, not in the middle of a run. Collective.
+
+        Args:
+            num_more_bytes: of this rank's state that does not exist yet, such as an optimizer's before its first step.
+
+        Raises:
+            DoesNotFit: there is not enough on some node.
+        """
+        if not self.is_durable_only:
+            self._begin_if_new()
+            assert self.snapshots is not None
+            self.snapshots.reserve(num_more_bytes)
+
+    def snapshot(self, step: int) -> bool:
+        """Takes a snapshot of `step`; what `persist_every` says is made durable as well. Collective.
+
+        Returns:
+            Whether it was begun. It is not, and counted, while the one before is not committed: training never waits
+            for it.
+
+        Raises:
+            RunFolderError: as `save`, for `kind="durable"`, which does the same here.
+        """
+        if self.is_durable_only:
+            self.save(step)
+            return True
+        self._begin_if_new()
+        assert self.snapshots is not None
+        return self.snapshots.take(step, persist=step % self.persist_every == 0)
+
+    def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Returns when the weights may change: the copy of the last snapshot has ended. Not collective.
+
+        Args:
+            parameters: those that are about to change; None: all.
+        """
+        if self.snapshots is not None:
+            self.snapshots.wait_staged(parameters)
+
+    def poll(self) -> list[dict[str, Any]]:
+        """What has come of snapshots since the last call: dicts with `kind` and more. Not collective; costs little.
+
+        Kinds: `snapshot_committed` (step, seconds), `persisted` (step, seconds, bytes, written_bytes),
+        `persist_failed` (step, reason), `snapshot_given_up` (reason), `snapshot_skipped` (step).
+        """
+        return [] if self.snapshots is None else self.snapshots.poll()
 
     def save(self, step: int) -> Location:
         """Writes a durable checkpoint and returns when it is committed. Collective.
@@ -110,42 +200,96 @@ class Checkpointer:
         Raises:
             RunFolderError: the disk is full or refuses; earlier checkpoints are intact.
         """
+        self._begin_if_new()
         exists = self.mesh.decide(lambda: step in self.store.steps())
-        if not exists or step != self.current_step:
-            objects = self._objects()
-            try:
-                of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.group)
-                self.mesh.decide(lambda: self._commit(step, objects, [chunk for rank in of_ranks for chunk in rank]))
-            except Exception:
-                if self.mesh.rank == 0:
-                    with contextlib.suppress(RunFolderError):  # the first error says more
-                        self.store.remove_leftovers()
-                raise
-            self.mesh.decide(lambda: self.store.retain(self.keep))
+        is_done = exists and step == self.current_step
+        if not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
+            self._save_now(step)
         self.current_step = step
         return step_folder(self.store.location, step)
 
+    def _save_now(self, step: int) -> None:
+        """Writes from the tensors themselves, while training waits."""
+        objects = self.objects.json_state()
+        try:
+            of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.group)
+            written = [chunk for rank in of_ranks for chunk in rank]
+            self.mesh.decide(lambda: self._commit(step, objects, written))
+        except Exception:
+            if self.mesh.rank == 0:
+                with contextlib.suppress(RunFolderError):  # the first error says more
+                    self.store.remove_leftovers()
+            raise
+        self.mesh.decide(lambda: self.store.retain(self.keep))
+
     def _put_chunks(self) -> list[WrittenChunk]:
         """Writes what this rank has to say, a chunk at a time."""
-        return [self.store.put_chunk(chunk, data) for chunk, data in stage_chunks(self._fragments())]
-
-    def _objects(self) -> dict[str, Any]:
-        objects: dict[str, Any] = {name: value.state_dict() for name, value in self.others.items()}
-        objects |= {name: state.hyperparameters() for name, state in self.optimizers.items()}
-        return {**objects, "info": self.info}
+        fragments = ((piece.fragment, piece.tensor) for piece in self.objects.pieces())
+        return [self.store.put_chunk(chunk, data) for chunk, data in stage_chunks(fragments)]
 
     def _commit(self, step: int, objects: dict[str, Any], written: list[WrittenChunk]) -> None:
         self.store.commit(step, self.generation, self.mesh.world_size, objects, written)
 
-    def restore_latest(self) -> Restored | None:
-        """Restores the newest checkpoint that is sound, or returns None where there is none. Collective.
+    def close(self) -> None:
+        """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
+        if self.snapshots is not None:
+            self.snapshots.close()
+            self.snapshots = None
 
-        A damaged one is moved aside (`.damaged`) and the one before it is used.
+    # --- Lives. ---
+
+    def _begin_if_new(self) -> None:
+        if self.generation == 0:
+            self.open()
+            self._begin(None)
+
+    def _begin(self, plan: RecoveryPlan | None) -> None:
+        """Begins a life of the run: whoever writes for an older one is refused from now on."""
+        in_memory = 0 if self.snapshots is None else self.snapshots.memory.newest_generation()
+        self.generation = 1 + max(in_memory, self.mesh.decide(self.store.generation))
+        self.mesh.decide(lambda: self.store.fence(self.generation))
+        if self.snapshots is not None:
+            self.snapshots.memory.begin_generation(self.generation, plan)
+
+    # --- Restoring. ---
+
+    def restore_latest(self) -> Restored | None:
+        """Restores the newest state that is sound, from memory or else from disk; None where there is none. Collective.
+
+        A damaged checkpoint is moved aside (`.damaged`) and the one before it is used.
 
         Raises:
             CorruptCheckpoint: there are checkpoints and none is sound.
             IncompatibleCheckpoint: as `restore`.
         """
+        self.open()
+        restored = self._restore_from_memory()
+        return self._restore_from_store() if restored is None else restored
+
+    def _restore_from_memory(self) -> Restored | None:
+        if self.snapshots is None:
+            return None
+        memory = self.snapshots.memory
+        durable_step = self.mesh.decide(self.store.latest_step)
+        while (plan := plan_restore(memory)) is not None and plan.step >= (durable_step or 0):
+            self._begin(plan)
+            try:
+                whole = memory.rebuild(plan) if plan.lost else plan
+                memory.count_resume(plan.snapshot)
+                self._restore_all(open_snapshot(memory, whole))
+            except CorruptCheckpoint as error:
+                logger.warning("%s", error)
+                memory.distrust(plan.snapshot)
+                continue
+            self.current_step = plan.step if plan.step == durable_step else None
+            if memory.needs_protection(plan):
+                self.snapshots.take(plan.step, persist=False)
+            origin = f"the memory of {len(whole.holders)} node{'s' * (len(whole.holders) > 1)}"
+            source = "parity" if plan.lost else "local_ram"
+            return Restored(plan.step, origin, source=source, lost_nodes=len(plan.lost))
+        return None
+
+    def _restore_from_store(self) -> Restored | None:
         steps = self.mesh.decide(self.store.restorable_steps)
         damaged: list[Location] = []
         for step in reversed(steps):
@@ -172,87 +316,25 @@ class Checkpointer:
             CorruptCheckpoint: its bytes are not those that were written; the objects are partly overwritten.
             IncompatibleCheckpoint: it is of another model or optimizer; the objects are as they were.
         """
+        self.open()
         reader = self.mesh.agree(lambda: open_checkpoint(folder))
-        try:
-            self.mesh.agree(lambda: self._check_compatible(reader))
-            self.mesh.agree(lambda: self._read(reader))
-        finally:
-            reader.close()
-        is_own = self.owns(folder)
-        self.current_step = reader.manifest.step if is_own else None
+        self._restore_all(reader)
+        self._begin(None)
+        self.current_step = reader.manifest.step if self.owns(folder) else None
         return reader.manifest.step
 
-    @torch.no_grad()
-    def _read(self, reader: CheckpointReader) -> None:
-        # First what may still refuse, such as a loader of other data, while nothing is overwritten.
-        for name, value in self.others.items():
-            if not _begins_anew(name, reader.manifest):
-                value.load_state_dict(reader.manifest.objects[name])
-        for module_name, module in self.modules.items():
-            for name, tensor in module.state_dict().items():
-                reader.read(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor))
-        for state in self.optimizers.values():
-            if not _begins_anew(state.name, reader.manifest):
-                state.restore(reader)
-        if reader.manifest.world_size == self.mesh.world_size:
-            prefix = f"{RNG_PREFIX}.{self.mesh.rank}."
-            states = {
-                name.removeprefix(prefix): reader.read_whole(name)
-                for name in reader.manifest.tensors
-                if name.startswith(prefix)
-            }
-            restore_rng(states, self.mesh.device)
-
-    def _fragments(self) -> Iterator[tuple[Fragment, torch.Tensor]]:
-        """What this rank has to say: the blocks it is the first replica of."""
-        for module_name, module in self.modules.items():
-            for name, tensor in module.state_dict().items():
-                if is_first_replica(tensor, self.mesh.rank):
-                    yield fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor)
-        for state in self.optimizers.values():
-            for name, tensor in state.tensors():
-                if is_first_replica(tensor, self.mesh.rank):
-                    yield fragment_of(name, tensor), local_tensor(tensor)
-        for name, tensor in capture_rng(self.mesh.device).items():
-            yield fragment_of(f"{RNG_PREFIX}.{self.mesh.rank}.{name}", tensor), tensor
-
-    def _check_compatible(self, reader: CheckpointReader) -> None:
-        stored = reader.manifest.tensors
-        differences: list[str] = []
-        for module_name, module in self.modules.items():
-            own = module.state_dict()
-            for name, tensor in own.items():
-                entry = stored.get(f"{module_name}.{name}")
-                if entry is None:
-                    differences.append(f"it has no {module_name}.{name}")
-                elif entry.shape != tuple(tensor.shape):
-                    differences.append(
-                        f"{module_name}.{name} is {list(entry.shape)} there and {list(tensor.shape)} here"
-                    )
-                elif f"torch.{entry.dtype}" != str(tensor.dtype):
-                    differences.append(f"{module_name}.{name} is {entry.dtype} there and {tensor.dtype} here")
-            names_there = (name for name in stored if name.startswith(f"{module_name}."))
-            differences += [
-                f"it has {name} too" for name in names_there if name.removeprefix(f"{module_name}.") not in own
-            ]
-        restored = [name for name in (*self.optimizers, *self.others) if not _begins_anew(name, reader.manifest)]
-        for name in restored:
-            if name not in reader.manifest.objects:
-                differences.append(f"it has no state of {name}")
-            elif name in self.optimizers:
-                differences += self.optimizers[name].differences(reader.manifest)
-        if differences:
-            more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-            raise IncompatibleCheckpoint(
-                "resume",
-                reader.source.describe(),
-                f"is a checkpoint of another model or optimizer: {'; '.join(differences[:3])}{more}",
-                "use the configuration it was saved with (config.yaml beside it), or another run_dir",
-            )
+    def _restore_all(self, reader: CheckpointReader) -> None:
+        try:
+            self.mesh.agree(lambda: self.objects.check_compatible(reader))
+            self.mesh.agree(lambda: self.objects.read(reader))
+        finally:
+            reader.close()
 
     def has_any(self) -> bool:
-        """Whether the folder holds a committed checkpoint. Collective."""
-        return self.mesh.decide(lambda: bool(self.store.steps()))
+        """Whether there is something to go on from, on disk or in memory. Collective."""
+        self.open()
+        in_memory = self.snapshots is not None and plan_restore(self.snapshots.memory) is not None
+        return in_memory or self.mesh.decide(lambda: bool(self.store.steps()))
 
     def owns(self, folder: Location) -> bool:
         """Whether `folder` is a checkpoint of this run."""
@@ -270,8 +352,3 @@ class Checkpointer:
         """Each rank reads its part of them."""
         rank, world_size = self.mesh.rank, self.mesh.world_size
         self.mesh.agree(lambda: self.store.set_damaged_chunks_aside(step, rank, world_size))
-
-
-def _begins_anew(name: str, manifest: Manifest) -> bool:
-    """Whether an object stays as it is: only a checkpoint that was imported, and says so, may lack its state."""
-    return name not in manifest.objects and manifest.objects.get("info", {}).get(PARTIAL) is True

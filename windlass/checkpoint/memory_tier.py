@@ -6,13 +6,13 @@ secret, and tell each agent its place. So any launcher will do, and an agent tru
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 import os
 import secrets
 import socket
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from windlass.checkpoint.agent_client import AgentClient, AgentError, NoMemory, TransportError
 from windlass.checkpoint.agent_folder import AgentFolder
+from windlass.checkpoint.config import FailureDomain
 from windlass.checkpoint.image import round_up
 from windlass.checkpoint.ledger import Busy, SnapshotId, Stale
 from windlass.checkpoint.recovery_plan import Held, RecoveryPlan, plan_recovery
@@ -36,13 +37,6 @@ logger = logging.getLogger(__name__)
 
 _FREE, _BUSY, _GONE = 0, -1, -2
 """What a node's agent is to a snapshot that is due."""
-
-
-class FailureDomain(StrEnum):
-    """What is lost together: parity is kept elsewhere. `rank` protects ranks of one machine from each other."""
-
-    node = "node"
-    rank = "rank"
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,10 @@ class Target:
     """Where a rank's snapshot goes."""
 
     snapshot: SnapshotId
+    persist: bool
+    """Whether the ranks have agreed to make it durable."""
     region: memoryview
+    """Whole blocks: what the rank asked for, and padding."""
 
 
 class MemoryTier:
@@ -115,6 +112,10 @@ class MemoryTier:
         """Snapshots that were due while the one before was not done."""
         self.statuses: list[dict[str, Any]] = []
         """Of every node's agent, when all were asked last."""
+        self.verified: set[SnapshotId] = set()
+        """Snapshots that all agents have read again."""
+        self.distrusted: set[SnapshotId] = set()
+        """Snapshots that could not be restored, although their checksums hold."""
         self.secret = ""
         self.positions: list[int] = list(range(self.num_nodes))
         """Node -> its position among the agents."""
@@ -158,24 +159,29 @@ class MemoryTier:
     def plan(self) -> RecoveryPlan | None:
         """What could be gone on from, by `statuses`. Not collective."""
         held = [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
-        return plan_recovery(held)
+        return plan_recovery([[slot for slot in slots if slot.snapshot not in self.distrusted] for slots in held])
 
     def begin_generation(self, generation: int, plan: RecoveryPlan | None) -> None:
         """Fences off whoever was before, and keeps of what agents hold only the plan's snapshot."""
         self.generation, self.number = generation, 0
         self.secret = self.mesh.decide(lambda: secrets.token_hex(32))
-        is_same_cut = plan is not None and (plan.num_nodes, plan.num_parity_shards) == (
-            self.num_nodes,
-            self.settings.num_parity_shards,
-        )
         self.positions = list(range(self.num_nodes))
-        if plan is not None and is_same_cut:
+        if plan is not None and not self.needs_protection(plan):
             taken = {node: position for position, node in reversed(plan.holders.items())}
             free = iter(position for position in range(self.num_nodes) if position not in taken.values())
             self.positions = [taken[node] if node in taken else next(free) for node in range(self.num_nodes)]
-        self._configure(None if plan is None else plan.snapshot)
+        self._configure([] if plan is None else self._not_newer(plan.snapshot))
 
-    def _configure(self, restored: SnapshotId | None) -> None:
+    def needs_protection(self, plan: RecoveryPlan) -> bool:
+        """Whether a snapshot is cut otherwise than this job: what is lost of it stays so until the next."""
+        return (plan.num_nodes, plan.num_parity_shards) != (self.num_nodes, self.settings.num_parity_shards)
+
+    def _not_newer(self, snapshot: SnapshotId) -> list[SnapshotId]:
+        """The snapshots that are gone back to if this one proves to be damaged."""
+        held = {SnapshotId(*slot["snapshot"]) for status in self.statuses for slot in status["slots"]}
+        return sorted(other for other in held if other <= snapshot)
+
+    def _configure(self, keep: list[SnapshotId]) -> None:
         addresses = [
             tuple(self.statuses[self.positions.index(position)]["address"]) for position in range(self.num_nodes)
         ]
@@ -189,9 +195,9 @@ class MemoryTier:
                     secret=self.secret,
                     num_parity_shards=self.settings.num_parity_shards,
                     writer=self.positions[0],
-                    restored=restored,
+                    keep=keep,
                     store=str(self.store),
-                    keep=self.keep,
+                    keep_durable=self.keep,
                     max_send_bytes_per_s=self.settings.max_send_bytes_per_s,
                 )
                 if self.is_leader
@@ -216,10 +222,21 @@ class MemoryTier:
     def verify(self, snapshot: SnapshotId) -> None:
         """Has all agents read every block of a snapshot again; `statuses` then says what is sound."""
         self.mesh.agree(lambda: self._ask("verify", snapshot=snapshot) if self.is_leader else None)
+        self.verified.add(snapshot)
         self.refresh()
 
-    def rebuild(self, plan: RecoveryPlan) -> None:
+    def distrust(self, snapshot: SnapshotId) -> None:
+        """Looks at a snapshot that could not be restored: what is damaged may be made up for. Once only."""
+        if snapshot in self.verified:
+            self.distrusted.add(snapshot)
+        else:
+            self.verify(snapshot)
+
+    def rebuild(self, plan: RecoveryPlan) -> RecoveryPlan:
         """Restores what is lost of a snapshot: each position on the node that has taken it, or else on any.
+
+        Returns:
+            The plan, with nothing lost.
 
         Raises:
             CorruptCheckpoint: more is lost than was thought; nothing that is left is touched.
@@ -230,15 +247,14 @@ class MemoryTier:
             for slot in self.statuses[min(plan.holders.values())]["slots"]
             if SnapshotId(*slot["snapshot"]) == plan.snapshot
         )
-        is_same_cut = plan.num_nodes == self.num_nodes and plan.num_parity_shards == self.settings.num_parity_shards
-        mine = [
-            position
+        is_same_cut = not self.needs_protection(plan)
+        takers = {
+            position: self.positions.index(position) if is_same_cut else number % self.num_nodes
             for number, position in enumerate(plan.lost)
-            if self.node == (self.positions.index(position) if is_same_cut else number % self.num_nodes)
-        ]
+        }
 
         def rebuild_mine() -> None:
-            for position in mine if self.is_leader else []:
+            for position in [position for position, node in takers.items() if self.is_leader and node == self.node]:
                 try:
                     self._ask("rebuild", header=header, position=position, sources=sources)
                 except (AgentError, NoMemory) as error:
@@ -251,6 +267,18 @@ class MemoryTier:
 
         self.mesh.agree(rebuild_mine)
         self.refresh()
+        return dataclasses.replace(plan, holders=dict(sorted((plan.holders | takers).items())), lost=[])
+
+    def slot_indexes(self, snapshot: SnapshotId) -> list[int]:
+        """The slots of this node that hold a part of `snapshot`. Not collective."""
+        return [
+            slot["index"] for slot in self.statuses[self.node]["slots"] if SnapshotId(*slot["snapshot"]) == snapshot
+        ]
+
+    def world_size_of(self, plan: RecoveryPlan) -> int:
+        """The ranks that took a snapshot. Not collective."""
+        slots = (slot for status in self.statuses for slot in status["slots"])
+        return next(slot["world_size"] for slot in slots if SnapshotId(*slot["snapshot"]) == plan.snapshot)
 
     def count_resume(self, snapshot: SnapshotId) -> None:
         self.mesh.agree(lambda: self._ask("resume", snapshot=snapshot) if self.is_leader else None)
@@ -263,7 +291,7 @@ class MemoryTier:
         Raises:
             DoesNotFit: a node has too little of it.
         """
-        _, node_bytes = self._regions([int(size) for size in self._gather(region_bytes)])
+        _, node_bytes = self._regions([int(size) for size in self._gather(region_bytes).flatten()])
 
         def reserve_mine() -> None:
             try:
@@ -281,9 +309,13 @@ class MemoryTier:
         self.mesh.agree(lambda: reserve_mine() if self.is_leader else None)
 
     def begin(self, step: int, region_bytes: int, persist: bool) -> Target | None:
-        """Takes a slot on all nodes, or on none: None if the snapshot before is not done, or an agent was lost."""
+        """Takes a slot on all nodes, or on none: None if the snapshot before is not done, or an agent was lost.
+
+        Args:
+            persist: whether it is to be made durable; it is if any rank says so.
+        """
         state = self._state()
-        answers = self._gather(region_bytes if state == _FREE else state)
+        answers, wants = self._gather(region_bytes if state == _FREE else state, int(persist)).unbind(1)
         if (answers < 0).any():
             self.skipped += 1
             if (answers == _GONE).any():
@@ -303,14 +335,16 @@ class MemoryTier:
                 node_bytes=node_bytes,
                 world_size=self.mesh.world_size,
                 layout=_layout_hash(regions, node_bytes),
-                persist=persist,
+                persist=bool(wants.any()),
             )
         except (Stale, Busy, NoMemory, AgentError, TransportError) as error:
             logger.warning("no snapshot of step %d: %s", step, error)
             self.give_up(snapshot, str(error))
             return None
         data = self._map(answer["path"], answer["inode"], answer["size"])
-        return Target(snapshot, data.view[mine.offset : mine.offset + mine.nbytes])
+        return Target(
+            snapshot, bool(wants.any()), data.view[mine.offset : mine.offset + round_up(mine.nbytes, BLOCK_BYTES)]
+        )
 
     def copied(self, snapshot: SnapshotId, checksums: np.ndarray) -> None:
         """This rank's region is whole. Not collective; from any thread."""
@@ -332,6 +366,18 @@ class MemoryTier:
             return self._ask("status", since=since)["events"]
         except TransportError:
             return []
+
+    def is_idle(self) -> bool:
+        """Whether this node's agent has nothing to do any more. Not collective."""
+        try:
+            status = self._ask("status", since=1 << 62)
+        except TransportError:
+            return True
+        return status["in_flight"] is None and not status["is_persisting"]
+
+    def is_lost(self) -> bool:
+        """Whether this node's agent is gone, or was started anew. Not collective."""
+        return self._state() == _GONE
 
     def end(self) -> None:
         """The job is over: the agents leave, and leave nothing behind. Not collective."""
@@ -356,15 +402,15 @@ class MemoryTier:
         """Agents were lost: others take over what they left, in the same generation."""
         logger.warning("a snapshot agent was lost: it is started again")
         self.open()
-        self._configure(None)
+        self._configure([])
 
-    def _gather(self, value: int) -> torch.Tensor:
-        """`value` of every rank, int64."""
+    def _gather(self, *values: int) -> torch.Tensor:
+        """`values` of every rank: int64, a row a rank."""
         group = self.mesh.host_group
-        mine = torch.tensor([value], dtype=torch.int64)
+        mine = torch.tensor([values], dtype=torch.int64)
         if group is None:
             return mine
-        gathered = torch.empty(self.mesh.world_size, dtype=torch.int64)
+        gathered = torch.empty(self.mesh.world_size, len(values), dtype=torch.int64)
         dist.all_gather_into_tensor(gathered, mine, group=group)
         return gathered
 

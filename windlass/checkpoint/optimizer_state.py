@@ -52,8 +52,8 @@ class OptimizerState:
         self.names = [parameter_names[parameter] for parameter in parameters]
         self.parameters = parameters
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every state tensor and its name in the checkpoint.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Every state tensor: its name in the checkpoint, the parameter whose state it is, and itself.
 
         Raises:
             ValueError: the state of a sharded parameter is a plain tensor, and nothing says that it is the same on
@@ -65,7 +65,7 @@ class OptimizerState:
             if isinstance(parameter, DTensor):
                 self._check_cut(name, parameter, tensors)
             for key, value in tensors.items():
-                yield self._tensor_name(name, key), value
+                yield self._tensor_name(name, key), parameter, value
 
     def _check_cut(self, name: str, parameter: DTensor, tensors: dict[str, torch.Tensor]) -> None:
         doubtful = {

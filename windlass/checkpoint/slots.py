@@ -191,7 +191,7 @@ class SlotFiles:
         except (OSError, ValueError, TypeError, KeyError):
             self.empty()
 
-    def open(self) -> None:
+    def open(self, with_parity: bool = True) -> None:
         """Opens a slot that is prepared or committed, or being written.
 
         Raises:
@@ -201,7 +201,8 @@ class SlotFiles:
         header = Header.from_bytes(self.path("head").read_bytes())
         stripes = header.stripes
         self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
-        self.parity = SharedFile(self.path("parity"), stripes.parity_bytes, may_make=False)
+        if with_parity:
+            self.parity = SharedFile(self.path("parity"), stripes.parity_bytes, may_make=False)
         if header.phase in (Phase.prepared, Phase.committed):
             table = np.frombuffer(self.path("table").read_bytes(), np.uint32)
             if table.size * BLOCK_BYTES != stripes.data_bytes + stripes.parity_bytes:
@@ -213,9 +214,11 @@ class SlotFiles:
 
     def blocks(self, first: int, count: int = 1) -> memoryview:
         """Blocks of the data, or, counted on, of the parity; not of both."""
-        assert self.data is not None and self.parity is not None
-        num_data = self.data.size // BLOCK_BYTES
-        file, first = (self.data, first) if first < num_data else (self.parity, first - num_data)
+        assert self.data is not None
+        file, num_data = self.data, self.data.size // BLOCK_BYTES
+        if first >= num_data:
+            assert self.parity is not None
+            file, first = self.parity, first - num_data
         return file.view[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES]
 
     def damaged_blocks(self) -> Iterator[int]:

@@ -1,176 +1,190 @@
-"""The lazy copy: state goes into a slot behind the training, while nothing changes it.
-
-Weights and optimizer state stay as they are from the end of one optimizer step to the next (DataStates-LLM, Maurya et
-al. 2024). A thread copies them during the forward and backward passes in between; `wait` ends the copy, or waits for
-some tensors only, before they change. From a GPU a stream of its own copies into a ring of pinned memory.
-"""
+"""Snapshots of a run's objects into memory: what is copied, when, and what has come of it."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
 
-from windlass.checkpoint.checksum import crc32c
-from windlass.checkpoint.image import Chunk
-from windlass.checkpoint.stripes import BLOCK_BYTES
-from windlass.parallel.fragment import local_tensor
+from windlass.checkpoint.image import Chunk, Description, image_bytes, lay_out, round_up
+from windlass.checkpoint.lazy_copy import Copy, pieces_of
+from windlass.checkpoint.ledger import SnapshotId
+from windlass.checkpoint.memory_tier import MemoryTier
+from windlass.checkpoint.objects import CheckpointedObjects
+from windlass.checkpoint.objects import Piece as ObjectPiece
+from windlass.checkpoint.stage import block_of
 
-RING_BYTES = 32 << 20
-"""Of each of the two pinned buffers."""
+HEAD_BYTES = 64 << 10
+"""Descriptions grow and shrink by digits; a region is laid out for whole multiples of this."""
+FREE_S = 120.0
+"""How long the last save waits for the snapshot before it to be done."""
+POLL_S = 0.01
+DECIDE_S = 5.0
+"""The ranks wait together for what one of them looks at; at most so long in one collective."""
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A contiguous tensor and where its bytes go, from the start of the region."""
+class LazySnapshots:
+    """One snapshot at a time, of what `objects` hold, into what `memory` gives. Collective unless said otherwise."""
 
-    source: torch.Tensor
-    begin: int
+    def __init__(self, memory: MemoryTier, objects: CheckpointedObjects) -> None:
+        self.memory, self.objects = memory, objects
+        self._copy: Copy | None = None
+        self._head_bytes = HEAD_BYTES
+        self._layout: tuple[list[tuple[Any, ...]], list[Chunk]] = ([], [])
+        self._owes_persist = False
+        self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
+        self._is_in_flight = False
+        self._persisting: set[int] = set()
+        self._outcomes: dict[int, str] = {}  # of those that were last to be made durable
+        self._events: list[dict[str, Any]] = []
+        before = memory.statuses[memory.node]["events"]  # told to trainers that are no more
+        self._newest_event = before[-1]["number"] if before else 0
 
+    def reserve(self, num_more_bytes: int) -> None:
+        pieces, chunks, head = self._describe()
+        del pieces
+        self.memory.reserve(self._head_bytes + image_bytes(chunks) + round_up(num_more_bytes, HEAD_BYTES) + len(head))
 
-class Copy:
-    """One snapshot's way into its region.
+    def take(self, step: int, persist: bool) -> bool:
+        """Begins a snapshot of `step`; False if the one before is not done.
 
-    Args:
-        region: this rank's part of the slot, from a multiple of `BLOCK_BYTES`.
-        head: what goes before the pieces; copied at once.
-        pieces: in the order of their places.
-        owners: by `id`, where in the region the last byte of a parameter and of its state is; for `wait`.
-        finished: called in the copying thread with a CRC32C a block, or with the error that ended the copy.
-    """
+        A snapshot that was to be made durable and was not taken, or was given up, leaves that to the next.
+        """
+        persist = persist or self._owes_persist
+        if self._begin(step, persist):
+            return True
+        self._owes_persist = persist
+        self._events.append({"kind": "snapshot_skipped", "step": step})
+        return False
 
-    def __init__(
-        self,
-        region: memoryview,
-        head: bytes,
-        pieces: list[Piece],
-        owners: dict[int, int],
-        finished: Callable[[np.ndarray, Exception | None], None],
-    ) -> None:
-        self._region, self._pieces, self._owners, self._finished = region, pieces, owners, finished
-        self._checksums = np.zeros(-(-len(region) // BLOCK_BYTES), np.uint32)
-        self._progress = threading.Condition()
-        self._copied = 0  # bytes of the region; all before them are in place
-        self._is_done = False
-        self._blocks = 0
-        region[: len(head)] = head
-        self._ready: torch.cuda.Event | None = None
-        if any(piece.source.is_cuda for piece in pieces):
-            self._ready = torch.cuda.Event()
-            self._ready.record()  # after whatever is still computing what is to be copied
-        self._thread = threading.Thread(target=self._run, name="windlass-snapshot", daemon=True)
-        self._thread.start()
+    def _begin(self, step: int, persist: bool) -> bool:
+        self.wait_staged()
+        pieces, chunks, head = self._describe()
+        target = self.memory.begin(step, self._head_bytes + image_bytes(chunks), persist)
+        if target is None:
+            return False
+        self._taken, self._is_in_flight, self._owes_persist = (step, target.persist), True, False
+        if target.persist:
+            self._persisting.add(step)
+            self._outcomes = {}
+        image = self._head_bytes
+        # What only the optimizer's step changes is copied behind the training, all else now.
+        tensors = {
+            piece.fragment.name: piece.tensor if piece.owner is not None else piece.tensor.clone() for piece in pieces
+        }
 
-    def wait(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
-        """Returns when `tensors` and their state may change; all of them for None."""
-        if tensors is None:
-            self._thread.join()
+        def finished(checksums: np.ndarray, error: Exception | None) -> None:
+            self._copied(target.snapshot, checksums, error)
+
+        owners = _ends(pieces, chunks, image)
+        self._copy = Copy(target.region, head, pieces_of(chunks, image, tensors), owners, finished)
+        return True
+
+    def _describe(self) -> tuple[list[ObjectPiece], list[Chunk], bytes]:
+        pieces = list(self.objects.pieces())
+        fragments = [piece.fragment for piece in pieces]
+        shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
+        if self._layout[0] != shape:
+            self._layout = (shape, lay_out(block_of(part) for part in fragments))
+        rank = self.memory.mesh.rank
+        objects = self.objects.json_state() if rank == 0 else {}
+        head = Description(rank, self._layout[1], objects).to_bytes()
+        while len(head) > self._head_bytes:
+            self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
+        return pieces, self._layout[1], head
+
+    def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
+        """In the copying thread."""
+        if error is None:
+            self.memory.copied(snapshot, checksums)
+        else:
+            self.memory.give_up(snapshot, f"{type(error).__name__}: {error}")
+
+    def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Returns when `parameters` and their state may change; all for None. Not collective."""
+        if self._copy is not None:
+            self._copy.wait(parameters)
+            if parameters is None:
+                self._copy = None
+
+    def poll(self) -> list[dict[str, Any]]:
+        """What has come of snapshots since the last call. Not collective."""
+        self._look()
+        events, self._events = self._events, []
+        return events
+
+    def _look(self) -> None:
+        """Asks the agent, if there is something to be heard."""
+        if not (self._is_in_flight or self._persisting):
             return
-        end = max((self._owners.get(id(tensor), 0) for tensor in tensors), default=0)
-        with self._progress:
-            self._progress.wait_for(lambda: self._copied >= end or self._is_done)
+        for event in self.memory.events(self._newest_event):
+            self._newest_event = event.pop("number")
+            kind = event["kind"]
+            if kind == "snapshot_committed":
+                self._is_in_flight = False
+            elif kind == "snapshot_given_up":
+                self._is_in_flight = False
+                if event["step"] in self._persisting:
+                    self._outcomes[event["step"]] = kind
+                    self._persisting.discard(event["step"])
+                    self._owes_persist = True
+            else:
+                self._outcomes[event["step"]] = kind
+                self._persisting.discard(event["step"])
+            self._events.append(event)
 
-    @property
-    def is_done(self) -> bool:
-        return self._is_done
+    def persist(self, step: int) -> bool:
+        """Makes `step` durable and returns when it is; False if that cannot be done from a snapshot."""
+        self.wait_staged()
+        if self._taken != (step, True):
+            deadline = time.monotonic() + FREE_S
+            while not self._begin(step, persist=True):
+                if self.memory.mesh.decide(lambda: time.monotonic() > deadline):
+                    return False
+                time.sleep(POLL_S)
+        while True:
+            outcome = self.memory.mesh.decide(lambda: self._wait_for(step))
+            if outcome is not None:
+                self._taken = None
+                return outcome == "persisted"
 
-    @torch.no_grad()
-    def _run(self) -> None:
-        error: Exception | None = None
-        try:
-            address = ctypes.addressof(ctypes.c_char.from_buffer(self._region))
-            for source, nbytes, begin in self._host_pieces():
-                self._copy(source, nbytes, address, begin)
-            self._sum_blocks(len(self._region))
-        except Exception as caught:  # told to who waits for the snapshot; training goes on
-            error = caught
-        self._pieces.clear()
-        with self._progress:
-            self._is_done = True
-            self._progress.notify_all()
-        self._finished(self._checksums, error)
+    def _wait_for(self, step: int) -> str | None:
+        """How making `step` durable went, or None if that is still open after a while. On one rank."""
+        deadline = time.monotonic() + DECIDE_S
+        while time.monotonic() < deadline:
+            self._look()
+            if step in self._outcomes:
+                return self._outcomes[step]
+            if self.memory.is_lost():
+                return "lost"
+            time.sleep(POLL_S)
+        return None
 
-    def _copy(self, source: int, nbytes: int, address: int, begin: int) -> None:
-        """Copies and sums a block at a time, so that it is still in a cache when it is summed."""
-        done = 0
-        while done < nbytes:
-            place = begin + done
-            count = min(nbytes - done, BLOCK_BYTES - place % BLOCK_BYTES)
-            ctypes.memmove(address + place, source + done, count)
-            done += count
-            self._sum_blocks(place + count)
-        with self._progress:
-            self._copied = begin + nbytes
-            self._progress.notify_all()
+    def close(self) -> None:
+        """Waits for what is under way, and ends the agents."""
+        self.wait_staged()
+        while not self.memory.mesh.decide(self._is_idle):
+            pass
+        self.memory.mesh.barrier()
+        self.memory.end()
 
-    def _sum_blocks(self, end: int) -> None:
-        """The checksums of blocks that end at or before `end`, which is whole now; of the last one if it is the end."""
-        num_whole = -(-end // BLOCK_BYTES) if end == len(self._region) else end // BLOCK_BYTES
-        for number in range(self._blocks, num_whole):
-            self._checksums[number] = crc32c(self._region[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
-        self._blocks = max(self._blocks, num_whole)
-
-    def _host_pieces(self) -> Iterator[tuple[int, int, int]]:
-        """(address, bytes, place) of each piece, in memory that stays as it is until the next is asked for."""
-        if self._ready is None:
-            for piece in self._pieces:
-                yield piece.source.data_ptr(), piece.source.nbytes, piece.begin
-            return
-        yield from self._through_ring(self._ready)
-
-    def _through_ring(self, ready: torch.cuda.Event) -> Iterator[tuple[int, int, int]]:
-        """From a GPU: while one buffer's bytes go on into the slot, the other is filled."""
-        device = next(piece.source.device for piece in self._pieces if piece.source.is_cuda)
-        stream = torch.cuda.Stream(device)
-        stream.wait_event(ready)
-        ring = [torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        in_flight: list[tuple[torch.cuda.Event, int, int, int]] = []
-        for number, (part, begin) in enumerate(_parts(self._pieces, RING_BYTES)):
-            buffer = ring[number % 2]
-            with torch.cuda.stream(stream):
-                buffer[: part.numel()].copy_(part, non_blocking=True)
-                event = torch.cuda.Event()
-                event.record(stream)
-            in_flight.append((event, buffer.data_ptr(), part.numel(), begin))
-            if len(in_flight) == 2:
-                yield _arrived(in_flight.pop(0))
-        for waiting in in_flight:
-            yield _arrived(waiting)
+    def _is_idle(self) -> bool:
+        deadline = time.monotonic() + DECIDE_S
+        while time.monotonic() < deadline:
+            if self.memory.is_idle():
+                return True
+            time.sleep(POLL_S)
+        return False
 
 
-def _arrived(waiting: tuple[torch.cuda.Event, int, int, int]) -> tuple[int, int, int]:
-    event, *place = waiting
-    event.synchronize()
-    source, nbytes, begin = place
-    return source, nbytes, begin
-
-
-def _parts(pieces: Iterable[Piece], max_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """The bytes of the pieces, at most `max_bytes` at a time, and their places."""
+def _ends(pieces: list[ObjectPiece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
+    """By a parameter's `id`, where in the region the last byte of it and of its state is."""
+    ends = {entry.block.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
+    owners: dict[int, int] = {}
     for piece in pieces:
-        data = piece.source.reshape(-1).view(torch.uint8)
-        for start in range(0, data.numel(), max_bytes):
-            yield data[start : start + max_bytes], piece.begin + start
-
-
-def pieces_of(chunks: Iterable[Chunk], image_begin: int, tensors: dict[str, torch.Tensor]) -> list[Piece]:
-    """Where the parts of local `tensors`, by name, go in a region whose image begins at `image_begin`.
-
-    A block of a tensor that is not contiguous in memory is copied here and now.
-    """
-    pieces = []
-    taken: dict[str, int] = {}  # elements: the parts of a tensor come in order
-    for chunk in chunks:
-        for entry in chunk.entries:
-            local = tensors[entry.block.name]
-            flat = local_tensor(local).contiguous().reshape(-1)
-            start = taken.get(entry.block.name, 0)
-            count = entry.block.nbytes // flat.element_size()
-            taken[entry.block.name] = start + count
-            if count:
-                pieces.append(Piece(flat[start : start + count], image_begin + entry.begin))
-    return pieces
+        if piece.owner is not None:
+            owners[id(piece.owner)] = max(owners.get(id(piece.owner), 0), ends[piece.fragment.name])
+    return owners

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from windlass.checkpoint.config import CheckpointKind
 from windlass.conf.compose import run_hydra
 from windlass.conf.schema import Config
 from windlass.launch.config import LaunchKind
@@ -19,6 +22,25 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _launch(config: Config) -> int:
+    try:
+        return _start(config)
+    finally:
+        if config.checkpoint.name in (CheckpointKind.lazy, CheckpointKind.erasure):
+            _end_agents(config)
+
+
+def _end_agents(config: Config) -> None:
+    """After a run that ended well there are none. Else they make durable what only they have, and leave."""
+    from windlass.checkpoint.agents import end_agents
+    from windlass.checkpoint.storage import resolved
+    from windlass.train.state import checkpoint_dir
+
+    shm_dir = None if config.checkpoint.shm_dir is None else Path(config.checkpoint.shm_dir)
+    for folder in end_agents(resolved(checkpoint_dir(config)), shm_dir):
+        sys.stderr.write(f"windlass: warning: the snapshot agent in {folder} is still at work\n")
+
+
+def _start(config: Config) -> int:
     # Each launcher imports torch; `windlass train --help` and a typo must not wait for that.
     if config.launch.name == LaunchKind.torchrun:
         from windlass.launch.torchrun import launch

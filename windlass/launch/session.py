@@ -78,6 +78,8 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
             run.console.start()
             _say_start(run, datasets[0], restored, restart_count, changes)
             exit_code = train(run, stop)
+        if run.checkpoint is not None:
+            run.checkpoint.close()
         if mesh.rank == 0:
             _say_end(run, datasets[0], stop, exit_code)
     return exit_code
@@ -147,6 +149,8 @@ def _build_run(
     checkpoint = build_checkpointer(config, plain_config, mesh, model, optimizer, scheduler, in_backward, data, state)
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
+        if in_backward is not None:
+            in_backward.before_update = checkpoint.wait_staged
     peak_flops = total_peak_flops(config, mesh)
     metrics = mesh.agree(
         lambda: Metrics(
@@ -179,19 +183,20 @@ def _build_run(
         metrics=metrics,
         console=console,
     )
-    if train_config.mock_step:
-        mock_step(run)
+    state_bytes = mock_step(run) if train_config.mock_step else 0
     begin = time.perf_counter()
     restored = restore(config, checkpoint, is_restart)
+    if checkpoint is not None:
+        checkpoint.reserve(state_bytes if restored is None else 0)
     metrics.load_state_dict(state.state_dict())
     if restored is not None:
         metrics.event(
             "recovered",
             restored.step,
-            source="durable",
-            lost_nodes=0,
+            source=restored.source,
+            lost_nodes=restored.lost_nodes,
             seconds=time.perf_counter() - begin,
-            checkpoint=name_of(restored.folder),
+            checkpoint=name_of(restored.origin),
             set_aside=[name_of(path) for path in restored.set_aside],
         )
     return run, restored
@@ -238,7 +243,7 @@ def _say_start(
     if restored is not None:
         for path in restored.set_aside:
             say(f"warning: {name_of(path)}: a newer checkpoint that is damaged or superseded was moved there")
-        say(f"resumed at step {restored.step} from {restored.folder}")
+        say(f"resumed at step {restored.step} from {restored.origin}")
 
 
 def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, exit_code: int) -> None:

@@ -6,6 +6,7 @@ when the first are used, so a step cannot be clipped by its own norm, nor skippe
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class StepInBackward:
                 "max_norm with mode=previous_norm (clip by the norm of the step before), and only with it"
             )
         self.optimizer, self.max_norm, self.group, self.bucket_numel = optimizer, max_norm, group, bucket_numel
+        self.before_update: Callable[[Iterable[Tensor]], None] | None = None
+        """Called with the parameters that are about to be updated, e.g. to end a copy of them."""
         self._is_last = False
         self._bucket: dict[Tensor, None] = {}  # in the order of arrival, the same on all ranks
         self._numel = 0
@@ -142,6 +145,8 @@ class StepInBackward:
         ]
         for parameter, _ in others:
             parameter.grad = None
+        if self.before_update is not None:
+            self.before_update(self._bucket)
         self.optimizer.step()
         for parameter in self._bucket:
             parameter.grad = None

@@ -79,17 +79,31 @@ def fragment_of(name: str, tensor: torch.Tensor) -> Fragment:
     return Fragment(name, tuple(tensor.shape), tuple(offset), tuple(shape), tensor.dtype, tier)
 
 
-def is_first_replica(tensor: torch.Tensor, rank: int) -> bool:
-    """Whether this rank is the one that speaks for its block of `tensor` where several hold the same."""
-    if not isinstance(tensor, DTensor):
-        return rank == 0
-    coordinates = tensor.device_mesh.get_coordinate()
-    assert coordinates is not None, "this rank is outside the tensor's mesh"
-    return all(
-        coordinate == 0
-        for coordinate, placement in zip(coordinates, tensor.placements, strict=True)
-        if isinstance(placement, Replicate)
-    )
+class ReplicaShare:
+    """Which tensors a rank speaks for where several ranks hold the same: of each, one, and of all, as many bytes each.
+
+    All ranks must ask about the same tensors in the same order.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._bytes: dict[int, list[int]] = {}  # number of replicas -> what each has to say so far
+
+    def includes(self, tensor: torch.Tensor) -> bool:
+        """A plain tensor is held by all ranks."""
+        replica, num_replicas = self.rank, self.world_size
+        if isinstance(tensor, DTensor):
+            replica, num_replicas = 0, 1
+            coordinates = tensor.device_mesh.get_coordinate()
+            assert coordinates is not None, "this rank is outside the tensor's mesh"
+            for axis, placement in enumerate(tensor.placements):
+                if isinstance(placement, Replicate):
+                    replica = replica * tensor.device_mesh.size(axis) + coordinates[axis]
+                    num_replicas *= tensor.device_mesh.size(axis)
+        spoken = self._bytes.setdefault(num_replicas, [0] * num_replicas)
+        least = spoken.index(min(spoken))
+        spoken[least] += tensor.numel() * tensor.element_size()
+        return least == replica
 
 
 def empty_like_global(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

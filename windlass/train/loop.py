@@ -25,7 +25,7 @@ def train(run: Run, stop: StopRequest) -> int:
     """
     cfg, mesh, state = run.config.train, run.mesh, run.state
     model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
-    stall_s = 0.0  # of the checkpoint after the step before
+    stall_s = 0.0  # of the snapshot after the step before
     while state.step < cfg.steps:
         begin, comm_bytes = time.perf_counter(), COMM.total_bytes
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
@@ -44,6 +44,7 @@ def train(run: Run, stop: StopRequest) -> int:
         else:
             grad_norm = run.in_backward.finish()  # the weights are updated, and no gradients are left
         lr = optimizer.param_groups[0]["lr"]
+        stall_s += run.wait_staged()  # the lazy copy ends before weights move
         if all_ranks_finite(grad_norm, mesh):  # one host sync
             optimizer.step()
             scheduler.step()
@@ -69,8 +70,12 @@ def train(run: Run, stop: StopRequest) -> int:
         if evaluation_due(state.step, cfg.eval_every, cfg.steps):
             run.evaluate()
         # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.
-        due = run.checkpoint is not None and run.checkpoint.due(state.step)
-        stall_s = run.save() if due or agreement.stopping or state.step == cfg.steps else 0.0
+        run.record_snapshots()
+        stall_s = 0.0
+        if agreement.stopping or state.step == cfg.steps:
+            stall_s = run.save()
+        elif run.checkpoint is not None and run.checkpoint.due(state.step):
+            stall_s = run.snapshot()  # returns at once: copy, parity and disk come behind
         if agreement.stopping and state.step < cfg.steps:
             run.metrics.event("preempted", state.step)
             return EXIT_STOPPED

@@ -30,8 +30,11 @@ FIXES = (
 )
 
 
-def mock_step(run: Run) -> None:
+def mock_step(run: Run) -> int:
     """Runs forward, backward and optimizer at full size, and leaves weights, state and generators as they were.
+
+    Returns:
+        The bytes of optimizer state that this rank will hold.
 
     Raises:
         DoesNotFit: a device ran out of memory. (Where the host runs out, the process prints the same message and
@@ -49,7 +52,7 @@ def mock_step(run: Run) -> None:
                 run.sharder.begin_micro_step(run.model, is_last)
                 loss_sum = forward_loss_sum(run.model, batch, run.mask_documents)
                 (loss_sum / batch.labels.numel()).backward()
-            _step_without_effect(run.optimizer)
+            return _step_without_effect(run.optimizer)
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(run.mesh.device).total_memory
         raise DoesNotFit(
@@ -66,8 +69,8 @@ def mock_step(run: Run) -> None:
 
 
 @torch.no_grad()
-def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer allocate its state and run its kernels; zero gradients at rate 0 change no bit."""
+def _step_without_effect(optimizer: torch.optim.Optimizer) -> int:
+    """Makes the optimizer allocate its state, and returns its bytes; zero gradients at rate 0 change no bit."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -77,8 +80,11 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> None:
     type(optimizer).step(optimizer)  # not the instance's, which the scheduler has wrapped to count calls
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
+    values = [value for state in optimizer.state.values() for value in state.values()]
+    num_bytes = sum(local_tensor(value).nbytes for value in values if isinstance(value, torch.Tensor))
     optimizer.state.clear()
     optimizer.zero_grad(set_to_none=True)
+    return num_bytes
 
 
 @contextmanager

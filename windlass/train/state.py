@@ -76,15 +76,47 @@ class Run:
     def mask_documents(self) -> bool:
         return self.config.data.borders == Borders.attention
 
+    def snapshot(self) -> float:
+        """Takes a snapshot of this step, in memory or on disk; returns the seconds that training stood still for it."""
+        assert self.checkpoint is not None
+        begin = time.perf_counter()
+        self.checkpoint.snapshot(self.state.step)
+        seconds = time.perf_counter() - begin
+        if self.checkpoint.is_durable_only:
+            self.metrics.event("persisted", self.state.step, seconds=seconds)
+        return seconds
+
     def save(self) -> float:
-        """Writes a durable checkpoint of this step and returns the seconds that training stood still for it."""
+        """Makes this step durable before it returns; returns the seconds that it took."""
         if self.checkpoint is None or self.checkpoint.current_step == self.state.step:
             return 0.0
         begin = time.perf_counter()
         self.checkpoint.save(self.state.step)
         seconds = time.perf_counter() - begin
-        self.metrics.event("persisted", self.state.step, seconds=seconds)
+        if self.checkpoint.is_durable_only:
+            self.metrics.event("persisted", self.state.step, seconds=seconds)
+        self.record_snapshots()
         return seconds
+
+    def wait_staged(self) -> float:
+        """Waits until the weights may change; returns the seconds that it took."""
+        if self.checkpoint is None:
+            return 0.0
+        begin = time.perf_counter()
+        self.checkpoint.wait_staged()
+        return time.perf_counter() - begin
+
+    def record_snapshots(self) -> None:
+        """Records what has come of snapshots, which are made durable behind the training."""
+        if self.checkpoint is None or self.mesh.rank != 0:
+            return
+        for event in self.checkpoint.poll():
+            kind = event.pop("kind")
+            self.metrics.event(kind, event.pop("step") or self.state.step, **event)
+            if kind == "persist_failed":
+                self.console.message(f"warning: a checkpoint was not written, training goes on: {event['reason']}")
+            elif kind == "snapshot_given_up":
+                self.console.message(f"warning: a snapshot in memory was given up: {event['reason']}")
 
     def evaluate(self) -> None:
         """Measures the validation loss on the same samples as always, and records it."""
@@ -189,12 +221,21 @@ def build_checkpointer(
     }
     if in_backward is not None:
         objects["in_backward"] = in_backward
+    is_erasure = config.checkpoint.name == CheckpointKind.erasure
     return Checkpointer(
         objects,
         checkpoint_dir(config),
         mesh,
+        kind=config.checkpoint.name,
+        snapshot_every=config.checkpoint.snapshot_every,
         persist_every=config.checkpoint.persist_every,
         keep=config.checkpoint.keep,
+        num_parity_shards=config.checkpoint.num_parity_shards if is_erasure else 0,
+        failure_domain=config.checkpoint.failure_domain,
+        shm_dir=config.checkpoint.shm_dir,
+        agent_host=config.checkpoint.agent_host,
+        lease_s=config.checkpoint.lease_s,
+        max_send_bytes_per_s=config.checkpoint.max_send_bytes_per_s,
         info={"config": plain_config},
         # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
         restore_hyperparameters=False,

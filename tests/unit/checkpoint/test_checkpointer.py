@@ -52,7 +52,7 @@ def test_a_restored_run_goes_on_bit_for_bit(kind: str, tmp_path: Path, mesh: Mes
     other.run(2)
     restored = other.checkpointer(tmp_path, mesh).restore_latest()
     assert restored is not None
-    assert (restored.step, restored.folder, restored.set_aside) == (4, step_folder(tmp_path, 4), [])
+    assert (restored.step, restored.origin, restored.set_aside) == (4, step_folder(tmp_path, 4), [])
     other.run(5)
     assert other.bits() == training.bits()
 
@@ -221,7 +221,11 @@ def test_retention_keeps_the_newest(keep: int, left: list[int], tmp_path: Path, 
     for step in range(1, 6):
         checkpointer.save(step)
     assert committed_steps(tmp_path) == left
-    assert {path.name for path in tmp_path.iterdir()} == {f"step-0000000{n}" for n in left} | {"chunks", "latest.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"step-0000000{n}" for n in left} | {
+        "chunks",
+        "latest.json",
+        "generation",
+    }
 
 
 def test_a_step_that_is_saved_is_not_written_again(tmp_path: Path, mesh: Mesh) -> None:
@@ -286,7 +290,7 @@ def test_a_manifest_that_does_not_fit_commits_nothing(
     monkeypatch.setattr(LocalStorage, "write", full)
     with pytest.raises(RunFolderError, match="No space left on device"):
         Training().checkpointer(tmp_path, mesh).save(1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["generation"]
 
 
 def test_state_that_cannot_be_written_leaves_no_leftovers(tmp_path: Path, mesh: Mesh) -> None:
@@ -294,7 +298,7 @@ def test_state_that_cannot_be_written_leaves_no_leftovers(tmp_path: Path, mesh: 
     counter.value = object()  # type: ignore[assignment]  # JSON cannot hold it
     with pytest.raises(Exception, match="not JSON serializable"):
         Checkpointer({"counter": counter}, tmp_path, mesh).save(1)
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["generation"]
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_to_mend(tmp_path: Path, mesh: Mesh) -> None:

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from windlass.parallel.fragment import (
     Fragment,
+    ReplicaShare,
     Tier,
     empty_like_global,
     fragment_of,
-    is_first_replica,
     local_tensor,
 )
 
@@ -75,9 +75,12 @@ def test_the_local_part_of_a_plain_tensor_is_itself_without_autograd() -> None:
     assert weight.tolist() == [2.0, 2.0, 2.0]
 
 
-def test_rank_0_speaks_for_plain_tensors() -> None:
-    assert is_first_replica(torch.zeros(1), rank=0)
-    assert not is_first_replica(torch.zeros(1), rank=1)
+def test_ranks_share_what_they_all_hold_by_its_bytes() -> None:
+    tensors = [torch.zeros(6), torch.zeros(2), torch.zeros(2), torch.zeros(3), torch.zeros(0)]
+    shares = [ReplicaShare(rank, 2) for rank in range(2)]
+    included = [[share.includes(tensor) for tensor in tensors] for share in shares]
+    assert included[0] == [not mine for mine in included[1]], "one of them speaks for each"
+    assert included[0] == [True, False, False, False, True], "of 6, 2, 2, 3 and 0 elements: as many each as can be"
 
 
 def test_an_empty_like_has_the_shape_and_another_dtype() -> None:
