@@ -17,7 +17,7 @@ from windlass.checkpoint.ledger import Ledger, Phase, Report, Slot, SnapshotId
 SMALL = [
     Job(2, 1, 2, max_snapshots=1, max_kills=0, max_crashes=1, max_pins=0),
     Job(2, 1, 2, max_snapshots=2, max_kills=1, max_crashes=0, max_pins=0),
-    Job(2, 0, 1, max_snapshots=1, max_kills=0, max_crashes=1, max_pins=1),
+    Job(2, 0, 1, max_snapshots=1, max_kills=1, max_crashes=0, max_pins=0),
     Job(3, 1, 2, max_snapshots=1, max_kills=0, max_crashes=0, max_pins=0),
 ]
 """Jobs all of whose states are looked at."""
@@ -25,11 +25,11 @@ LARGER = [
     Job(2, 1, 2, max_snapshots=1, max_kills=1, max_crashes=1, max_pins=0),
     Job(2, 0, 2, max_snapshots=1, max_kills=1, max_crashes=1, max_pins=0),
     Job(2, 1, 2, max_snapshots=2, max_kills=1, max_crashes=0, max_pins=1),
-    Job(2, 1, 2, max_snapshots=2, max_kills=0, max_crashes=1, max_pins=0),
+    Job(2, 0, 1, max_snapshots=1, max_kills=0, max_crashes=1, max_pins=1),
     Job(3, 1, 2, max_snapshots=1, max_kills=1, max_crashes=0, max_pins=0),
 ]
 SHAPES = [(n, m, s) for n in (2, 3, 4) for m in range(n) for s in (2, 3)] + [(n, 0, 1) for n in (2, 3, 4)]
-"""Nodes, parity shards and slots of the jobs that are walked through. A single slot promises less: see `World`."""
+"""Nodes, parity shards and slots of the jobs that are walked through. A single slot promises less: `World._begin`."""
 LONG = Job(3, 1, 2, max_snapshots=8, max_kills=4, max_crashes=3, max_pins=3)
 WEIGHTS = {"crash": 0.6, "abort": 0.3, "kill": 0.3, "killed": 0.3, "lose": 0.3, "pin": 0.3}
 """Of the kinds of events in a walk, 15 for the others: something is to be committed before something breaks."""
@@ -234,13 +234,13 @@ def explore(small: list[Job], num_walks: int, look_every: int) -> int:
 
 
 def test_the_protocol_keeps_its_promises_in_any_order_of_events() -> None:
-    assert explore(SMALL, num_walks=40, look_every=8) >= 150_000
+    assert explore(SMALL, num_walks=25, look_every=8) >= 150_000
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_the_protocol_keeps_its_promises_in_many_more() -> None:
-    assert explore(SMALL + LARGER, num_walks=600, look_every=1) >= 1_500_000
+    assert explore(SMALL + LARGER, num_walks=600, look_every=4) >= 1_500_000
 
 
 @pytest.mark.parametrize("ledger", BROKEN)
@@ -254,7 +254,7 @@ def test_a_broken_protocol_is_caught(ledger: type[Ledger]) -> None:
 def test_an_agent_that_writes_down_in_another_order_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     in_order = Node._writes
     monkeypatch.setattr(Node, "_writes", lambda node: reversed(list(in_order(node))))
-    explorer = Explorer(LONG)
+    explorer = Explorer(Job(2, 1, 2, max_pins=0))
     with pytest.raises(Violation):
-        for seed in range(3000):
-            explorer.walk(seed)
+        for seed in range(1000):
+            explorer.walk(seed, look_every=8)

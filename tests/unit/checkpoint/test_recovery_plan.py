@@ -46,7 +46,7 @@ def counts(part: Held) -> bool:
     return part.is_sound and part.phase in (Phase.prepared, Phase.committed)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(cluster=CLUSTER)
 def test_a_plan_is_of_one_snapshot_and_enough_of_it_is_there(cluster: list[list[Held]]) -> None:
     plan = plan_recovery(cluster, 1 << 30)
@@ -65,7 +65,7 @@ def is_of(part: Held, plan: RecoveryPlan) -> bool:
     return all(getattr(part, name) == getattr(plan, name) for name in fields)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(cluster=CLUSTER)
 def test_nothing_newer_would_do(cluster: list[list[Held]]) -> None:
     """Counted once more: of all pairs of what parts have in common and positions."""
@@ -85,7 +85,7 @@ def ignored(part: Held) -> dict[str, object]:
     return {"position": part.position, "phase": part.phase, "num_resumes": part.num_resumes}
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(cluster=CLUSTER, max_resumes=st.integers(1, 3))
 def test_whoever_asks_decides_alike(cluster: list[list[Held]], max_resumes: int) -> None:
     plan = plan_recovery(cluster, max_resumes)
