@@ -35,9 +35,10 @@ def serve_trainer(agent: Agent, connection: Connection) -> None:
     with agent.changed:
         agent.trainers.add(connection)
     try:
-        while True:
-            request, num_bytes = connection.receive(math.inf)
-            connection.send(session.answer(request, num_bytes))
+        with connection:
+            while True:
+                request, num_bytes = connection.receive(math.inf)
+                connection.send(session.answer(request, num_bytes))
     except TransportError:
         pass  # it has ended, one way or another
     finally:
@@ -96,16 +97,21 @@ class TrainerSession:
         with agent.changed:
             ledger, group = agent.ledger, agent.group
             in_flight = ledger.in_flight
-            return {
-                "pid": os.getpid(),
-                "job": agent.job,
-                "incarnation": agent.incarnation,
+            brief = {
                 "generation": ledger.generation,
                 "is_configured": group is not None,
-                "address": agent.listener.address,
                 "is_free": ledger.free_slot() is not None,
                 "in_flight": None if in_flight is None else ledger.slots[in_flight].snapshot,
                 "is_persisting": agent.persister.is_busy,
+                "events": [event for event in agent.events if event["number"] > request.get("since", 0)],
+            }
+            if request.get("brief"):
+                return brief
+            return brief | {
+                "pid": os.getpid(),
+                "job": agent.job,
+                "incarnation": agent.incarnation,
+                "address": agent.listener.address,
                 "num_trainers": len(agent.trainers),
                 "num_refused": agent.listener.refused,
                 "num_stale": agent.num_stale,
@@ -117,7 +123,6 @@ class TrainerSession:
                 "bytes": sum(
                     file.size for files in [*agent.slots, *agent.foreign] for file in (files.data, files.parity) if file
                 ),
-                "events": [event for event in agent.events if event["number"] > request.get("since", 0)],
             }
 
     def _configure(self, request: Json) -> Json:

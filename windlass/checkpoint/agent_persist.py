@@ -64,7 +64,11 @@ class Persister(threading.Thread):
         return self._at_work or bool(self._queue)
 
     def forget(self) -> None:
-        """A new generation has begun: what an older one was writing is given up. The agent's lock is held."""
+        """The group has changed: what the one before was writing is given up. The agent's lock is held."""
+        for snapshot, _ in self._queue:
+            index = self.agent.ledger.find(snapshot)
+            if index is not None:
+                self.agent.ledger.slots[index].is_pinned = False
         self._queue.clear()
         self._parts.clear()
         self._outcomes.clear()
@@ -116,12 +120,15 @@ class Persister(threading.Thread):
                 agent.changed.wait_for(lambda: bool(self._queue))
                 snapshot, step = self._queue.popleft()
                 group, target, self._at_work = agent.group, self.target, True
-            if group is None or target is None:
-                continue
+                index = agent.ledger.find(snapshot)
+                if group is None or target is None or index is None:
+                    continue
+                agent.ledger.slots[index].is_pinned = True
             self._persist(snapshot, step, group, target)
             with agent.changed:
+                # Not before: chunks are named by what is in the slot, and must be written from the same.
                 index = agent.ledger.find(snapshot)
-                if index is not None and agent.group is group:
+                if index is not None:
                     agent.ledger.slots[index].is_pinned = False
                     agent.apply()
 
@@ -168,8 +175,9 @@ class Persister(threading.Thread):
             with agent.changed:
                 if agent.group is not group:
                     return None
-                agent.senders[group.writer].messages.append(part)
-                agent.changed.notify_all()
+                if part not in agent.senders[group.writer].messages:
+                    agent.senders[group.writer].messages.append(part)
+                    agent.changed.notify_all()
                 agent.changed.wait_for(lambda: snapshot in self._outcomes or agent.group is not group, REPEAT_S)
                 if snapshot in self._outcomes:
                     return self._outcomes[snapshot]

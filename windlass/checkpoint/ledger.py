@@ -203,7 +203,7 @@ class Ledger:
         for index, slot in enumerate(self.slots):
             is_whole = slot.phase in (Phase.prepared, Phase.committed)
             if is_whole and slot.snapshot is not None and newest is not None and slot.snapshot <= newest:
-                slot.phase, slot.is_pinned = Phase.committed, False
+                slot.phase = Phase.committed
             elif slot.snapshot is not None:
                 self.slots[index] = Slot()
                 emptied.append(index)

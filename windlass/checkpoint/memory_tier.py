@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _FREE, _BUSY, _GONE = 0, -1, -2
 """What a node's agent is to a snapshot that is due."""
+_NEVER = 1 << 62
+"""No event has so high a number."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,9 @@ class Target:
     snapshot: SnapshotId
     persist: bool
     """Whether the ranks have agreed to make it durable."""
-    region: memoryview
-    """Whole blocks: what the rank asked for, and padding."""
+    region: memoryview | None
+    """Whole blocks: what the rank asked for, and padding. None if this node's agent was lost meanwhile: then no node
+    will commit the snapshot."""
 
 
 class MemoryTier:
@@ -340,7 +343,7 @@ class MemoryTier:
         except (Stale, Busy, NoMemory, AgentError, TransportError) as error:
             logger.warning("no snapshot of step %d: %s", step, error)
             self.give_up(snapshot, str(error))
-            return None
+            return Target(snapshot, bool(wants.any()), None)
         data = self._map(answer["path"], answer["inode"], answer["size"])
         return Target(
             snapshot, bool(wants.any()), data.view[mine.offset : mine.offset + round_up(mine.nbytes, BLOCK_BYTES)]
@@ -363,21 +366,24 @@ class MemoryTier:
     def events(self, since: int) -> list[dict[str, Any]]:
         """What this node's agent did after event number `since`. Not collective."""
         try:
-            return self._ask("status", since=since)["events"]
+            return self._ask("status", brief=True, since=since)["events"]
         except TransportError:
             return []
 
     def is_idle(self) -> bool:
         """Whether this node's agent has nothing to do any more. Not collective."""
         try:
-            status = self._ask("status", since=1 << 62)
+            status = self._ask("status", brief=True, since=_NEVER)
         except TransportError:
             return True
         return status["in_flight"] is None and not status["is_persisting"]
 
-    def is_lost(self) -> bool:
-        """Whether this node's agent is gone, or was started anew. Not collective."""
-        return self._state() == _GONE
+    def reopen_if_lost(self) -> bool:
+        """Whether a node's agent is gone, or was started anew. It is brought back then, with what it left."""
+        is_lost = bool((self._gather(self._state()) == _GONE).any())
+        if is_lost:
+            self._reopen()
+        return is_lost
 
     def end(self) -> None:
         """The job is over: the agents leave, and leave nothing behind. Not collective."""
@@ -391,7 +397,7 @@ class MemoryTier:
 
     def _state(self) -> int:
         try:
-            status = self._ask("status", since=1 << 62)
+            status = self._ask("status", brief=True, since=_NEVER)
         except TransportError:
             return _GONE
         if not status["is_configured"]:

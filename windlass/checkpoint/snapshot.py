@@ -20,7 +20,7 @@ from windlass.checkpoint.stage import block_of
 HEAD_BYTES = 64 << 10
 """Descriptions grow and shrink by digits; a region is laid out for whole multiples of this."""
 FREE_S = 120.0
-"""How long the last save waits for the snapshot before it to be done."""
+"""How long the end of a run waits for the snapshot before it to be done."""
 POLL_S = 0.01
 DECIDE_S = 5.0
 """The ranks wait together for what one of them looks at; at most so long in one collective."""
@@ -70,6 +70,8 @@ class LazySnapshots:
         if target.persist:
             self._persisting.add(step)
             self._outcomes = {}
+        if target.region is None:
+            return True
         image = self._head_bytes
         # What only the optimizer's step changes is copied behind the training, all else now.
         tensors = {
@@ -147,7 +149,7 @@ class LazySnapshots:
                 time.sleep(POLL_S)
         while True:
             outcome = self.memory.mesh.decide(lambda: self._wait_for(step))
-            if outcome is not None:
+            if outcome is not None or self.memory.reopen_if_lost():
                 self._taken = None
                 return outcome == "persisted"
 
@@ -158,16 +160,15 @@ class LazySnapshots:
             self._look()
             if step in self._outcomes:
                 return self._outcomes[step]
-            if self.memory.is_lost():
-                return "lost"
             time.sleep(POLL_S)
         return None
 
     def close(self) -> None:
         """Waits for what is under way, and ends the agents."""
         self.wait_staged()
-        while not self.memory.mesh.decide(self._is_idle):
-            pass
+        deadline = time.monotonic() + FREE_S
+        while not self.memory.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
+            self.memory.reopen_if_lost()
         self.memory.mesh.barrier()
         self.memory.end()
 
