@@ -80,7 +80,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
-    checkpoint = verbs.add_parser("ckpt", help="list, verify, export or import checkpoints")
+    checkpoint = verbs.add_parser("ckpt", help="list, verify, export or import checkpoints; list snapshot agents")
     actions = checkpoint.add_subparsers(title="actions", metavar="ACTION", required=True)
     for name, text in (
         ("list", "list the checkpoints of a run"),
@@ -90,6 +90,11 @@ def _add_checkpoint(verbs: argparse._SubParsersAction) -> None:
         action.add_argument("path", help="a run's folder, its checkpoints/ folder, one checkpoint, or the URL of one")
         action.add_argument("--json", action="store_true", help="print JSON")
         action.set_defaults(run=_checkpoint, action=name)
+    text = "list the snapshot agents of yours on this node"
+    agents = actions.add_parser("agents", help=text, description=text)
+    agents.add_argument("--json", action="store_true", help="print JSON")
+    agents.add_argument("--shm-dir", type=Path, help="the job's checkpoint.shm_dir, where it has set one")
+    agents.set_defaults(run=_agents)
     exchange_cli.add_parsers(actions)
 
 
@@ -102,6 +107,13 @@ def _checkpoint(options: argparse.Namespace) -> int:
     results = inspect.verify(options.path)
     print(inspect.render_verification(results, as_json=options.json))
     return EXIT_DONE if all(result.is_sound for result in results) else EXIT_FAILURE
+
+
+def _agents(options: argparse.Namespace) -> int:
+    from windlass.checkpoint.agents import list_agents, render_agents
+
+    print(render_agents(list_agents(options.shm_dir), as_json=options.json))
+    return EXIT_DONE
 
 
 def _add_data(verbs: argparse._SubParsersAction, arguments: Sequence[str]) -> None:
