@@ -115,7 +115,7 @@ def start(config: Config, num_ranks: int, largest_file_bytes: int | None = None)
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        process = CONTEXT.Process(target=_rank_main, args=(copy.deepcopy(config), variables, largest_file_bytes))
+        process = CONTEXT.Process(target=rank_main, args=(copy.deepcopy(config), variables, largest_file_bytes))
         process.start()
         processes.append(process)
     return Life(processes)
@@ -137,7 +137,7 @@ def output_path(config: Config, rank: int) -> Path:
     return run_dir.with_name(f"{run_dir.name}.rank{rank}.out")
 
 
-def _rank_main(config: Config, variables: dict[str, str], largest_file_bytes: int | None) -> None:
+def rank_main(config: Config, variables: dict[str, str], largest_file_bytes: int | None) -> None:
     os.environ.update(variables)
     torch.set_num_threads(1)
     path = output_path(config, int(variables["RANK"]))
