@@ -28,7 +28,7 @@ from windlass.checkpoint.connection import Connection
 from windlass.checkpoint.encoding import Encoding
 from windlass.checkpoint.ledger import IN_FLIGHT, Ledger, Phase, Report, Slot, SnapshotId
 from windlass.checkpoint.pacer import Pacer
-from windlass.checkpoint.slots import SlotFiles
+from windlass.checkpoint.slots import SlotFiles, write_shared
 from windlass.checkpoint.transport import Listener
 
 GIVE_UP_S = 120.0
@@ -50,6 +50,9 @@ class Agent:
         """Data of lost nodes whose place nobody has taken, until a newer snapshot is committed."""
         self.damaged: dict[int, set[int]] = {}
         """Index of a slot -> its blocks that were found to have changed."""
+        self.rebuilding: set[int] = set()
+        """Indexes of slots that are being filled from other nodes', which the ledger does not know of yet."""
+        self._aborted: SnapshotId | None = None
         self.ended: set[int] = set()
         """Ranks of this node that have said that the job is over."""
         self.ledger = self._adopt()
@@ -97,11 +100,12 @@ class Agent:
                 self.foreign[-1].adopt()
         headers = [files.header for files in self.slots]
         slots = [Slot() if header is None else Slot(header.snapshot, header.phase) for header in headers]
-        return Ledger.adopt(self._saved_generation(), slots)
+        generation, aborted = self._saved("generation"), self._saved("aborted")
+        return Ledger.adopt(generation[0] if generation else 0, slots, SnapshotId(*aborted) if aborted else None)
 
-    def _saved_generation(self) -> int:
-        path = self.folder.path / "generation"
-        return int(path.read_text()) if path.exists() else 0
+    def _saved(self, name: str) -> list[int]:
+        path = self.folder.path / name
+        return [int(number) for number in path.read_text().split()] if path.exists() else []
 
     def _tick(self) -> None:
         self.folder.touch(self.job, self.lease_s)
@@ -140,9 +144,8 @@ class Agent:
                 # In a generation that goes on: with the connections goes what is under way on them.
                 self.ledger.abort(self.encoding.snapshot)
             self.ledger.fence(group.generation, group.position, len(group.addresses), keep)
-            path = self.folder.path / "generation.new"
-            path.write_text(str(group.generation))
-            path.replace(self.folder.path / "generation")
+            self._write_headers()  # first: an old slot in flight would never end in the new generation
+            write_shared(self.folder.path / "generation", str(group.generation).encode())
             self.group = group
             self.ended.clear()
             if is_new:
@@ -288,9 +291,13 @@ class Agent:
         del self.events[:-1000]
 
     def _write_headers(self) -> None:
+        if self.ledger.aborted != self._aborted and self.ledger.aborted is not None:
+            # First: whoever waits for the snapshot must hear of it, also from the next agent here.
+            write_shared(self.folder.path / "aborted", "{} {}".format(*self.ledger.aborted).encode())
+        self._aborted = self.ledger.aborted
         for slot, files in zip(self.ledger.slots, self.slots, strict=True):
             if slot.phase == Phase.empty:
-                if files.header is not None:
+                if files.header is not None and files.index not in self.rebuilding:
                     files.empty()
             elif files.header is not None and files.header.phase != slot.phase:
                 files.set_phase(slot.phase)

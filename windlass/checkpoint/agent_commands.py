@@ -253,17 +253,20 @@ class TrainerSession:
                 )
             if files is None:
                 files = self._room_for(header)
+                agent.rebuilding.add(files.index)
                 files.begin(header)
             num_blocks = Rebuilder(files, sources).rebuild(wanted)
+            with agent.changed:
+                files.set_phase(Phase.committed, with_table=True)
+                agent.damaged.pop(files.index, None)
+                if files.index < len(agent.slots):
+                    agent.ledger.slots[files.index] = Slot(header.snapshot, Phase.committed)
         finally:
             for source in sources.values():
                 source.close()
-        with agent.changed:
-            files.set_phase(Phase.committed, with_table=True)
-            agent.damaged.pop(files.index, None)
-            if files.index < len(agent.slots):
-                agent.ledger.slots[files.index] = Slot(header.snapshot, Phase.committed)
-            agent.apply()
+            with agent.changed:
+                agent.rebuilding.clear()
+                agent.apply()
         return {"num_blocks": num_blocks, "seconds": time.monotonic() - begin}
 
     def _room_for(self, header: Header) -> SlotFiles:

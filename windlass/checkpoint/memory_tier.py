@@ -122,6 +122,8 @@ class MemoryTier:
         self.secret = ""
         self.positions: list[int] = list(range(self.num_nodes))
         """Node -> its position among the agents."""
+        self._given_up: SnapshotId | None = None
+        """The newest that this rank could not take part in."""
         self._maps: dict[tuple[str, int, int], SharedFile] = {}
 
     # --- Agents. ---
@@ -358,6 +360,7 @@ class MemoryTier:
 
     def give_up(self, snapshot: SnapshotId, why: str) -> None:
         """Not collective."""
+        self._given_up = snapshot
         try:
             self._ask("abort", snapshot=snapshot, why=why)
         except (AgentError, TransportError) as error:
@@ -409,6 +412,9 @@ class MemoryTier:
         logger.warning("a snapshot agent was lost: it is started again")
         self.open()
         self._configure([])
+        if self._given_up is not None and self._given_up.generation == self.generation:
+            # The agent that was told may have been the one that was lost, and the other nodes wait to hear of it.
+            self.give_up(self._given_up, "a rank could not begin it, or copy into it")
 
     def _gather(self, *values: int) -> torch.Tensor:
         """`values` of every rank: int64, a row a rank."""

@@ -168,12 +168,12 @@ class SlotFiles:
         assert self.header is not None
         header = replace(self.header, phase=phase)
         if with_table:
-            _replace(self.path("table"), self.table.tobytes())
+            write_shared(self.path("table"), self.table.tobytes())
             header = replace(header, table_crc=crc32c(self.table))
         self.write_header(header)
 
     def write_header(self, header: Header) -> None:
-        _replace(self.path("head"), header.to_bytes())
+        write_shared(self.path("head"), header.to_bytes())
         self.header = header
 
     def empty(self) -> None:
@@ -228,7 +228,7 @@ class SlotFiles:
                 yield number
 
 
-def _replace(path: Path, data: bytes) -> None:
+def write_shared(path: Path, data: bytes) -> None:
     """Renamed into place: a killed process leaves the old file or the new one. Shared memory needs no sync."""
     temporary = path.with_name(f"{path.name}.new")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, OWNER_ONLY)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from windlass.checkpoint.image import Chunk, Description, image_bytes, lay_out, round_up
+from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_bytes, lay_out, round_up
 from windlass.checkpoint.lazy_copy import Copy, pieces_of
 from windlass.checkpoint.ledger import SnapshotId
 from windlass.checkpoint.memory_tier import MemoryTier
@@ -26,6 +28,16 @@ DECIDE_S = 5.0
 """The ranks wait together for what one of them looks at; at most so long in one collective."""
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Of an image: the same from one snapshot to the next, until an optimizer makes its state."""
+
+    shape: list[tuple[Any, ...]]
+    chunks: list[Chunk]
+    text: str
+    """The chunks as JSON."""
+
+
 class LazySnapshots:
     """One snapshot at a time, of what `objects` hold, into what `memory` gives. Collective unless said otherwise."""
 
@@ -33,7 +45,7 @@ class LazySnapshots:
         self.memory, self.objects = memory, objects
         self._copy: Copy | None = None
         self._head_bytes = HEAD_BYTES
-        self._layout: tuple[list[tuple[Any, ...]], list[Chunk]] = ([], [])
+        self._layout = _Layout([], [], "[]")
         self._owes_persist = False
         self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
         self._is_in_flight = False
@@ -89,14 +101,15 @@ class LazySnapshots:
         pieces = list(self.objects.pieces())
         fragments = [piece.fragment for piece in pieces]
         shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
-        if self._layout[0] != shape:
-            self._layout = (shape, lay_out(block_of(part) for part in fragments))
+        if self._layout.shape != shape:
+            chunks = lay_out(block_of(part) for part in fragments)
+            self._layout = _Layout(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
         rank = self.memory.mesh.rank
         objects = self.objects.json_state() if rank == 0 else {}
-        head = Description(rank, self._layout[1], objects).to_bytes()
+        head = describe(rank, self._layout.text, objects)
         while len(head) > self._head_bytes:
             self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
-        return pieces, self._layout[1], head
+        return pieces, self._layout.chunks, head
 
     def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
         """In the copying thread."""
