@@ -324,6 +324,7 @@ class Checkpointer:
         return reader.manifest.step
 
     def _restore_all(self, reader: CheckpointReader) -> None:
+        self.wait_staged()
         try:
             self.mesh.agree(lambda: self.objects.check_compatible(reader))
             self.mesh.agree(lambda: self.objects.read(reader))
