@@ -122,7 +122,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[
         "WORLD_SIZE": str(num_ranks),
         "LOCAL_WORLD_SIZE": str(num_ranks),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": str(max(1, num_cores() // num_ranks)),
         MARK: str(uuid.uuid4()),
     }
@@ -178,7 +178,7 @@ def _rank_main(rank: int, sender: Connection, function: Callable[..., Any], args
         sender.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

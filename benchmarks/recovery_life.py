@@ -1,0 +1,261 @@
+"""What each rank of `recovery.py` runs: a life from its start, over the restore and its parts, to the kill."""
+
+from __future__ import annotations
+
+import functools
+import math
+import mmap
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoint_variants import local_tensors
+from common import die_with_parent
+from loop_variants import Tokens, synthetic_batches
+
+from windlass.checkpoint import Checkpointer, manager
+from windlass.checkpoint.memory_tier import MemoryTier
+from windlass.checkpoint.stripes import Stripes
+from windlass.conf.compose import compose
+from windlass.conf.schema import Config
+from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.parallel.collectives import all_gather_object
+from windlass.parallel.mesh import Mesh
+from windlass.train.loss import cross_entropy_sum
+from windlass.train.state import build_model
+
+PARTS = ("processes", "model", "agents", "plan", "fence", "rebuild", "open", "read", "first step")
+"""In their order. `processes`: from the kill to a process group of new ones; `agents`: found, or started, and asked;
+`plan`: chosen, and what is left verified if something is lost; `open`: slots mapped and described; `read`: into
+tensors, each byte checked."""
+COPIES = 5
+LOOPBACK_BYTES = 4 << 20
+"""Of a send; as much as agents send in one frame."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    num_ranks: int
+    num_parity_shards: int
+    shape: dict[str, int]
+    every: int
+    """Steps between snapshots in memory."""
+    persist_every: int
+    batch_size: int
+    seq_len: int
+    directory: Path
+    shm_dir: Path
+
+    def config(self) -> Config:
+        return compose(
+            [
+                "model=llama_60m",
+                *(f"model.{key}={value}" for key, value in self.shape.items()),
+                f"model.num_kv_heads={self.shape['num_heads']}",
+                "parallel=zero3",
+                "optim=adamw",
+                "train.dtype=float32",
+                f"train.batch_size={self.batch_size}",
+                f"train.seq_len={self.seq_len}",
+                f"run_dir={self.directory}",
+            ]
+        )
+
+
+@dataclass
+class Recovery:
+    """How one rank of a new life went on."""
+
+    source: str | None
+    """None: there was nothing to go on from."""
+    lost_nodes: int
+    step: int
+    up_at: float
+    """`time.monotonic()`, alike in all processes, when the process group was there."""
+    seconds: dict[str, float]
+    """A part -> what it took, but for `processes`."""
+    end_at: float
+    """When the first step was done."""
+    state_bytes: int = 0
+    num_parameters: int = 0
+    copy_s: float = 0.0
+    """A copy of this rank's state from memory to memory, while the other ranks copy theirs."""
+    new_copy_s: float = 0.0
+    """The same copy into memory that the kernel has yet to give."""
+    received_bytes: int = 0
+    """Over loopback, to rebuild what was lost."""
+    loopback_s: float = 0.0
+    """What as many bytes take over a plain connection."""
+
+
+@dataclass
+class Stopwatch:
+    """Adds up what calls take."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS[1:], 0.0))
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds[part] += time.perf_counter() - begin
+
+        return call
+
+
+class Trainer:
+    """windlass's model and cut, on random tokens."""
+
+    def __init__(self, settings: Settings, mesh: Mesh) -> None:
+        config = settings.config()
+        self.mesh, self.max_norm = mesh, config.train.max_norm
+        self.model, self.sharder = build_model(config, mesh)
+        self.optimizer = config.optim.build(self.model)
+        self.batches: Iterator[Tokens] = synthetic_batches(config, mesh.rank)
+        self.num_tokens = settings.num_ranks * settings.batch_size * settings.seq_len
+
+    def step(self, checkpointer: Checkpointer) -> None:
+        input_ids, labels = next(self.batches)
+        self.sharder.begin_micro_step(self.model, is_last=True)
+        (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
+        clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
+        checkpointer.wait_staged()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def live(settings: Settings, rank: int, variables: dict[str, str], parent: Connection) -> None:
+    """Goes on, says how, and trains until it is killed. The kill may come at any moment after `Recovery` is sent."""
+    die_with_parent()
+    os.environ.update(variables | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    torch.set_num_threads(1)
+    watch = Stopwatch()
+    mesh = settings.config().parallel.build(torch.device("cpu"))
+    mesh.barrier()
+    up_at = time.monotonic()
+    trainer = watch.timed("model", Trainer)(settings, mesh)
+    checkpointer = Checkpointer(
+        {"model": trainer.model, "optimizer": trainer.optimizer},
+        settings.directory,
+        mesh,
+        num_parity_shards=settings.num_parity_shards,
+        failure_domain="rank",
+        snapshot_every=settings.every,
+        persist_every=settings.persist_every,
+        shm_dir=settings.shm_dir,
+        lease_s=60.0,  # the agents of a benchmark that was killed end soon
+    )
+    watch.timed("agents", checkpointer.open)()
+    assert checkpointer.snapshots is not None
+    _watch_restore(watch, checkpointer, checkpointer.snapshots.memory)
+    restored = checkpointer.restore_latest()
+    step = 0 if restored is None else restored.step
+    watch.timed("first step", trainer.step)(checkpointer)
+    mesh.barrier()
+    recovery = Recovery(
+        None if restored is None else restored.source,
+        0 if restored is None else restored.lost_nodes,
+        step,
+        up_at,
+        watch.seconds,
+        time.monotonic(),
+        num_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
+    )
+    _measure_limits(recovery, trainer, mesh, checkpointer.snapshots.memory)
+    parent.send(recovery)
+    _train_on(trainer, checkpointer, step + 1, parent)
+
+
+def _watch_restore(watch: Stopwatch, checkpointer: Checkpointer, memory: MemoryTier) -> None:
+    manager.plan_restore = watch.timed("plan", manager.plan_restore)
+    manager.open_snapshot = watch.timed("open", manager.open_snapshot)
+    for owner, name, part in (
+        (checkpointer, "_begin", "fence"),
+        (memory, "rebuild", "rebuild"),
+        (checkpointer, "_restore_all", "read"),
+    ):
+        setattr(owner, name, watch.timed(part, getattr(owner, name)))
+
+
+def _train_on(trainer: Trainer, checkpointer: Checkpointer, step: int, parent: Connection) -> None:
+    """Says ("step" | kind of event, step) of all that happens."""
+    while True:
+        parent.send(("step", step))
+        for event in checkpointer.poll():
+            parent.send((event["kind"], event["step"]))
+        if checkpointer.due(step):
+            checkpointer.snapshot(step)
+        trainer.step(checkpointer)
+        step += 1
+
+
+# --- Limits. ---
+
+
+def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: MemoryTier) -> None:
+    tensors = local_tensors(trainer.model, trainer.optimizer)
+    recovery.state_bytes = sum(tensor.nbytes for tensor in tensors)
+    recovery.new_copy_s, recovery.copy_s = _copy_seconds(tensors, mesh)
+    if recovery.lost_nodes:
+        stripes = _stripes(memory)
+        # For each shard of a lost slot, the k shards that are left of its stripe.
+        recovery.received_bytes = stripes.num_data_shards * (stripes.data_bytes + stripes.parity_bytes)
+        recovery.loopback_s = _loopback_seconds(recovery.received_bytes, mesh)
+
+
+@torch.no_grad()
+def _copy_seconds(tensors: list[torch.Tensor], mesh: Mesh) -> tuple[float, float]:
+    """The first copy, into new pages, and the median of later ones; of the slowest rank, all at the same time."""
+    place = mmap.mmap(-1, sum(tensor.nbytes for tensor in tensors))
+    target, seconds = torch.frombuffer(place, dtype=torch.uint8), []
+    for _ in range(1 + COPIES):
+        mesh.barrier()
+        begin, offset = time.perf_counter(), 0
+        for tensor in tensors:
+            target[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
+            offset += tensor.nbytes
+        seconds.append(max(all_gather_object(time.perf_counter() - begin, mesh.group)))
+    return seconds[0], statistics.median(seconds[1:])
+
+
+def _stripes(memory: MemoryTier) -> Stripes:
+    memory.refresh()
+    slot = memory.statuses[0]["slots"][0]
+    return Stripes(slot["num_nodes"], slot["num_parity_shards"], slot["node_bytes"])
+
+
+def _loopback_seconds(num_bytes: int, mesh: Mesh) -> float:
+    """What it takes to receive `num_bytes` from another process; of the slowest of `COPIES` turns, the median."""
+    listener = socket.create_server(("127.0.0.1", 0)) if mesh.rank == 0 else None
+    port = mesh.decide(lambda: 0 if listener is None else listener.getsockname()[1])
+    count, seconds = math.ceil(num_bytes / LOOPBACK_BYTES), 0.0
+    buffer = memoryview(bytearray(LOOPBACK_BYTES))
+    if listener is not None:
+        receiver, _ = listener.accept()
+        turns = []
+        for _ in range(COPIES):
+            receiver.sendall(b"!")
+            begin = time.perf_counter()
+            for _ in range(count):
+                receiver.recv_into(buffer, LOOPBACK_BYTES, socket.MSG_WAITALL)
+            turns.append(time.perf_counter() - begin)
+        seconds = statistics.median(turns)
+        receiver.close()
+        listener.close()
+    elif mesh.rank == 1:
+        with socket.create_connection(("127.0.0.1", port)) as sender:
+            for _ in range(COPIES):
+                sender.recv(1)
+                for _ in range(count):
+                    sender.sendall(buffer)
+    return all_gather_object(seconds, mesh.group)[0]
