@@ -27,7 +27,7 @@ from windlass.checkpoint.ledger import SnapshotId
 from windlass.checkpoint.reader import CheckpointReader
 from windlass.checkpoint.recovery_plan import Held, RecoveryPlan, plan_recovery
 from windlass.checkpoint.slot_reader import SlotSource, manifest_of, read_parts
-from windlass.checkpoint.slots import Header, Region, SharedFile, SlotFiles
+from windlass.checkpoint.slots import Header, SharedFile, SlotFiles
 from windlass.checkpoint.storage import Location
 from windlass.checkpoint.stripes import BLOCK_BYTES
 
@@ -218,14 +218,13 @@ class Cluster:
     def copy(self, snapshot: SnapshotId, nodes: Iterable[int] | None = None) -> None:
         """The trainers of `nodes`, or of all, copy their state, and say so."""
         for node in range(self.num_nodes) if nodes is None else nodes:
-            data = self.region(node, self.steps[snapshot])
+            region = self.region(node, self.steps[snapshot])
+            data = region + bytes(-len(region) % BLOCK_BYTES)
             files = self.slot(node, snapshot)
-            shared = SharedFile(files.path("data"), files.header.stripes.data_bytes, may_make=False)  # type: ignore[union-attr]
+            assert files.header is not None
+            shared = SharedFile(files.path("data"), files.header.stripes.data_bytes, may_make=False)
             shared.view[: len(data)] = data
-            blocks = range(0, len(data), BLOCK_BYTES)
-            sums = np.array([crc32c(shared.view[at : min(at + BLOCK_BYTES, len(data))]) for at in blocks], np.uint32)
-            if len(data) % BLOCK_BYTES:  # the last block with its padding
-                sums[-1] = crc32c(shared.view[blocks[-1] : blocks[-1] + BLOCK_BYTES])
+            sums = np.array([crc32c(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES)], np.uint32)
             self.clients[node].ask("copied", sums.view(np.uint8), snapshot=snapshot, rank=node)
 
     def take(self, step: int, persist: bool = False) -> SnapshotId:
@@ -303,7 +302,7 @@ class Cluster:
         return {"header": header, "position": position, "sources": sources}
 
     def read(self, snapshot: SnapshotId) -> dict[str, bytes]:
-        """Every tensor of a snapshot, as a restore reads it: node 0's from its memory, the others' over their agents."""
+        """Every tensor of a snapshot, as a restore reads it: of node 0 from its memory, of the others over agents."""
         parts = []
         local = {}
         for node in range(self.num_nodes):
