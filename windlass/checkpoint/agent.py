@@ -64,6 +64,8 @@ class Agent:
         self._reported: Report | None = None
         self.events: list[dict[str, Any]] = []
         self.num_stale = 0
+        self.sent_bytes = {"parity": 0, "read": 0}
+        """To other nodes: to protect snapshots, and for those that restore them."""
         self.is_closing = False
         self.trainers: set[Connection] = set()
         self.last_seen = time.monotonic()
@@ -170,6 +172,10 @@ class Agent:
         with self.changed:
             self.num_stale += 1
         logger.warning("refused %s (%s): its generation is over", who, connection.peer)
+
+    def count_sent(self, kind: str, num_bytes: int) -> None:
+        with self.changed:
+            self.sent_bytes[kind] += num_bytes
 
     # --- Snapshots. ---
 

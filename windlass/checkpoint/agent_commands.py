@@ -50,6 +50,7 @@ class TrainerSession:
 
     def __init__(self, agent: Agent, connection: Connection) -> None:
         self.agent, self.connection = agent, connection
+        self.ends_agent = False
         self._copying: tuple[SnapshotId, int] | None = None  # the snapshot and the rank whose copy is awaited
         self._commands: dict[str, Callable[[Json], Json]] = {
             "status": self._status,
@@ -115,6 +116,7 @@ class TrainerSession:
                 "num_trainers": len(agent.trainers),
                 "num_refused": agent.listener.refused,
                 "num_stale": agent.num_stale,
+                "sent_bytes": dict(agent.sent_bytes),
                 "slots": [
                     {"index": files.index, "is_sound": not agent.damaged.get(files.index), **asdict(files.header)}
                     for files in [*agent.slots, *agent.foreign]
@@ -291,9 +293,7 @@ class TrainerSession:
             agent.persister.persist_newest()
         with agent.changed:
             agent.ended.add(request["rank"])
-            is_last = len(agent.ended) >= request["num_local_ranks"]
-        if is_last:
-            agent.close()
+            self.ends_agent = len(agent.ended) >= request["num_local_ranks"]
         return {}
 
     def _group(self) -> Group:

@@ -151,6 +151,7 @@ class PeerSender(threading.Thread):
                         },
                         data[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES],
                     )
+                    agent.count_sent("parity", count * BLOCK_BYTES)
         except TransportError:
             agent.give_up(push.snapshot, f"node {self.position} was lost while it was sent parity")
             raise
@@ -226,3 +227,4 @@ def _answer_read(agent: Agent, connection: Connection, header: dict[str, Any]) -
         return
     first, count = int(header["first"]), int(header["count"])
     connection.send({"crcs": files.table[first : first + count].tolist()}, files.blocks(first, count))
+    agent.count_sent("read", count * BLOCK_BYTES)
