@@ -19,6 +19,7 @@ CONTEXT.set_forkserver_preload(
         "torch",
         "torch.distributed.fsdp",
         "torch.distributed.checkpoint.state_dict",
+        "torch._inductor",  # what `torch.use_deterministic_algorithms` imports, most of the start of a rank
         "pytest",
         "support.toy",
         "support.runs",
