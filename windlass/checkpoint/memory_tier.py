@@ -169,7 +169,6 @@ class MemoryTier:
     def begin_generation(self, generation: int, plan: RecoveryPlan | None) -> None:
         """Fences off whoever was before, and keeps of what agents hold only the plan's snapshot."""
         self.generation, self.number = generation, 0
-        self.secret = self.mesh.decide(lambda: secrets.token_hex(32))
         self.positions = list(range(self.num_nodes))
         if plan is not None and not self.needs_protection(plan):
             taken = {node: position for position, node in reversed(plan.holders.items())}
@@ -187,6 +186,9 @@ class MemoryTier:
         return sorted(other for other in held if other <= snapshot)
 
     def _configure(self, keep: list[SnapshotId]) -> None:
+        # Another secret each time: an agent that has not heard of its new peers yet refuses them, and they try again.
+        # It would take what they send for its old peers' else, and drop it when it hears.
+        self.secret = self.mesh.decide(lambda: secrets.token_hex(32))
         addresses = [
             tuple(self.statuses[self.positions.index(position)]["address"]) for position in range(self.num_nodes)
         ]
@@ -393,8 +395,10 @@ class MemoryTier:
         if self.client is not None:
             try:
                 self._ask("end", rank=self.mesh.rank, num_local_ranks=self.ranks_per_node, persist=False)
-            except (AgentError, TransportError) as error:
+            except AgentError as error:
                 logger.warning("%s", error)
+            except TransportError:
+                pass  # it has left before it answered
             self.client.close()
             self.client = None
 
@@ -423,7 +427,7 @@ class MemoryTier:
         if group is None:
             return mine
         gathered = torch.empty(self.mesh.world_size, len(values), dtype=torch.int64)
-        dist.all_gather_into_tensor(gathered, mine, group=group)
+        dist.all_gather(list(gathered.split(1)), mine, group=group)
         return gathered
 
     def _regions(self, region_bytes: list[int]) -> tuple[list[Region], int]:
