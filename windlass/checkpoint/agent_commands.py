@@ -39,6 +39,8 @@ def serve_trainer(agent: Agent, connection: Connection) -> None:
             while True:
                 request, num_bytes = connection.receive(math.inf)
                 connection.send(session.answer(request, num_bytes))
+                if session.ends_agent:  # after the answer, which the process's end would cut off
+                    agent.close()
     except TransportError:
         pass  # it has ended, one way or another
     finally:
