@@ -103,7 +103,6 @@ def end_agents(location: Location, shm_dir: Path | None = None) -> list[Path]:
         except TransportError:
             if not folder.has_agent():
                 folder.remove()  # its agent died, and what it held is of no life that goes on
-                continue
         deadline = time.monotonic() + END_S
         while folder.path.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
