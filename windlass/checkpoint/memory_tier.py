@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from windlass.checkpoint.agent_client import AgentClient, AgentError, NoMemory, TransportError
-from windlass.checkpoint.agent_folder import AgentFolder
+from windlass.checkpoint.agent_folder import START_S, AgentFolder
 from windlass.checkpoint.config import FailureDomain
 from windlass.checkpoint.image import round_up
 from windlass.checkpoint.ledger import Busy, SnapshotId, Stale
@@ -39,6 +40,7 @@ _FREE, _BUSY, _GONE = 0, -1, -2
 """What a node's agent is to a snapshot that is due."""
 _NEVER = 1 << 62
 """No event has so high a number."""
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -151,9 +153,18 @@ class MemoryTier:
     def _connect(self, host: str) -> None:
         if self.client is not None:
             self.client.close()
-        settings = self.settings
-        connection = self.folder.start_agent(self.job, settings.num_slots, host, settings.lease_s)
-        self.client = AgentClient(connection)
+        settings, deadline = self.settings, time.monotonic() + START_S
+        while True:
+            connection = self.folder.start_agent(self.job, settings.num_slots, host, settings.lease_s)
+            self.client = AgentClient(connection)
+            try:
+                self._ask("status", since=_NEVER)
+                return
+            except TransportError:  # it was killed just now: the system still takes connections for it
+                self.client.close()
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
 
     def refresh(self) -> None:
         """Asks all agents for their status."""
