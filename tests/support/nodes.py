@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
 from support import runs
 from support.ranks import CONTEXT, free_port
-
 from windlass.checkpoint.agent_client import AgentClient
 from windlass.checkpoint.agent_folder import AgentFolder, folders
-from windlass.checkpoint.ledger import IN_FLIGHT, Phase
+from windlass.checkpoint.ledger import Phase
 from windlass.checkpoint.slots import Header
 
 WAIT_S = 60.0
@@ -61,6 +61,22 @@ class Node:
                 if "windlass.checkpoint.agent" in line and str(self.shm_dir) in line[3]:
                     return process
         return None
+
+    def running_agent(self) -> psutil.Process:
+        process = self.agent()
+        assert process is not None, f"there is no agent in {self.shm_dir}"
+        return process
+
+    def stop_within(self, phase: Phase, process: psutil.Process) -> None:
+        """Stops a process of this node at a moment at which a slot is in `phase`, and stays so."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            wait_until(lambda: phase in self.phases(), f"a slot that is {phase}", deadline - time.monotonic())
+            stop(process)
+            time.sleep(0.01)
+            if phase in self.phases():
+                return
+            process.resume()
 
     def status(self) -> dict[str, Any]:
         """What the agent says of itself."""
@@ -127,18 +143,11 @@ class Cluster:
     def newest_generation(self) -> int:
         return max((header.snapshot.generation for header in self.headers()), default=0)
 
-    def is_mid_snapshot(self) -> bool:
-        return any(header.phase in IN_FLIGHT for header in self.headers())
-
-    def lose(self, life: runs.Life, number: int) -> None:
-        """Kills the trainer and the agent of a node, and takes its memory."""
-        kill_trainer(life, number)
-        self.nodes[number].lose_memory()
-
-    def end(self) -> None:
-        """Kills what is left of the nodes."""
-        for node in self.nodes:
-            node.kill_agent()
+    def has_committed_after(self, generation: int) -> bool:
+        """Whether a snapshot of a newer generation is committed on some node."""
+        return any(
+            header.phase == Phase.committed and header.snapshot.generation > generation for header in self.headers()
+        )
 
 
 @contextmanager
@@ -174,12 +183,6 @@ def erasure_config(root: Path, run_dir: str, *overrides: str) -> runs.Config:
         "checkpoint.num_parity_shards=2",
         *overrides,
     )
-
-
-def kill_trainer(life: runs.Life, rank: int) -> None:
-    process = life.processes[rank]
-    process.kill()
-    process.join()
 
 
 def kill_trainers(life: runs.Life) -> None:
