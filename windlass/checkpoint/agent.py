@@ -212,6 +212,7 @@ class Agent:
             if encoding.is_over:
                 return
             self.ledger.finish_local(encoding.snapshot)
+            encoding.copied_at = time.monotonic()
             assert self.group is not None
             pushes: dict[int, list[tuple[int, int]]] = {}
             for chunk, row, target in encoding.stripes.parity_targets(self.group.position):
@@ -236,6 +237,7 @@ class Agent:
                 return  # the last rank's data is here, and its checksums are still being looked after
             self.ledger.prepare(encoding.snapshot)
             encoding.files.set_phase(Phase.prepared, with_table=True)
+            encoding.prepared_at = time.monotonic()
         self.apply()
 
     def give_up(self, snapshot: SnapshotId, why: str) -> None:
@@ -282,7 +284,14 @@ class Agent:
         header = encoding.files.header
         assert header is not None
         seconds = time.monotonic() - encoding.began
-        self.add_event("snapshot_committed", step=header.step, seconds=round(seconds, 6))
+        self.add_event(
+            "snapshot_committed",
+            step=header.step,
+            seconds=round(seconds, 6),
+            copy_s=round(encoding.copied_at - encoding.began, 6),
+            encode_s=round(encoding.prepared_at - encoding.copied_at, 6),
+            ended=time.time(),
+        )
         for files in self.foreign:
             files.empty()
         self.foreign.clear()

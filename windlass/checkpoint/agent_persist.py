@@ -241,6 +241,7 @@ class Persister(threading.Thread):
                     seconds=round(outcome.seconds, 6),
                     bytes=outcome.num_bytes,
                     written_bytes=outcome.written_bytes,
+                    ended=time.time(),
                 )
             else:
                 logger.warning("step %d was not written: %s", outcome.step, outcome.error)

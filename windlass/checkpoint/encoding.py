@@ -27,6 +27,8 @@ class Encoding:
         assert files.header is not None and files.data is not None and files.parity is not None
         self.snapshot, self.files, self.began = snapshot, files, began
         self.waiting = set(ranks)
+        self.copied_at = self.prepared_at = began
+        """`time.monotonic()`, once the data of this node is whole, and once the parity is too."""
         self.is_over = False
         header = files.header
         self.stripes = stripes = header.stripes

@@ -186,8 +186,9 @@ class Checkpointer:
     def poll(self) -> list[dict[str, Any]]:
         """What has come of snapshots since the last call: dicts with `kind` and more. Not collective; costs little.
 
-        Kinds: `snapshot_committed` (step, seconds), `persisted` (step, seconds, bytes, written_bytes),
-        `persist_failed` (step, reason), `snapshot_given_up` (reason), `snapshot_skipped` (step).
+        Kinds: `snapshot_committed` (step; seconds, of which copy_s and encode_s; ended, in unix seconds),
+        `persisted` (step, seconds, bytes, written_bytes, ended), `persist_failed` (step, reason),
+        `snapshot_given_up` (reason), `snapshot_skipped` (step).
         """
         return [] if self.snapshots is None else self.snapshots.poll()
 
