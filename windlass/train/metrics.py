@@ -421,6 +421,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return _read_lines(path, EVENTS_FILE)
 
 
+def read_progress(path: Path) -> list[tuple[float, int]]:
+    """(unix time, step) of every line of training as it was written. `path` and errors as in `read_metrics`."""
+    lines = _read_lines(path, METRICS_FILE)
+    return [(line["time"], line["step"]) for line in lines if "train/loss" in line and "time" in line]
+
+
 @dataclass(frozen=True)
 class Replay:
     """A step that was trained more than once: a recovery runs the steps since the checkpoint again."""

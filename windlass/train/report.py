@@ -24,6 +24,7 @@ from windlass.train.metrics import (
     Replay,
     read_events,
     read_metrics,
+    read_progress,
     redact,
     replayed,
 )
@@ -33,7 +34,7 @@ PLOTS_FOLDER = "report"
 
 _MAX_TABLE_ROWS = 200
 _BETWEEN_LIVES = {"restart", "recovered"}
-_ROUTINE_KINDS = {"eval", "snapshot_committed", "persisted"}
+_ROUTINE_KINDS = {"eval", "snapshot_committed", "snapshot_skipped", "persisted"}
 
 Record = dict[str, Any]
 
@@ -45,6 +46,8 @@ class Run:
     name: str
     records: list[Record]
     events: list[Record]
+    progress: list[tuple[float, int]]
+    """(unix time, step) of every line of training, also of steps that were trained again."""
     replays: list[Replay]
     config: str | None
 
@@ -147,7 +150,7 @@ def _read_run(run_dir: Path) -> Run:
             raise RunFolderError("run_dir", run_dir / "config.yaml", "is not valid YAML", fix) from error
         config = OmegaConf.to_yaml(OmegaConf.create(redact(loaded)))
     events = read_events(run_dir) if has[EVENTS_FILE] else []
-    return Run(run_dir.resolve().name, records, events, replayed(run_dir), config)
+    return Run(run_dir.resolve().name, records, events, read_progress(run_dir), replayed(run_dir), config)
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:

@@ -15,6 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 
+from windlass.train.report_timeline import draw_timeline
+
 if TYPE_CHECKING:
     from windlass.train.report import Run
 
@@ -22,22 +24,11 @@ _DPI = 144
 _WIDTH_INCHES = 10.4
 _SMOOTH_FROM = 60
 """Lines from which on the training loss is also drawn smoothed."""
-_TIMELINE_KINDS = [
-    "start",
-    "eval",
-    "snapshot_committed",
-    "persisted",
-    "skipped_step",
-    "preempted",
-    "restart",
-    "recovered",
-    "done",
-]
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class _Theme:
+class Theme:
     """Colours of the plots on a light or a dark page."""
 
     paper: str
@@ -50,8 +41,8 @@ class _Theme:
     alarm: str
 
 
-_LIGHT = _Theme("#ffffff", "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#d97706", "#059669", "#dc2626")
-_DARK = _Theme("#161b22", "#e6edf3", "#9aa4b2", "#2d3440", "#6ea8fe", "#fbbf24", "#34d399", "#f87171")
+_LIGHT = Theme("#ffffff", "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#d97706", "#059669", "#dc2626")
+_DARK = Theme("#161b22", "#e6edf3", "#9aa4b2", "#2d3440", "#6ea8fe", "#fbbf24", "#34d399", "#f87171")
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,7 @@ class Plot:
     title: str
     caption: str
     height_inches: float
-    draw: Callable[[Figure, Run, _Theme], bool]
+    draw: Callable[[Figure, Run, Theme], bool]
 
     def render(self, run: Run) -> tuple[bytes, bytes] | None:
         """The plot as PNGs for a light and for a dark page; None where the run logged nothing of it."""
@@ -75,7 +66,7 @@ class Plot:
         return images[0], images[1]
 
 
-def _png(figure: Figure, theme: _Theme) -> bytes:
+def _png(figure: Figure, theme: Theme) -> bytes:
     """The figure in the colours of `theme`."""
     figure.set_layout_engine("constrained", w_pad=0.12, wspace=0.06)
     figure.set_facecolor(theme.paper)
@@ -103,13 +94,13 @@ def _step_axis(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _mark_restarts(ax: Axes, run: Run, theme: _Theme) -> None:
+def _mark_restarts(ax: Axes, run: Run, theme: Theme) -> None:
     for i, step in enumerate(run.restart_steps()):
         label = None if i else "resumed here"
         ax.axvline(step, color=theme.alarm, linestyle=":", linewidth=1.2, label=label)
 
 
-def _mark_checkpoints(ax: Axes, run: Run, theme: _Theme) -> None:
+def _mark_checkpoints(ax: Axes, run: Run, theme: Theme) -> None:
     steps = sorted({event["step"] for event in run.of_kind("persisted") if event.get("step") is not None})
     if steps:
         at_the_foot = ax.get_xaxis_transform()
@@ -152,7 +143,7 @@ def _from_zero(ax: Axes, values: list[float]) -> None:
     ax.set_ylim(0, 1.18 * top if top > 0 else 1.0)
 
 
-def _draw_loss(figure: Figure, run: Run, theme: _Theme) -> bool:
+def _draw_loss(figure: Figure, run: Run, theme: Theme) -> bool:
     if not run.values("train/loss") and not run.values("val/loss"):
         return False
     left, right = figure.subplots(1, 2, sharey=True)
@@ -180,7 +171,7 @@ def _draw_loss(figure: Figure, run: Run, theme: _Theme) -> bool:
     return True
 
 
-def _draw_optimizer(figure: Figure, run: Run, theme: _Theme) -> bool:
+def _draw_optimizer(figure: Figure, run: Run, theme: Theme) -> bool:
     left, right = figure.subplots(1, 2)
     drawn = _line(left, run, "optim/lr", theme.first)
     left.set_ylabel("learning rate")
@@ -202,7 +193,7 @@ def _draw_optimizer(figure: Figure, run: Run, theme: _Theme) -> bool:
     return drawn
 
 
-def _draw_throughput(figure: Figure, run: Run, theme: _Theme) -> bool:
+def _draw_throughput(figure: Figure, run: Run, theme: Theme) -> bool:
     left, right = figure.subplots(1, 2)
     drawn = _line(left, run, "throughput/tokens_per_s", theme.first)
     left.set_ylabel("tokens/s, stalls included")
@@ -218,7 +209,7 @@ def _draw_throughput(figure: Figure, run: Run, theme: _Theme) -> bool:
     return drawn
 
 
-def _draw_memory(figure: Figure, run: Run, theme: _Theme) -> bool:
+def _draw_memory(figure: Figure, run: Run, theme: Theme) -> bool:
     ax = figure.subplots()
     drawn = _line(ax, run, "memory/host_rss_bytes", theme.first, "host, resident set of rank 0", _GIB)
     drawn |= _line(ax, run, "memory/device_peak_bytes", theme.second, "device, peak", _GIB)
@@ -229,55 +220,17 @@ def _draw_memory(figure: Figure, run: Run, theme: _Theme) -> bool:
     return drawn
 
 
-def _draw_timeline(figure: Figure, run: Run, theme: _Theme) -> bool:
-    events = [event for event in run.events if "time" in event and "kind" in event]
-    if not events:
-        return False
-    begin = min(event["time"] for event in events)
-    span = max(event["time"] for event in events) - begin
-    unit, seconds = ("h", 3600) if span > 2 * 3600 else ("min", 60) if span > 180 else ("s", 1)
-    present = {event["kind"] for event in events}
-    kinds = [kind for kind in _TIMELINE_KINDS if kind in present]
-    kinds += sorted(present.difference(_TIMELINE_KINDS))
-    colors = {
-        "start": theme.third,
-        "eval": theme.faint,
-        "skipped_step": theme.second,
-        "preempted": theme.alarm,
-        "restart": theme.alarm,
-        "recovered": theme.third,
-        "done": theme.third,
-    }
-    figure.set_figheight(1.1 + 0.34 * len(kinds))
-    ax = figure.subplots()
-    for row, kind in enumerate(kinds):
-        mine = [event for event in events if event["kind"] == kind]
-        at = [(event["time"] - begin) / seconds for event in mine]
-        ax.plot(at, [row] * len(at), "o", color=colors.get(kind, theme.first), markersize=6)
-        labelled = -math.inf
-        for x, event in zip(at, mine, strict=True):
-            if event.get("step") is not None and x - labelled > 0.06 * span / seconds:
-                ax.annotate(
-                    f"{event['step']:,}",
-                    (x, row),
-                    (0, 5),
-                    textcoords="offset points",
-                    ha="center",
-                    fontsize=7.5,
-                    color=theme.faint,
-                )
-                labelled = x
-    ax.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds])
-    ax.set_ylim(len(kinds) - 0.4, -0.7)
-    ax.margins(x=0.04)
-    ax.set_xlabel(f"time since the first start ({unit}); small figures are steps")
-    return True
-
-
 PLOTS = [
     Plot("loss", "Loss", "Cross-entropy in training and on the validation set.", 3.9, _draw_loss),
     Plot("optimizer", "Optimizer", "Learning rate, and the global gradient norm.", 3.3, _draw_optimizer),
     Plot("throughput", "Throughput", "Means over each line's steps.", 3.3, _draw_throughput),
     Plot("memory", "Memory", "", 2.9, _draw_memory),
-    Plot("timeline", "Events", "", 2.5, _draw_timeline),
+    Plot(
+        "timeline",
+        "Timeline",
+        "Steps over time. Behind them the snapshots: their copy, parity and agreement, and the way to disk; faint "
+        "where they take little of the time. Bands are pauses from the last sign of a life to the start of the next.",
+        3.5,
+        draw_timeline,
+    ),
 ]
