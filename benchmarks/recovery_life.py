@@ -27,6 +27,7 @@ from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import all_gather_object
+from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.train.loss import cross_entropy_sum
 from windlass.train.state import build_model
@@ -88,7 +89,7 @@ class Recovery:
     copy_s: float = 0.0
     """A copy of this rank's state from memory to memory, while the other ranks copy theirs."""
     new_copy_s: float = 0.0
-    """The same copy into memory that the kernel has yet to give."""
+    """The same copy, of optimizer state into memory that the kernel has yet to give: a new process has no other."""
     received_bytes: int = 0
     """Over loopback, to rebuild what was lost."""
     loopback_s: float = 0.0
@@ -203,9 +204,16 @@ def _train_on(trainer: Trainer, checkpointer: Checkpointer, step: int, parent: C
 
 
 def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: MemoryTier) -> None:
+    weights = [local_tensor(parameter) for parameter in trainer.model.parameters()]
     tensors = local_tensors(trainer.model, trainer.optimizer)
+    state = tensors[len(weights) :]
     recovery.state_bytes = sum(tensor.nbytes for tensor in tensors)
-    recovery.new_copy_s, recovery.copy_s = _copy_seconds(tensors, mesh)
+    places = [torch.ones_like(tensor) for tensor in tensors]
+    warm, new = [], []
+    for _ in range(COPIES):
+        warm.append(_slowest(mesh, lambda: _copy(tensors, places)))
+        new.append(_slowest(mesh, lambda: (_copy(weights, places[: len(weights)]), _copy(state, _new_memory(state)))))
+    recovery.copy_s, recovery.new_copy_s = statistics.median(warm), statistics.median(new)
     if recovery.lost_nodes:
         stripes = _stripes(memory)
         # For each shard of a lost slot, the k shards that are left of its stripe.
@@ -213,19 +221,25 @@ def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: Me
         recovery.loopback_s = _loopback_seconds(recovery.received_bytes, mesh)
 
 
+def _slowest(mesh: Mesh, action: Callable[[], object]) -> float:
+    """Seconds of the slowest rank, all at the same time."""
+    mesh.barrier()
+    begin = time.perf_counter()
+    action()
+    return max(all_gather_object(time.perf_counter() - begin, mesh.group))
+
+
 @torch.no_grad()
-def _copy_seconds(tensors: list[torch.Tensor], mesh: Mesh) -> tuple[float, float]:
-    """The first copy, into new pages, and the median of later ones; of the slowest rank, all at the same time."""
-    place = mmap.mmap(-1, sum(tensor.nbytes for tensor in tensors))
-    target, seconds = torch.frombuffer(place, dtype=torch.uint8), []
-    for _ in range(1 + COPIES):
-        mesh.barrier()
-        begin, offset = time.perf_counter(), 0
-        for tensor in tensors:
-            target[offset : offset + tensor.nbytes].copy_(tensor.reshape(-1).view(torch.uint8))
-            offset += tensor.nbytes
-        seconds.append(max(all_gather_object(time.perf_counter() - begin, mesh.group)))
-    return seconds[0], statistics.median(seconds[1:])
+def _copy(tensors: list[torch.Tensor], places: list[torch.Tensor]) -> None:
+    for place, tensor in zip(places, tensors, strict=True):
+        place.copy_(tensor)
+
+
+def _new_memory(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Room for `tensors` in pages that no process has yet, as an allocator gets it for the large ones."""
+    pages = torch.frombuffer(mmap.mmap(-1, sum(tensor.nbytes for tensor in tensors)), dtype=torch.uint8)
+    parts = pages.split([tensor.nbytes for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _stripes(memory: MemoryTier) -> Stripes:
