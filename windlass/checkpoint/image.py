@@ -95,21 +95,35 @@ class Chunk:
 
 
 def lay_out(blocks: Iterable[Block]) -> list[Chunk]:
-    """Where each of `blocks` goes in an image, in their order."""
+    """Where each of `blocks` goes in an image: large ones in their order, then small ones in theirs, many to a chunk.
+
+    Else the norms between the matrices of a network would each be a file.
+    """
+    parts = [part for block in blocks for part in block.parts(MAX_CHUNK_BYTES)]
+    groups = [[part] for part in parts if part.nbytes >= CHUNK_BYTES]
+    groups += _gather([part for part in parts if part.nbytes < CHUNK_BYTES])
     chunks: list[Chunk] = []
-    open_entries: list[Entry] = []
-    end = 0
-    for block in [part for whole in blocks for part in whole.parts(MAX_CHUNK_BYTES)]:
-        filled = end - open_entries[0].begin if open_entries else 0
-        is_aligned = filled % DTYPE_BYTES[block.dtype] == 0
-        if open_entries and (filled + block.nbytes > CHUNK_BYTES or not is_aligned):
-            chunks.append(Chunk(tuple(open_entries)))
-            open_entries, end = [], round_up(end, PAGE_BYTES)
-        open_entries.append(Entry(block, end))
-        end += block.nbytes
-    if open_entries:
-        chunks.append(Chunk(tuple(open_entries)))
+    for group in groups:
+        entries, end = [], round_up(chunks[-1].end, PAGE_BYTES) if chunks else 0
+        for block in group:
+            entries.append(Entry(block, end))
+            end += block.nbytes
+        chunks.append(Chunk(tuple(entries)))
     return chunks
+
+
+def _gather(blocks: Sequence[Block]) -> list[list[Block]]:
+    """`blocks` in their order, in groups that are not too large and in which each is aligned."""
+    groups: list[list[Block]] = []
+    filled = 0
+    for block in blocks:
+        is_aligned = filled % DTYPE_BYTES[block.dtype] == 0
+        if not groups or filled + block.nbytes > CHUNK_BYTES or not is_aligned:
+            groups.append([])
+            filled = 0
+        groups[-1].append(block)
+        filled += block.nbytes
+    return groups
 
 
 def image_bytes(chunks: Sequence[Chunk]) -> int:

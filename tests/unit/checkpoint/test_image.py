@@ -50,10 +50,13 @@ def test_an_image_holds_every_element_once_and_in_order(seed: int) -> None:
             end = entry.end
         assert len(chunk.entries) == 1 or chunk.end - chunk.begin <= CHUNK_BYTES
     parts = [entry.block for chunk in chunks for entry in chunk.entries]
-    assert [part.name for part in parts] == sorted((part.name for part in parts), key=lambda name: int(name[1:]))
+    for is_large in (True, False):
+        names = [int(part.name[1:]) for part in parts if (part.nbytes >= CHUNK_BYTES) == is_large]
+        assert names == sorted(names)
     for whole in blocks:
         rows = [part for part in parts if part.name == whole.name]
         assert sum(part.nbytes for part in rows) == whole.nbytes
+        assert rows == sorted(rows, key=lambda part: part.offset), "the parts of a block in order are the block"
     assert image_bytes(chunks) % PAGE_BYTES == 0
     assert end <= image_bytes(chunks) < end + PAGE_BYTES
 
@@ -66,7 +69,7 @@ def test_an_image_of_nothing_is_empty() -> None:
 def test_small_blocks_share_a_chunk_and_large_ones_do_not() -> None:
     small = CHUNK_BYTES // 16
     chunks = lay_out([block("a", small), block("b", small), block("c", CHUNK_BYTES), block("d", small)])
-    assert [[entry.block.name for entry in chunk.entries] for chunk in chunks] == [["a", "b"], ["c"], ["d"]]
+    assert [[entry.block.name for entry in chunk.entries] for chunk in chunks] == [["c"], ["a", "b", "d"]]
 
 
 def test_the_cut_is_of_names_and_shapes_alone() -> None:
