@@ -34,6 +34,8 @@ from windlass.checkpoint.transport import Listener
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""
 TICK_S = 1.0
+MAX_EVENTS = 100
+"""Kept for trainers, which ask after each step, and get all of them when they are new."""
 
 logger = logging.getLogger("windlass.checkpoint.agent")
 
@@ -303,7 +305,7 @@ class Agent:
         # The next agent's go on from these: no two of them run at the same time.
         number = self.events[-1]["number"] + 1 if self.events else int(uptime() * 1e6)
         self.events.append({"number": number, "kind": kind, **fields})
-        del self.events[:-1000]
+        del self.events[:-MAX_EVENTS]
 
     def _write_headers(self) -> None:
         if self.ledger.aborted != self._aborted and self.ledger.aborted is not None:
