@@ -406,10 +406,8 @@ class MemoryTier:
         if self.client is not None:
             try:
                 self._ask("end", rank=self.mesh.rank, num_local_ranks=self.ranks_per_node, persist=False)
-            except AgentError as error:
+            except (AgentError, TransportError) as error:
                 logger.warning("%s", error)
-            except TransportError:
-                pass  # it has left before it answered
             self.client.close()
             self.client = None
 
