@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -32,7 +33,6 @@ from windlass.checkpoint.storage import Location
 from windlass.checkpoint.stripes import BLOCK_BYTES
 
 HEAD_BYTES = 64 << 10
-SECRET = b"the secret of one job, 32 bytes."
 LATE_S = 30.0
 """What must happen is given so long."""
 
@@ -101,6 +101,8 @@ class Cluster:
     generation: int = 1
     number: int = 0
     steps: dict[SnapshotId, int] = field(default_factory=dict)
+    secret: bytes = b""
+    """Another one whenever the agents are told of each other, as trainers do it."""
 
     # --- Agents. ---
 
@@ -127,6 +129,7 @@ class Cluster:
         self.open()
 
     def configure(self, keep: Iterable[SnapshotId] = ()) -> None:
+        self.secret = secrets.token_bytes(32)
         addresses = [self.status(node)["address"] for node in range(self.num_nodes)]
         for node, client in self.clients.items():
             client.ask(
@@ -134,7 +137,7 @@ class Cluster:
                 generation=self.generation,
                 position=node,
                 addresses=addresses,
-                secret=SECRET.hex(),
+                secret=self.secret.hex(),
                 num_parity_shards=self.num_parity_shards,
                 writer=0,
                 keep=list(keep),
@@ -236,8 +239,18 @@ class Cluster:
         return snapshot
 
     def wait_for_phase(self, phase: str, snapshot: SnapshotId, nodes: Iterable[int] | None = None) -> None:
+        """By what the files say."""
         for node in range(self.num_nodes) if nodes is None else nodes:
-            wait_until(lambda node=node: self.phase(node, snapshot) == phase, f"{phase} of {snapshot} on node {node}")
+            deadline = time.monotonic() + LATE_S
+            while self.phase(node, snapshot) != phase:
+                assert time.monotonic() < deadline, f"node {node} is not {phase} in time:\n{self.describe(snapshot)}"
+                time.sleep(0.001)
+
+    def describe(self, snapshot: SnapshotId) -> str:
+        """How far a snapshot is, and what the agents have to say."""
+        folders = [self.folder(node).path for node in range(self.num_nodes)]
+        logs = [f"{self.phase(node, snapshot)}\n{(at / 'agent.log').read_text()}" for node, at in enumerate(folders)]
+        return "\n".join(f"node {node}: {log}" for node, log in enumerate(logs))
 
     def phase(self, node: int, snapshot: SnapshotId) -> str:
         """As the files say it: whether there is an agent or not."""
@@ -312,7 +325,7 @@ class Cluster:
             if node == 0:
                 local[node] = files
         addresses = {node: tuple(self.status(node)["address"]) for node in range(self.num_nodes)}
-        source = SlotSource(snapshot, self.steps[snapshot], local, addresses, SECRET, self.generation)
+        source = SlotSource(snapshot, self.steps[snapshot], local, addresses, self.secret, self.generation)
         reader = CheckpointReader(manifest_of(self.steps[snapshot], self.generation, self.num_nodes, parts), source)
         try:
             return {name: reader.read_whole(name).numpy().tobytes() for name in reader.manifest.tensors}

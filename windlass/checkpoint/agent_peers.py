@@ -129,8 +129,11 @@ class PeerSender(threading.Thread):
     def _push(self, connection: Connection, push: Push) -> None:
         """Sends the data of a snapshot, unless it is given up meanwhile."""
         files, agent = push.files, self.agent
-        assert files.header is not None and files.data is not None
-        stripes, data, table = files.header.stripes, files.data.view, files.table
+        with agent.changed:
+            if not agent.is_in_flight(push.snapshot):
+                return  # its slot may be empty by now
+            assert files.header is not None and files.data is not None
+            stripes, data, table = files.header.stripes, files.data.view, files.table
         try:
             for chunk, row in push.targets:
                 for block in range(0, stripes.blocks_per_chunk, BLOCKS_PER_FRAME):

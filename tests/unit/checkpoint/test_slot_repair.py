@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.agents import SECRET, Cluster, cluster, shared_memory
+from support.agents import Cluster, cluster, shared_memory
 from support.files import flip
 
 from windlass.checkpoint.handshake import RefusedPeer, TransportError
@@ -48,7 +48,7 @@ def empty_slot(nodes: Cluster, shm: Path, position: int) -> SlotFiles:
 
 def source(nodes: Cluster, position: int) -> BlockSource:
     host, port = nodes.status(position)["address"]
-    return BlockSource((host, port), SECRET, nodes.generation, SNAPSHOT, position)
+    return BlockSource((host, port), nodes.secret, nodes.generation, SNAPSHOT, position)
 
 
 def rebuild(nodes: Cluster, files: SlotFiles, sources: list[int], wanted: set[int] | None = None) -> int:
@@ -139,7 +139,7 @@ def test_a_source_that_ends_is_passed_by(nodes: Cluster, shm: Path) -> None:
 def test_a_snapshot_that_a_node_does_not_hold_is_an_error(nodes: Cluster) -> None:
     host, port = nodes.status(0)["address"]
     for snapshot, position in ((SnapshotId(1, 99), 0), (SNAPSHOT, 1)):
-        wrong = BlockSource((host, port), SECRET, nodes.generation, snapshot, position)
+        wrong = BlockSource((host, port), nodes.secret, nodes.generation, snapshot, position)
         wrong.ask(0, 1)
         with pytest.raises(TransportError, match="does not hold that"):
             wrong.take(np.empty(BLOCK_BYTES, np.uint8))
