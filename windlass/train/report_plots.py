@@ -41,8 +41,8 @@ class Theme:
     alarm: str
 
 
-_LIGHT = Theme("#ffffff", "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#d97706", "#059669", "#dc2626")
-_DARK = Theme("#161b22", "#e6edf3", "#9aa4b2", "#2d3440", "#6ea8fe", "#fbbf24", "#34d399", "#f87171")
+LIGHT = Theme("#ffffff", "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#d97706", "#059669", "#dc2626")
+DARK = Theme("#161b22", "#e6edf3", "#9aa4b2", "#2d3440", "#6ea8fe", "#fbbf24", "#34d399", "#f87171")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Plot:
     def render(self, run: Run) -> tuple[bytes, bytes] | None:
         """The plot as PNGs for a light and for a dark page; None where the run logged nothing of it."""
         images = []
-        for theme in (_LIGHT, _DARK):
+        for theme in (LIGHT, DARK):
             figure = Figure(figsize=(_WIDTH_INCHES, self.height_inches), dpi=_DPI)
             if not self.draw(figure, run, theme):
                 return None
@@ -229,7 +229,8 @@ PLOTS = [
         "timeline",
         "Timeline",
         "Steps over time. Behind them the snapshots: their copy, parity and agreement, and the way to disk; faint "
-        "where they take little of the time. Bands are pauses from the last sign of a life to the start of the next.",
+        "where they take little of the time. Bands reach from the last sign of a life to the start of the next, and "
+        "say where that went on, how many steps and nodes were lost, and how long it took.",
         3.5,
         draw_timeline,
     ),

@@ -6,7 +6,7 @@ Thousands of snapshots are drawn as the share of time that they took, so that a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -15,14 +15,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from windlass.train.console import duration
+
 if TYPE_CHECKING:
     from windlass.train.report import Run
     from windlass.train.report_plots import Theme
 
 NUM_BINS = 400
 """What is drawn of a lane at most; narrower than a pixel of a page nobody sees it."""
-PAUSE_SHARE = 0.05
-"""A pause between two lives is drawn no longer than this share of all lives together."""
+PAUSE_SHARE, PAUSE_S = 0.05, 60.0
+"""A pause between two lives is drawn no longer than this share of all lives together, or so many seconds."""
+LABEL_SHARE = 0.1
+"""Of the axis: what the words beside a pause take."""
 BOUNDARY_KINDS = ("restart", "recovered", "start")
 """Events of a life that begins."""
 STOP_KINDS = ("preempted", "done")
@@ -165,7 +169,7 @@ def thinned(bars: Sequence[Bar], begin: float, end: float) -> list[Bar]:
 def without_long_pauses(pauses: Sequence[Pause], begin: float, end: float) -> tuple[Callable[[float], float], float]:
     """Unix time -> seconds on the axis, on which long pauses are cut short; and how long they are there."""
     up_s = end - begin - math.fsum(pause.end - pause.begin for pause in pauses)
-    longest = max(1.0, PAUSE_SHARE * up_s)
+    longest = max(PAUSE_S, PAUSE_SHARE * up_s)
 
     def place(time: float) -> float:
         cut = 0.0
@@ -231,23 +235,33 @@ def _marks(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def _draw_lives(
-    ax: Axes, found: Iterable[Life], pauses: Sequence[Pause], at: Callable[[float], float], span: float, theme: Theme
+    ax: Axes, found: Sequence[Life], pauses: Sequence[Pause], at: Callable[[float], float], span: float, theme: Theme
 ) -> None:
     for life in found:
         ax.plot([at(time) for time in life.times], life.steps, color=theme.first, linewidth=1.6)
-    labelled = -math.inf
+    labelled, highest = -math.inf, max((max(life.steps, default=0) for life in found), default=0)
     named: set[str] = set()
     for pause in pauses:
         name = "stopped and resumed" if pause.was_stopped else f"went on from {_source(pause)}"
         color = _pause_color(pause, theme)
         label = None if name in named else name
         named.add(name)
-        ax.axvspan(at(pause.begin), at(pause.end), color=color, alpha=0.25, linewidth=0, label=label)
-        if at(pause.end) - labelled > 0.14 * span:
-            text = _pause_text(pause)
-            ax.annotate(text, (at(pause.end), pause.step), (4, -2), textcoords="offset points", va="top", fontsize=7.5,
-                        color=theme.faint)  # fmt: skip
-            labelled = at(pause.end)
+        end = at(pause.end)
+        ax.axvspan(at(pause.begin), end, color=color, alpha=0.25, linewidth=0, label=label)
+        ax.axvline(end, color=color, linewidth=1.2)  # of a long run all that is seen of a short pause
+        if end - labelled > LABEL_SHARE * span:
+            is_last = end > (1 - LABEL_SHARE) * span
+            ax.annotate(
+                _pause_text(pause),
+                (end, max(pause.step, 0.17 * highest)),  # else the words would stand below the axis
+                (-4 if is_last else 4, -2),
+                textcoords="offset points",
+                va="top",
+                ha="right" if is_last else "left",
+                fontsize=7.5,
+                color=theme.ink,
+            )
+            labelled = end
     ax.set_ylabel("step")
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
@@ -260,11 +274,11 @@ def _source(pause: Pause) -> str:
 
 def _pause_text(pause: Pause) -> str:
     least, most = pause.lost_steps
+    nodes = f", {pause.lost_nodes} node{'s' * (pause.lost_nodes > 1)}" if pause.lost_nodes else ""
+    if pause.was_stopped:
+        return f"step {pause.step:,}\n{duration(pause.end - pause.begin)}"
     steps = f"{least:,}" if least == most else f"{least:,}..{most:,}"
-    lines = [f"step {pause.step:,}", f"lost {steps} step{'s' * (most != 1)}", f"after {pause.end - pause.begin:.3g} s"]
-    if pause.lost_nodes:
-        lines.insert(1, f"{pause.lost_nodes} node{'s' * (pause.lost_nodes > 1)} lost")
-    return "\n".join(lines[:1] + lines[-1:] if pause.was_stopped else lines)
+    return f"step {pause.step:,}, lost {steps}{nodes}\n{pause.end - pause.begin:.1f} s"
 
 
 def _pause_color(pause: Pause, theme: Theme) -> str:
