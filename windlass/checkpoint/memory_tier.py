@@ -101,7 +101,9 @@ class MemoryTier:
                 settings.num_parity_shards,
                 f"parity of {self.num_nodes} {'rank' if by_rank else 'node'}{'s' * (self.num_nodes > 1)} can make up "
                 f"for at most {self.num_nodes - 1} lost",
-                "set checkpoint.failure_domain=rank to protect the ranks of a machine from each other, "
+                f"set checkpoint.num_parity_shards={self.num_nodes - 1}"
+                if by_rank or self.num_nodes > 1
+                else "set checkpoint.failure_domain=rank to protect the ranks of a machine from each other, "
                 "or checkpoint.num_parity_shards=0",
             )
         self.node = mesh.rank // self.ranks_per_node

@@ -36,6 +36,8 @@ def _end_agents(config: Config) -> None:
     from windlass.train.state import checkpoint_dir
 
     shm_dir = None if config.checkpoint.shm_dir is None else Path(config.checkpoint.shm_dir)
+    if shm_dir is not None and not shm_dir.is_dir():
+        return  # as the workers have said
     for folder in end_agents(resolved(checkpoint_dir(config)), shm_dir):
         sys.stderr.write(f"windlass: warning: the snapshot agent in {folder} is still at work\n")
 
