@@ -144,10 +144,10 @@ class Agent:
         """
         with self.changed:
             is_new = group.generation > self.ledger.generation
+            self.ledger.fence(group.generation, group.position, len(group.addresses), keep)
             if self.encoding is not None:
                 # In a generation that goes on: with the connections goes what is under way on them.
                 self.ledger.abort(self.encoding.snapshot)
-            self.ledger.fence(group.generation, group.position, len(group.addresses), keep)
             self._write_headers()  # first: an old slot in flight would never end in the new generation
             write_shared(self.folder.path / "generation", str(group.generation).encode())
             self.group = group

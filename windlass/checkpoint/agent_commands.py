@@ -139,9 +139,10 @@ class TrainerSession:
             writer=request["writer"],
         )
         agent = self.agent
-        agent.persister.target = (request["store"], request["keep_durable"])
-        agent.pacer = Pacer(request["max_send_bytes_per_s"])
-        agent.configure(group, [SnapshotId(*snapshot) for snapshot in request["keep"]])
+        with agent.changed:
+            agent.configure(group, [SnapshotId(*snapshot) for snapshot in request["keep"]])
+            agent.persister.target = (request["store"], request["keep_durable"])
+            agent.pacer = Pacer(request["max_send_bytes_per_s"])
         return {}
 
     def _reserve(self, request: Json) -> Json:
