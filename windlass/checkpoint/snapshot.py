@@ -49,6 +49,7 @@ class LazySnapshots:
         self._owes_persist = False
         self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
         self._is_in_flight = False
+        self._newest_step = -1  # the newest that was begun: what is heard later may be of one before it
         self._persisting: set[int] = set()
         self._outcomes: dict[int, str] = {}  # of those that were last to be made durable
         self._events: list[dict[str, Any]] = []
@@ -79,6 +80,7 @@ class LazySnapshots:
         if target is None:
             return False
         self._taken, self._is_in_flight, self._owes_persist = (step, target.persist), True, False
+        self._newest_step = step
         if target.persist:
             self._persisting.add(step)
             self._outcomes = {}
@@ -138,15 +140,14 @@ class LazySnapshots:
         for event in self.memory.events(self._newest_event):
             self._newest_event = event.pop("number")
             kind = event["kind"]
-            if kind == "snapshot_committed":
+            if kind in ("snapshot_committed", "snapshot_given_up") and event["step"] == self._newest_step:
                 self._is_in_flight = False
-            elif kind == "snapshot_given_up":
-                self._is_in_flight = False
+            if kind == "snapshot_given_up":
                 if event["step"] in self._persisting:
                     self._outcomes[event["step"]] = kind
                     self._persisting.discard(event["step"])
                     self._owes_persist = True
-            else:
+            elif kind != "snapshot_committed":
                 self._outcomes[event["step"]] = kind
                 self._persisting.discard(event["step"])
             self._events.append(event)
