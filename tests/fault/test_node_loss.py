@@ -85,6 +85,8 @@ def live_until_struck(
         time.sleep(randomness.uniform(0.0, 5.0))
     else:
         nodes.wait_until(lambda: cluster.has_committed_after(generation) or not life.is_alive(), "a snapshot")
+        step = cluster.newest_committed() + randomness.randint(0, 4)
+        nodes.wait_until(lambda: cluster.newest_committed() >= step or not life.is_alive(), f"step {step}")
         if kind != "trainer":
             doomed = [cluster.nodes[victim].running_agent() for victim in victims] + doomed
         if randomness.random() < 0.6:

@@ -53,6 +53,10 @@ class Node:
     def phases(self) -> list[Phase]:
         return [header.phase for header in self.headers()]
 
+    def committed(self) -> int:
+        """The newest step that this node has committed; 0 where there is none."""
+        return max((header.step for header in self.headers() if header.phase == Phase.committed), default=0)
+
     def agent(self) -> psutil.Process | None:
         """Its process, whether or not it answers."""
         for process in psutil.process_iter():
@@ -138,7 +142,12 @@ class Cluster:
 
     def newest_committed(self) -> int:
         """The newest step that any node has committed; 0 where there is none."""
-        return max((header.step for header in self.headers() if header.phase == Phase.committed), default=0)
+        return max(node.committed() for node in self.nodes)
+
+    def replace(self, number: int) -> None:
+        """Puts a new node in the place of one, which goes on without the cluster's knowing."""
+        self.nodes[number] = Node(self.nodes[number].shm_dir.with_name(f"other{number}"))
+        self.nodes[number].shm_dir.mkdir()
 
     def newest_generation(self) -> int:
         return max((header.snapshot.generation for header in self.headers()), default=0)
@@ -158,8 +167,8 @@ def shared_memory() -> Iterator[Path]:
     try:
         yield path
     finally:
-        for number in range(len(list(path.iterdir()))):
-            Node(path / f"node{number}").kill_agent()
+        for shm_dir in path.iterdir():
+            Node(shm_dir).kill_agent()
         shutil.rmtree(path)
 
 
