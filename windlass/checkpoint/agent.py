@@ -327,9 +327,14 @@ def main() -> int:
     with folder.locked() as is_ours:
         if not is_ours:
             return 0
+        folder.touch(job, float(lease_s))  # first, so that somebody removes the folder if this agent fails
         for removed in remove_expired(folder.path.parent.parent):
             logger.info("removed %s: its job is over", removed)
-        agent = Agent(folder, job, int(num_slots), host, float(lease_s))
+        try:
+            agent = Agent(folder, job, int(num_slots), host, float(lease_s))
+        except OSError as error:
+            logger.error("it cannot listen on %s: %s", host, error.strerror or error)
+            return 1
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=agent.persister.persist_and_close).start())
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

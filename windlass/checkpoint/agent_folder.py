@@ -160,15 +160,17 @@ class AgentFolder:
                         stderr=output,
                         start_new_session=True,
                     )
-            if process is not None and process.poll() not in (None, 0):
-                break  # 0: another process was faster
+            if process is not None and process.poll() is not None:
+                if process.returncode != 0:
+                    break
+                process = None  # another was faster, which may be ending by now
             time.sleep(_POLL_S)
-        text = log.read_text(errors="replace")[-500:] if log.exists() else ""
+        lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         raise RunFolderError(
-            "checkpoint.shm_dir",
-            self.path,
-            f"the snapshot agent did not start within {START_S:.0f} s: {text.strip() or 'it said nothing'}",
-            "look at agent.log there, or set checkpoint=durable",
+            "checkpoint.agent_host",
+            host,
+            f"the snapshot agent of this node did not start: {lines[-1] if lines else 'it said nothing'}",
+            "name an address of this node, leave checkpoint.agent_host null, or set checkpoint=durable",
         )
 
 

@@ -285,7 +285,8 @@ class Checkpointer:
             self.current_step = plan.step if plan.step == durable_step else None
             if memory.needs_protection(plan):
                 self.snapshots.take(plan.step, persist=False)
-            origin = f"the memory of {len(whole.holders)} node{'s' * (len(whole.holders) > 1)}"
+            num_parts = len(whole.holders)
+            origin = f"the memory of {num_parts} {self.settings.failure_domain}{'s' * (num_parts > 1)}"
             source = "parity" if plan.lost else "local_ram"
             return Restored(plan.step, origin, source=source, lost_nodes=len(plan.lost))
         return None
