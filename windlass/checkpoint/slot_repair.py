@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -17,8 +16,6 @@ from windlass.checkpoint.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.transport import Connection, connect
 
 BLOCKS_PER_READ = 4
-RUNS_AHEAD = 1
-"""Asked for beside the one that is put together: others read and send meanwhile."""
 TRAINER = -1
 """The position of whoever only reads."""
 
@@ -92,42 +89,8 @@ def runs_of(stripes: Stripes, position: int, wanted: set[int] | None) -> Iterato
                 yield Run(stripe, shard, block, min(step, stripes.blocks_per_chunk - block))
 
 
-class Pending:
-    """What was asked for to restore one run: `take` receives it, into memory that is used again and again."""
-
-    def __init__(self, run: Run, num_shards: int, num_blocks: int) -> None:
-        self.run = run
-        self.asked: list[tuple[int, BlockSource]] = []
-        """(shard, who was asked for it), in the order of asking."""
-        self.found: dict[int, np.ndarray] = {}
-        """Shard -> its blocks, sound."""
-        self.tried: set[int] = set()
-        self._buffers = np.empty((num_shards, num_blocks * BLOCK_BYTES), np.uint8)
-
-    def begin(self, run: Run) -> None:
-        self.run = run
-        self.found.clear()
-        self.tried = {run.shard}
-
-    def take(self) -> list[BlockSource]:
-        """Receives all that was asked for; returns those that did not answer."""
-        gone = []
-        for shard, source in self.asked:
-            buffer = self._buffers[len(self.found), : self.run.count * BLOCK_BYTES]
-            try:
-                if source.take(buffer):
-                    self.found[shard] = buffer
-            except TransportError:
-                gone.append(source)
-        self.asked.clear()
-        return gone
-
-
 class Rebuilder:
-    """Restores blocks of the slot `files` from `sources`, the slots of other nodes by position.
-
-    While one run is put together the next is on its way.
-    """
+    """Restores blocks of the slot `files` from `sources`, the slots of other nodes by position."""
 
     def __init__(self, files: SlotFiles, sources: Mapping[int, BlockSource]) -> None:
         assert files.header is not None
@@ -142,66 +105,41 @@ class Rebuilder:
             TooFewShards: fewer than k of a stripe are left.
         """
         total = 0
-        pending: deque[Pending] = deque()
-        unused: list[Pending] = []
         for run in runs_of(self.stripes, self.position, wanted):
-            size = BLOCKS_PER_READ if wanted is None else 1
-            slot = unused.pop() if unused else Pending(run, self.stripes.num_data_shards, size)
-            slot.begin(run)
-            self._ask_more(slot)
-            pending.append(slot)
-            if len(pending) > RUNS_AHEAD:
-                unused.append(pending[0])
-                total += self._restore(pending, wanted is not None)
-        while pending:
-            total += self._restore(pending, wanted is not None)
+            shards = self._gather(run)
+            number = block_number(self.stripes, run.shard, run.block)
+            target = self.files.blocks(number, run.count)
+            self._codec.reconstruct(shards, {run.shard: target})
+            for index in range(run.count):
+                checksum = crc32c(target[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
+                if wanted is not None and checksum != int(self.files.table[number + index]):
+                    raise TooFewShards(f"block {number + index} does not come out as it was written")
+                self.files.table[number + index] = checksum
+            total += run.count
         return total
 
-    def _restore(self, pending: deque[Pending], has_checksums: bool) -> int:
-        """Restores the first run of `pending` and takes it out; returns how many blocks it has."""
-        self._gather(pending)
-        slot = pending.popleft()
-        run = slot.run
-        number = block_number(self.stripes, run.shard, run.block)
-        target = self.files.blocks(number, run.count)
-        self._codec.reconstruct(slot.found, {run.shard: target})
-        for index in range(run.count):
-            checksum = crc32c(target[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
-            if has_checksums and checksum != int(self.files.table[number + index]):
-                raise TooFewShards(f"block {number + index} does not come out as it was written")
-            self.files.table[number + index] = checksum
-        return run.count
-
-    def _gather(self, pending: deque[Pending]) -> None:
-        """Has k sound shards found for the first run of `pending`."""
-        first, needed = pending[0], self.stripes.num_data_shards
-        self._take(first)
-        while len(first.found) < needed:
-            for later in list(pending)[1:]:
-                self._take(later)  # answers come in the order of the questions
-            if not self._ask_more(first):
-                raise TooFewShards(
-                    f"stripe {first.run.stripe}: {len(first.found)} sound shards are left where {needed} are needed"
-                )
-            self._take(first)
-
-    def _take(self, slot: Pending) -> None:
-        for source in slot.take():
-            self._drop(source)
-
-    def _ask_more(self, slot: Pending) -> bool:
-        """Asks for as many shards as are missing, each once; False if there is nobody left to ask."""
-        stripes, run = self.stripes, slot.run
-        for shard in range(stripes.num_nodes):
-            if len(slot.found) + len(slot.asked) == stripes.num_data_shards:
-                break
-            if shard in slot.tried:
-                continue
-            slot.tried.add(shard)
-            source = self.sources.get(stripes.node_of_shard(run.stripe, shard))
-            if source is not None and self._ask(source, block_number(stripes, shard, run.block), run.count):
-                slot.asked.append((shard, source))
-        return bool(slot.asked)
+    def _gather(self, run: Run) -> dict[int, np.ndarray]:
+        """k shards of the stripe, sound, at the blocks of `run`."""
+        stripes, needed = self.stripes, self.stripes.num_data_shards
+        found: dict[int, np.ndarray] = {}
+        left = [shard for shard in range(stripes.num_nodes) if shard != run.shard]
+        while len(found) < needed:
+            batch, left = left[: needed - len(found)], left[needed - len(found) :]
+            if not batch:
+                raise TooFewShards(f"stripe {run.stripe}: {len(found)} sound shards are left where {needed} are needed")
+            asked = []
+            for shard in batch:
+                source = self.sources.get(stripes.node_of_shard(run.stripe, shard))
+                if source is not None and self._ask(source, block_number(stripes, shard, run.block), run.count):
+                    asked.append((shard, source))
+            for shard, source in asked:
+                buffer = np.empty(run.count * BLOCK_BYTES, np.uint8)
+                try:
+                    if source.take(buffer):
+                        found[shard] = buffer
+                except TransportError:
+                    self._drop(source)
+        return found
 
     def _ask(self, source: BlockSource, first: int, count: int) -> bool:
         try:
