@@ -109,7 +109,9 @@ class PeerSender(threading.Thread):
         self._send_report(self._connection)
         while self.messages:
             self._connection.send(self.messages[0])
-            self.messages.popleft()
+            with self.agent.changed:
+                self.messages.popleft()
+                self.agent.changed.notify_all()
         while self.pushes:
             self._push(self._connection, self.pushes.popleft())
 

@@ -30,6 +30,8 @@ REPEAT_S = 5.0
 """A part is told again after so long: its message may have been lost with a connection."""
 LAST_WORDS_S = 60.0
 """What the last write has when the job ends without its trainers."""
+TELL_S = 5.0
+"""What the writer has to tell the others of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +108,8 @@ class Persister(threading.Thread):
             if snapshot not in self._outcomes and snapshot not in [queued for queued, _ in self._queue]:
                 self.add(snapshot, header.step)
             agent.changed.wait_for(lambda: snapshot in self._outcomes, LAST_WORDS_S)
+            # The others end as well, when they have heard how it went.
+            agent.changed.wait_for(lambda: not any(sender.messages for sender in agent.senders.values()), TELL_S)
 
     def persist_and_close(self) -> None:
         """What SIGTERM asks for: somebody takes the machine away."""

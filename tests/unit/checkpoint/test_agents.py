@@ -99,6 +99,26 @@ def test_ending_writes_what_only_memory_has(node: Cluster) -> None:
     assert all(result.is_sound for result in inspect.verify(node.store))
 
 
+class OneMachine(Cluster):
+    """Its nodes are ranks of one machine, which have agents of their own in the same shared memory."""
+
+    def folder(self, node: int) -> AgentFolder:
+        return AgentFolder.of("a job", self.root, f"r{node}")
+
+
+def test_ending_all_agents_of_a_machine_writes_what_they_have_together(tmp_path: Path) -> None:
+    with shared_memory() as root:
+        nodes = OneMachine(root, 3, 1, tmp_path / "checkpoints")
+        try:
+            nodes.open()
+            nodes.take(7)
+            assert end_agents(nodes.store, root) == []
+        finally:
+            nodes.close()
+        assert committed_steps(tmp_path / "checkpoints") == [7]
+        assert all(result.is_sound for result in inspect.verify(nodes.store))
+
+
 def test_ending_leaves_other_jobs_alone(node: Cluster, tmp_path: Path) -> None:
     assert end_agents(tmp_path / "other", shm_of(node)) == []
     assert node.status(0)["pid"] == node.pids[0]
