@@ -117,15 +117,16 @@ class Cluster:
         for node in self.nodes:
             node.shm_dir.mkdir()
 
-    def start(self, config: runs.Config) -> runs.Life:
-        """Starts the trainers, a rank a node, as a launcher on each node would."""
+    def start(self, config: runs.Config, num_nodes: int | None = None) -> runs.Life:
+        """Starts the trainers, a rank a node, as a launcher on each node would; on the first nodes only, if so many."""
+        nodes = self.nodes[:num_nodes]
         port = free_port()
         processes = []
-        for rank, node in enumerate(self.nodes):
+        for rank, node in enumerate(nodes):
             variables = {
                 "RANK": str(rank),
                 "LOCAL_RANK": "0",
-                "WORLD_SIZE": str(len(self.nodes)),
+                "WORLD_SIZE": str(len(nodes)),
                 "LOCAL_WORLD_SIZE": "1",
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),

@@ -1,0 +1,133 @@
+"""A snapshot of four ranks, in memory or on disk, is read back into two, three and six."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from support import nodes, runs
+from support.ranks import run_ranks
+from support.snapshots import Protected
+from test_reshard import delivered_once, samples_of
+
+from windlass.errors import EXIT_DONE
+
+BEFORE = 4
+PARITY = {2: 1, 3: 1, 4: 2, 6: 2}
+"""Number of nodes -> parity shards."""
+
+
+def node_memory(shm: Path) -> Path:
+    """Of the machine of this rank."""
+    return shm / f"node{int(os.environ['RANK']) // int(os.environ['LOCAL_WORLD_SIZE'])}"
+
+
+def take(directory: Path, shm: Path, num_parity_shards: int) -> list[tuple[str, str]]:
+    """Step 1 on disk and step 2 in memory. Returns the digests of both."""
+    node_memory(shm).mkdir(exist_ok=True)
+    state = Protected(directory)
+    assert state.protect(node_memory(shm), num_parity_shards=num_parity_shards) is None
+    assert state.checkpointer is not None
+    state.advance()
+    digests = [state.digests()]
+    state.checkpointer.save(1)
+    state.advance()
+    digests.append(state.digests())
+    state.snapshot(2)
+    state.mesh.stop()
+    return digests
+
+
+def restore(directory: Path, shm: Path, num_parity_shards: int) -> tuple[int, str, tuple[str, str]]:
+    """Into a model of other weights: step, source and digests."""
+    state = Protected(directory, seed=99)
+    state.advance()
+    restored = state.protect(node_memory(shm), num_parity_shards=num_parity_shards)
+    assert restored is not None
+    digests = state.digests()
+    state.close()
+    state.mesh.stop()
+    return restored.step, restored.source, digests
+
+
+@pytest.mark.parametrize(
+    ("is_one_machine", "sources"),
+    [
+        # Of four nodes two are no more; those that come have nothing.
+        pytest.param(False, {2: "parity", 3: "parity", 6: "local_ram"}, id="nodes"),
+        pytest.param(True, {2: "local_ram", 3: "local_ram", 6: "local_ram"}, id="ranks of one machine"),
+    ],
+)
+def test_four_ranks_become_two_three_and_six(tmp_path: Path, is_one_machine: bool, sources: dict[int, str]) -> None:
+    with nodes.shared_memory() as shm, nodes.shared_memory() as stage:
+        directory = tmp_path / "checkpoints"
+        local_ranks = BEFORE if is_one_machine else 1
+        parity = 0 if is_one_machine else PARITY[BEFORE]
+        on_disk, in_memory = run_ranks(take, BEFORE, directory, shm, parity, local_world_size=local_ranks)[0]
+        for shm_dir in shm.iterdir():
+            nodes.Node(shm_dir).kill_agent()
+        for num_ranks, source in sources.items():
+            parity, local_ranks = (0, num_ranks) if is_one_machine else (PARITY[num_ranks], 1)
+            for number in range(num_ranks // local_ranks):
+                kept, copy = shm / f"node{number}", stage / f"node{number}"
+                if kept.is_dir():
+                    shutil.copytree(kept, copy, ignore=shutil.ignore_patterns("*.sock"))
+                copy.mkdir(exist_ok=True)
+            from_memory = run_ranks(restore, num_ranks, directory, stage, parity, local_world_size=local_ranks)
+            assert from_memory == [(2, source, in_memory)] * num_ranks
+            # The agents have left, and nothing is in memory any more.
+            from_disk = run_ranks(restore, num_ranks, directory, stage, parity, local_world_size=local_ranks)
+            assert from_disk == [(1, "durable", on_disk)] * num_ranks
+            for shm_dir in stage.iterdir():
+                shutil.rmtree(shm_dir)
+
+
+LIVES = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18), (6, 2, 1, 24)]
+"""Ranks, batch size, micro-steps, and the step that the life is to reach, at the least."""
+
+
+def test_nodes_may_come_and_go_between_lives_and_every_sample_is_seen_once(tmp_path: Path) -> None:
+    """4 -> 2 -> 3 -> 6 nodes at a global batch of 12, from memory to memory."""
+    common = ("model.dropout=0.0", "data.borders=none", "train.steps=24")
+    calm = nodes.erasure_config(tmp_path, "calm", "checkpoint=durable", "train.batch_size=3", *common)
+    assert runs.run(calm, BEFORE) == [EXIT_DONE] * BEFORE, runs.output(calm)
+
+    with nodes.cluster(6) as cluster:
+        for num_nodes, batch_size, accumulation, step in LIVES:
+            config = nodes.erasure_config(
+                tmp_path,
+                "changing",
+                f"train.batch_size={batch_size}",
+                f"train.grad_accum_steps={accumulation}",
+                f"checkpoint.num_parity_shards={PARITY[num_nodes]}",
+                *common,
+            )
+            life = cluster.start(config, num_nodes)
+            if (num_nodes, batch_size, accumulation, step) == LIVES[-1]:
+                assert life.join() == [EXIT_DONE] * num_nodes, runs.output(config)
+            else:
+                reached(cluster, life, step)
+    recovered = runs.events(config, "recovered")
+    assert [event["source"] for event in recovered] == ["parity", "local_ram", "local_ram"]
+    ends = [event["step"] for event in recovered] + [config.train.steps]
+    kept = [(*life[:3], end) for life, end in zip(LIVES, ends, strict=True)]
+    assert all(end >= life[3] for life, end in zip(LIVES, ends, strict=True))
+
+    expected, seen = runs.losses(calm), runs.losses(config)
+    assert seen.keys() == expected.keys()
+    for step in expected:
+        assert seen[step][-1] == pytest.approx(expected[step][-1], abs=1e-3), step
+    assert samples_of(runs.checkpoints(config)) == 24 * 12 == samples_of(runs.checkpoints(calm))
+    assert delivered_once(config, kept)
+
+
+def reached(cluster: nodes.Cluster, life: runs.Life, step: int) -> None:
+    """Kills the trainers once every node of theirs has committed `step`."""
+    num_nodes = len(life.processes)
+    nodes.wait_until(
+        lambda: all(node.committed() >= step for node in cluster.nodes[:num_nodes]) or not life.is_alive(), "a step"
+    )
+    assert life.is_alive()
+    nodes.kill_trainers(life)
