@@ -35,7 +35,7 @@ def open_snapshot(memory: MemoryTier, plan: RecoveryPlan) -> CheckpointReader:
     everything = [
         Part.from_json(part) for parts_of_rank in all_gather_object(parts, memory.mesh.group) for part in parts_of_rank
     ]
-    manifest = manifest_of(plan.step, memory.generation, memory.world_size_of(plan), everything, local)
+    manifest = manifest_of(plan.step, memory.generation, memory.world_size_of(plan), everything)
     source = SlotSource(
         plan.snapshot, plan.step, local, memory.sources(plan), bytes.fromhex(memory.secret), memory.generation
     )
@@ -48,7 +48,7 @@ def _open_local(memory: MemoryTier, plan: RecoveryPlan) -> dict[int, SlotFiles]:
     for index in memory.slot_indexes(plan.snapshot):
         files = SlotFiles(memory.folder.path, index)
         try:
-            files.open(with_parity=False, populate=False)
+            files.open(with_parity=False)
         except (OSError, ValueError) as error:
             raise _damaged(plan, str(error)) from error
         assert files.header is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,24 +134,20 @@ class SlotSource:
         return last[2].data[start : start + end - begin]
 
 
-def manifest_of(step: int, generation: int, world_size: int, parts: list[Part], local: Container[int] = ()) -> Manifest:
-    """The snapshot as a checkpoint's manifest, whose chunks are positions and whose offsets are in nodes' data.
-
-    What is in `local`, the positions of this node, is cut into pieces of at most a block: checked and then copied, a
-    piece is still in a core's cache.
-    """
+def manifest_of(step: int, generation: int, world_size: int, parts: list[Part]) -> Manifest:
+    """The snapshot as a checkpoint's manifest, whose chunks are positions and whose offsets are in nodes' data."""
     tensors: dict[str, StoredTensor] = {}
     objects: dict[str, Any] = {}
     for part in parts:
         objects |= part.objects
         for chunk in part.chunks:
             for entry in chunk.entries:
-                whole, begin = entry.block, part.begin + entry.begin
-                tensor = tensors.setdefault(whole.name, StoredTensor(whole.global_shape, whole.dtype))
-                for block in whole.parts(BLOCK_BYTES) if part.position in local else [whole]:
-                    end = begin + block.nbytes
-                    tensor.fragments.append(
-                        StoredFragment(str(part.position), block.name, begin, end, block.offset, block.shape)
+                block = entry.block
+                tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+                begin = part.begin + entry.begin
+                tensor.fragments.append(
+                    StoredFragment(
+                        str(part.position), block.name, begin, begin + block.nbytes, block.offset, block.shape
                     )
-                    begin = end
+                )
     return Manifest(step, generation, world_size, time.time(), objects, tensors, {})

@@ -94,14 +94,11 @@ class Header:
 class SharedFile:
     """A file of shared memory, mapped whole, and made or grown so that it cannot fail to be written later.
 
-    Args:
-        populate: whether to put all pages in place now; else the first write to each of them stops for that.
-
     Raises:
         OSError: ENOSPC where the memory is not there. A map of a file without its memory would end a writer by SIGBUS.
     """
 
-    def __init__(self, path: Path, size: int, may_make: bool = True, populate: bool = True) -> None:
+    def __init__(self, path: Path, size: int, may_make: bool = True) -> None:
         self.path, self.size = path, size
         flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if may_make else 0)
         descriptor = os.open(path, flags, OWNER_ONLY)
@@ -115,13 +112,14 @@ class SharedFile:
                 raise OSError(errno.EIO, "the file is shorter than its slot", str(path))
             self.inode = os.fstat(descriptor).st_ino
             # Unmapped with the last view of it: an encoder may still be at work on a slot that is given up.
-            self.view = memoryview(_mapped(descriptor, size, populate) if size else b"")
+            self.view = memoryview(_mapped(descriptor, size) if size else b"")
         finally:
             os.close(descriptor)
 
 
-def _mapped(descriptor: int, size: int, populate: bool) -> mmap.mmap:
-    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | (getattr(mmap, "MAP_POPULATE", 0) if populate else 0))
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The whole file, its pages in place: else the first copy into each of them stops for it."""
+    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
 
 
 @dataclass
@@ -193,11 +191,8 @@ class SlotFiles:
         except (OSError, ValueError, TypeError, KeyError):
             self.empty()
 
-    def open(self, with_parity: bool = True, populate: bool = True) -> None:
+    def open(self, with_parity: bool = True) -> None:
         """Opens a slot that is prepared or committed, or being written.
-
-        Args:
-            populate: as of `SharedFile`. Pages that are only read are mapped many at a time, as they are come to.
 
         Raises:
             OSError: a file is missing or too short.
@@ -205,7 +200,7 @@ class SlotFiles:
         """
         header = Header.from_bytes(self.path("head").read_bytes())
         stripes = header.stripes
-        self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False, populate=populate)
+        self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
         if with_parity:
             self.parity = SharedFile(self.path("parity"), stripes.parity_bytes, may_make=False)
         if header.phase in (Phase.prepared, Phase.committed):
