@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from windlass.checkpoint.agent import Agent
 
 Json = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 def serve_trainer(agent: Agent, connection: Connection) -> None:
@@ -253,9 +255,12 @@ class TrainerSession:
         sources: dict[int, BlockSource] = {}
         try:
             for position, (host, port) in request["sources"].items():
-                sources[int(position)] = BlockSource(
-                    (host, port), group.secret, group.generation, header.snapshot, int(position)
-                )
+                try:
+                    sources[int(position)] = BlockSource(
+                        (host, port), group.secret, group.generation, header.snapshot, int(position)
+                    )
+                except TransportError as error:  # it was there when this was planned; the others may do
+                    logger.warning("node %s cannot be read: %s", position, error)
             if files is None:
                 files = self._room_for(header)
                 agent.rebuilding.add(files.index)

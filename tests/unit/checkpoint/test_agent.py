@@ -177,6 +177,27 @@ def test_a_rebuild_without_sources_is_refused(nodes: Cluster) -> None:
     assert nodes.read(snapshot) == nodes.expected(1)
 
 
+@pytest.mark.parametrize(("n", "m"), [(3, 1), (4, 2)])
+def test_a_source_that_is_gone_by_now_is_done_without(n: int, m: int, tmp_path: Path) -> None:
+    """Two nodes are lost, the second after it was planned to read from it."""
+    with cluster(n, m, tmp_path / "checkpoints") as nodes:
+        snapshot = nodes.take(1)
+        before = nodes.files(0, snapshot)
+        nodes.lose(0)
+        nodes.open()
+        plan = nodes.plan()
+        assert plan is not None and plan.lost == [0]
+        request = nodes.rebuild_request(plan, 0)
+        nodes.kill(1)
+        if m == 1:
+            with pytest.raises(AgentError, match="sound shards are left"):
+                nodes.clients[0].ask("rebuild", **request)
+        else:
+            nodes.clients[0].ask("rebuild", **request)
+            assert nodes.files(0, snapshot) == before
+        assert nodes.status(0)["pid"] == nodes.pids[0]
+
+
 # --- Agents after agents. ---
 
 
