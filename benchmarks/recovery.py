@@ -14,8 +14,9 @@ as a launcher does, and import torch, which is most of the time. Parts are of th
 Beside it, in the same life, stand the limits: a copy of the same state from memory to memory by the same ranks, once
 into memory that they have, and once as a new process must, whose weights are there and whose optimizer state needs
 pages that the kernel has yet to give and to clear (which takes longer than the copy); and for parity the receipt of the
-bytes that the rebuild asks for, over one plain connection on loopback. The bar is what it takes to map and to read a
-snapshot from this node's memory, all bytes checked, over the copy of a new process.
+bytes that the rebuild asks for, over one plain connection on loopback, and getting the shared memory of its slot. The
+bar is what it takes to map and to read a snapshot from this node's memory, all bytes checked, over the copy of a new
+process.
 Timings are printed and never asserted: the exit code is 0 unless something fails, or goes on from elsewhere.
 """
 
@@ -196,9 +197,16 @@ def summarize(settings: Settings, measured: Sequence[Measured]) -> dict[str, Any
         "rebuild": {
             "received_bytes": lost[0].ranks[0].received_bytes,
             "loopback_s": Spread.of([one.ranks[0].loopback_s for one in lost]).to_dict(),
-            "over_loopback": Spread.of([one.seconds["rebuild"] / one.ranks[0].loopback_s for one in lost]).to_dict(),
+            "new_slot_s": Spread.of([one.ranks[0].new_slot_s for one in lost]).to_dict(),
+            "over_limit": Spread.of(
+                [one.seconds["rebuild"] / _rebuild_limit_s(one.ranks[0]) for one in lost]
+            ).to_dict(),
         },
     }
+
+
+def _rebuild_limit_s(rank: Recovery) -> float:
+    return rank.loopback_s + rank.new_slot_s
 
 
 def _read_s(one: Measured) -> float:
@@ -224,10 +232,11 @@ def print_summary(result: dict[str, Any]) -> None:
         rows.append([name, *(Spread(**row[key]).text(".2f") for row in result["sources"].values())])
     print_table(["seconds", *result["sources"]], rows)
     rebuild = result["rebuild"]
-    loopback, over = Spread(**rebuild["loopback_s"]).text(".3f"), Spread(**rebuild["over_loopback"]).text(".2f")
+    limits = [Spread(**rebuild[key]).text(".3f") for key in ("loopback_s", "new_slot_s")]
     print(
         f"\nmedian (lowest..highest) of {result['repeats']} kills. A rebuild receives "
-        f"{rebuild['received_bytes'] / 1e6:.0f} MB: over plain loopback {loopback} s, and it takes {over} times that"
+        f"{rebuild['received_bytes'] / 1e6:.0f} MB: {limits[0]} s over plain loopback, and {limits[1]} s to get the "
+        f"shared memory; it takes {Spread(**rebuild['over_limit']).text('.2f')} times both"
     )
     of_ram = result["sources"]["local_ram"]
     ratio = of_ram["read_over_new_memcpy"]["median"]

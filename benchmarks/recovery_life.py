@@ -22,6 +22,7 @@ from loop_variants import Tokens, synthetic_batches
 
 from windlass.checkpoint import Checkpointer, manager
 from windlass.checkpoint.memory_tier import MemoryTier
+from windlass.checkpoint.slots import SharedFile
 from windlass.checkpoint.stripes import Stripes
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
@@ -94,6 +95,8 @@ class Recovery:
     """Over loopback, to rebuild what was lost."""
     loopback_s: float = 0.0
     """What as many bytes take over a plain connection."""
+    new_slot_s: float = 0.0
+    """What it takes to get the shared memory of a slot from the kernel."""
 
 
 @dataclass
@@ -219,6 +222,11 @@ def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: Me
         # For each shard of a lost slot, the k shards that are left of its stripe.
         recovery.received_bytes = stripes.num_data_shards * (stripes.data_bytes + stripes.parity_bytes)
         recovery.loopback_s = _loopback_seconds(recovery.received_bytes, mesh)
+        place = memory.folder.path / f"limit-{mesh.rank}"
+        begin = time.perf_counter()
+        SharedFile(place, stripes.data_bytes + stripes.parity_bytes)
+        recovery.new_slot_s = time.perf_counter() - begin
+        place.unlink()
 
 
 def _slowest(mesh: Mesh, action: Callable[[], object]) -> float:
