@@ -16,6 +16,9 @@ from windlass.checkpoint.slot_repair import BlockSource
 from windlass.checkpoint.slots import SlotFiles
 from windlass.checkpoint.stripes import BLOCK_BYTES
 
+KEPT_BYTES = 64 << 20
+"""Of what was read from other nodes: the next tensor may be in the same blocks."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -93,7 +96,7 @@ class SlotSource:
         self._local = {position: CheckedBlocks(files) for position, files in local.items()}
         self._addresses, self._secret, self._generation = addresses, secret, generation
         self._remote: dict[int, BlockSource] = {}
-        self._last: tuple[int, int, np.ndarray] | None = None  # position, first block and bytes of the last far read
+        self._recent: dict[int, tuple[int, np.ndarray]] = {}  # position -> first block and bytes of the last far read
 
     def read(self, stored: StoredFragment) -> memoryview:
         position = int(stored.chunk)
@@ -112,13 +115,13 @@ class SlotSource:
             source.close()
         self._remote.clear()
         self._local.clear()
+        self._recent.clear()
 
     def _read_far(self, position: int, begin: int, end: int) -> memoryview:
-        """From another node, in whole blocks; neighbours are often in the same."""
+        """From another node, in whole blocks. What ranks hold alike is in few, a little on each node."""
         first, count = begin // BLOCK_BYTES, max(1, -(-end // BLOCK_BYTES) - begin // BLOCK_BYTES)
-        last = self._last
-        is_there = last is not None and last[0] == position and last[1] <= first
-        if not (is_there and last is not None and (first + count - last[1]) * BLOCK_BYTES <= last[2].size):
+        recent_first, recent = self._recent.get(position, (0, np.empty(0, np.uint8)))
+        if first < recent_first or (first + count - recent_first) * BLOCK_BYTES > recent.size:
             source = self._remote.get(position)
             if source is None:
                 source = self._remote[position] = BlockSource(
@@ -128,10 +131,17 @@ class SlotSource:
             source.ask(first, count)
             if not source.take(blocks):
                 raise ValueError(f"a block of the snapshot has changed in the memory of another node ({position})")
-            last = self._last = (position, first, blocks)
-        assert last is not None
-        start = begin - last[1] * BLOCK_BYTES
-        return last[2].data[start : start + end - begin]
+            recent_first, recent = first, blocks
+            self._keep(position, first, blocks)
+        start = begin - recent_first * BLOCK_BYTES
+        return recent.data[start : start + end - begin]
+
+    def _keep(self, position: int, first: int, blocks: np.ndarray) -> None:
+        self._recent.pop(position, None)
+        num_bytes = blocks.size + sum(other.size for _, other in self._recent.values())
+        while self._recent and num_bytes > KEPT_BYTES:
+            num_bytes -= self._recent.pop(next(iter(self._recent)))[1].size
+        self._recent[position] = (first, blocks)
 
 
 def manifest_of(step: int, generation: int, world_size: int, parts: list[Part]) -> Manifest:
