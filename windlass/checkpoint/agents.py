@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -42,7 +43,11 @@ class ListedAgent:
 
 def list_agents(shm_dir: Path | None = None) -> list[ListedAgent]:
     """Of this user, on this node."""
-    return [_describe(folder) for folder in folders(shm_dir)]
+    found = []
+    for folder in folders(shm_dir):
+        with contextlib.suppress(FileNotFoundError):  # it has left meanwhile
+            found.append(_describe(folder))
+    return found
 
 
 def _describe(folder: AgentFolder) -> ListedAgent:
