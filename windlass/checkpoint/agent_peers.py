@@ -158,7 +158,7 @@ class PeerSender(threading.Thread):
                     )
                     agent.count_sent("parity", count * BLOCK_BYTES)
         except TransportError:
-            agent.give_up(push.snapshot, f"node {self.position} was lost while it was sent parity")
+            self.pushes.appendleft(push)  # the peer passes over what it has, unless it gives the snapshot up
             raise
 
 
@@ -215,13 +215,17 @@ def _hear_parity(
         return
     for number, checksum in enumerate(checksums):
         block = first + number
+        if not encoding.expects(row, chunk, block):
+            connection.skip(BLOCK_BYTES)
+            continue
         mirror = encoding.mirror_block(row, block)
         data = scratch if mirror is None else mirror
         connection.receive_into(data)
         if crc32c(data) != checksum:
             agent.give_up(snapshot, f"data of node {position} was damaged on its way")
         is_whole = encoding.add_block(row, chunk, block, data, checksum)
-        agent.parity_arrived(encoding, position, is_whole)
+        if is_whole is not None:
+            agent.parity_arrived(encoding, position, is_whole)
 
 
 def _answer_read(agent: Agent, connection: Connection, header: dict[str, Any]) -> None:

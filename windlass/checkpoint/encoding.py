@@ -35,6 +35,7 @@ class Encoding:
         m, k = stripes.num_parity_shards, stripes.num_data_shards
         self._codec = Codec(k, m) if m else None
         self._arrived = np.zeros((m, stripes.blocks_per_chunk), np.uint8)
+        self._has = np.zeros((m, k, stripes.blocks_per_chunk), np.bool_)
         self._locks = [threading.Lock() for _ in range(m)]
         self._parity, self._table, self._num_data_blocks = files.parity, files.table, stripes.data_bytes // BLOCK_BYTES
         self.parity_left = m * stripes.blocks_per_chunk
@@ -57,18 +58,26 @@ class Encoding:
             return None
         return self._parity_view(row, block)
 
-    def add_block(self, row: int, chunk: int, block: int, data: memoryview, checksum: int) -> bool:
+    def expects(self, row: int, chunk: int, block: int) -> bool:
+        """Whether a block is still to come: a sender whose connection broke begins again with the first."""
+        return not (self.is_over or self._has[row, chunk, block])
+
+    def add_block(self, row: int, chunk: int, block: int, data: memoryview, checksum: int) -> bool | None:
         """Adds a block of data shard `chunk` to parity `row`; whether that parity block is whole now.
 
         Args:
             data: the block, or the parity's own memory if it was received there.
             checksum: of the data, which has been compared.
+
+        Returns:
+            None if the block is not expected any more, and nothing was done.
         """
         assert self._codec is not None
         target = self._parity_view(row, block)
         with self._locks[row]:
-            if self.is_over:
-                return False
+            if not self.expects(row, chunk, block):
+                return None
+            self._has[row, chunk, block] = True
             first = self._arrived[row, block] == 0
             if not self._codec.is_copy(row):
                 self._codec.add(row, chunk, data, target, first=bool(first))

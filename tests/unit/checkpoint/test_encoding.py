@@ -40,7 +40,7 @@ def begin(shm: Path, stripes: Stripes, position: int, region_bytes: list[int]) -
     return files, Encoding(SNAPSHOT, files, range(len(regions)), began=0.0)
 
 
-def add(encoding: Encoding, row: int, chunk: int, block: int, data: np.ndarray) -> bool:
+def add(encoding: Encoding, row: int, chunk: int, block: int, data: np.ndarray) -> bool | None:
     """As a peer's thread does it."""
     mirror = encoding.mirror_block(row, block)
     if mirror is not None:
@@ -150,3 +150,15 @@ def test_two_threads_on_one_block_lose_nothing(shm: Path) -> None:
         assert sum(pool.map(send, range(2))) == 8
     assert files.parity is not None
     assert bytes(files.parity.view) == (data[0] ^ data[1]).tobytes()
+
+
+def test_a_block_that_comes_again_is_passed_over(shm: Path) -> None:
+    """A sender whose connection broke sends all of it again; added twice, a block would cancel itself out."""
+    data = np.random.default_rng(0).integers(0, 256, BLOCK_BYTES, np.uint8)
+    _, encoding = begin(shm, Stripes(3, 1, BLOCK_BYTES), 0, [BLOCK_BYTES])
+    assert encoding.expects(0, 1, 0)
+    assert add(encoding, 0, 1, 0, data) is False
+    before = bytes(encoding.files.blocks(2))
+    assert not encoding.expects(0, 1, 0) and encoding.expects(0, 0, 0)
+    assert add(encoding, 0, 1, 0, data) is None
+    assert bytes(encoding.files.blocks(2)) == before
