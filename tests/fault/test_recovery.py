@@ -122,13 +122,14 @@ def restore_in_place(directory: Path, shm: Path, layout: Layout) -> dict:
     begin = time.perf_counter()
     for source, target in zip(sources, targets, strict=True):
         target[:] = source
+    memcpy_s = time.perf_counter() - begin
     result = {
         "restored": (restored.step, restored.source, restored.lost_nodes, state.digests()),
         "before": before,
         "sent": {kind: status["sent_bytes"][kind] - before[kind] for kind in before},
         "bytes": sum(tensor.nbytes for tensor in tensors),
         "restore_s": seconds,
-        "memcpy_s": time.perf_counter() - begin,
+        "memcpy_s": memcpy_s,
         "data_bytes": Header.from_json(status["slots"][0]).stripes.data_bytes,
     }
     state.close()
