@@ -39,6 +39,7 @@ class AgentClient:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+        self._num_late = 0  # answers that nobody waited for any more
         connection.settimeout(ANSWER_S)
 
     def ask(self, do: str, payload: Memory | None = None, **fields: Any) -> dict[str, Any]:
@@ -49,6 +50,8 @@ class AgentClient:
             TransportError: there is no agent any more.
         """
         with self._lock:
+            while self._num_late:
+                self._take_late()
             self._connection.send({"do": do, **fields}, payload)
             reply, _ = self._connection.receive()
         kind = reply.get("error")
@@ -61,6 +64,31 @@ class AgentClient:
         if kind == "memory":
             raise NoMemory(reply["needed_bytes"], reply["free_bytes"])
         raise AgentError(reply["message"])
+
+    def look(self, wait_s: float, **fields: Any) -> dict[str, Any] | None:
+        """The agent's status, or None if it does not give it within about `wait_s`: it is at work, or has stopped.
+
+        Raises:
+            TransportError: there is no agent any more.
+        """
+        if not self._lock.acquire(timeout=wait_s):
+            return None
+        try:
+            while self._num_late:
+                if not self._connection.has_begun_to_send(wait_s):
+                    return None
+                self._take_late()
+            self._connection.send({"do": "status", **fields})
+            if not self._connection.has_begun_to_send(wait_s):
+                self._num_late += 1
+                return None
+            return self._connection.receive()[0]
+        finally:
+            self._lock.release()
+
+    def _take_late(self) -> None:
+        self._connection.receive()
+        self._num_late -= 1
 
     def close(self) -> None:
         self._connection.close()

@@ -150,6 +150,15 @@ class Connection:
             self._unread = payload_bytes
         return header, payload_bytes
 
+    def has_begun_to_send(self, wait_s: float) -> bool:
+        """Whether something is there to be received, or the end of the connection, within `wait_s`.
+
+        Raises:
+            TransportError: the connection is closed.
+        """
+        with self._using() as sock:
+            return _is_readable(sock, wait_s)
+
     def receive_into(self, buffer: memoryview) -> None:
         """Fills `buffer` with the next bytes of the payload.
 
@@ -286,7 +295,11 @@ def _send_all(sock: socket.socket, parts: list[memoryview]) -> None:
 
 
 def _wait_readable(sock: socket.socket, wait_s: float) -> None:
+    if not _is_readable(sock, wait_s):
+        raise TransportError(f"no frame came within {wait_s} s")
+
+
+def _is_readable(sock: socket.socket, wait_s: float) -> bool:
     poll = select.poll()
     poll.register(sock, select.POLLIN)
-    if not poll.poll(None if math.isinf(wait_s) else math.ceil(wait_s * 1000)):
-        raise TransportError(f"no frame came within {wait_s} s")
+    return bool(poll.poll(None if math.isinf(wait_s) else math.ceil(wait_s * 1000)))

@@ -62,13 +62,13 @@ class Copy:
         if any(piece.source.is_cuda for piece in pieces):
             self._ready = torch.cuda.Event()
             self._ready.record()  # after whatever is still computing what is to be copied
-        self._thread = threading.Thread(target=self._run, name="windlass-snapshot", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, name="windlass-snapshot", daemon=True).start()
 
     def wait(self, tensors: Iterable[torch.Tensor] | None = None) -> None:
         """Returns when `tensors` and their state may change; all of them for None."""
         if tensors is None:
-            self._thread.join()
+            with self._progress:
+                self._progress.wait_for(lambda: self._is_done)
             return
         end = max((self._owners.get(id(tensor), 0) for tensor in tensors), default=0)
         with self._progress:

@@ -320,6 +320,19 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def test_who_looks_does_not_wait_for_an_agent_that_has_stopped(node: Cluster) -> None:
+    client = node.clients[0]
+    assert client.look(20.0) is not None
+    node.signal(0, signal.SIGSTOP)
+    assert client.look(0.05) is None
+    assert client.look(0.05) is None
+    node.signal(0, signal.SIGCONT)
+    status = wait_until(lambda: client.look(0.05), "an answer")
+    assert status["pid"] == node.pids[0]
+    node.take(1)  # no late answer is taken for another's
+    assert [slot["step"] for slot in client.ask("status")["slots"]] == [1]
+
+
 def test_many_ask_at_once(node: Cluster) -> None:
     node.take(1)
     answers: list[int] = []

@@ -86,7 +86,7 @@ def test_everything_is_copied_with_its_checksums() -> None:
     tensors = make_tensors()
     copy, region, begins, outcome = begin_copy(tensors, head=b"h" * 5000)
     copy.wait()
-    assert copy.is_done and outcome.error is None
+    assert copy.is_done and outcome.is_told.wait(30) and outcome.error is None
     assert bytes(region[:5000]) == b"h" * 5000
     assert all(torch.equal(copied(region, begins[name], tensor), tensor) for name, tensor in tensors.items())
     assert outcome.checksums is not None
@@ -98,6 +98,7 @@ def test_the_checksums_cover_a_head_that_is_all_there_is() -> None:
     outcome = Outcome()
     region = memoryview(bytearray(2 * BLOCK_BYTES))
     Copy(region, b"x" * (BLOCK_BYTES + 1), [], {}, outcome).wait()
+    assert outcome.is_told.wait(30)
     assert outcome.checksums is not None
     assert outcome.checksums.tolist() == [crc32c(region[:BLOCK_BYTES]), crc32c(region[BLOCK_BYTES:])]
 
@@ -134,7 +135,7 @@ def test_no_tensor_is_torn_in_two_hundred_snapshots(slow: Callable[[float, int],
         changing.start()
         changing.join()
         copy.wait()
-        assert outcome.error is None
+        assert outcome.is_told.wait(30) and outcome.error is None
         for name, tensor in expected.items():
             assert torch.equal(copied(region, begins[name], tensor), tensor), f"{name} of snapshot {number} is torn"
         assert all(tensor.isnan().all() for tensor in tensors.values())
@@ -173,7 +174,7 @@ def test_a_fence_waits_for_its_tensors_and_not_for_the_rest(monkeypatch: pytest.
     may_go_on.set()
     assert passed.wait(30)
     copy.wait()
-    assert outcome.error is None
+    assert outcome.is_told.wait(30) and outcome.error is None
 
 
 def test_a_tensor_that_is_not_copied_has_no_fence() -> None:
@@ -194,7 +195,7 @@ def test_an_error_in_the_copy_is_told_and_holds_nobody_up(monkeypatch: pytest.Mo
     copy, _, _, outcome = begin_copy(tensors)
     copy.wait(tensors.values())
     copy.wait()
-    assert copy.is_done
+    assert copy.is_done and outcome.is_told.wait(30)
     assert isinstance(outcome.error, MemoryError)
 
 
@@ -284,7 +285,7 @@ def test_the_snapshots_of_a_training_are_whole(
     slow(0.0003, 3)
     inputs = torch.randn(8, 4)
     try:
-        for step in range(num_snapshots):
+        for step in range(1, num_snapshots + 1):  # step 0 would be made durable as well
             expected = named_state(training)
             assert checkpointer.snapshot(step)
             training.counter.value += 1
