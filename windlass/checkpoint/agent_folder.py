@@ -28,6 +28,8 @@ from windlass.errors import ConfigError, RunFolderError
 
 START_S = 30.0
 """What an agent has to come up."""
+GONE_S = 2.0
+"""What a process that was killed has to be gone."""
 _POLL_S = 0.01
 
 
@@ -113,6 +115,14 @@ class AgentFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
             self.path.parent.rmdir()  # if no other job has a folder there
+
+    def remove_if_left(self) -> None:
+        """Removes what an agent that is gone has left. The lock of a killed one goes a moment after its connections."""
+        deadline = time.monotonic() + GONE_S
+        while self.has_agent() and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+        if not self.has_agent():
+            self.remove()
 
     def listen(self) -> socket.socket:
         """A socket that only processes of this user reach."""

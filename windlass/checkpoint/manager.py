@@ -271,6 +271,8 @@ class Checkpointer:
         if self.snapshots is None:
             return None
         memory = self.snapshots.memory
+        self.snapshots.wait_staged()
+        memory.refresh()  # this life may have taken snapshots, too
         durable_step = self.mesh.decide(self.store.latest_step)
         while (plan := plan_restore(memory)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)

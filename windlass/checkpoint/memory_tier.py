@@ -34,6 +34,9 @@ from windlass.errors import ConfigError, CorruptCheckpoint, DoesNotFit
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
 
+LOOK_S = 1.0
+"""An agent that does not answer within so long is at work, or has stopped: it takes no snapshot now."""
+
 logger = logging.getLogger(__name__)
 
 _FREE, _BUSY, _GONE = 0, -1, -2
@@ -384,17 +387,18 @@ class MemoryTier:
     def events(self, since: int) -> list[dict[str, Any]]:
         """What this node's agent did after event number `since`. Not collective."""
         try:
-            return self._ask("status", brief=True, since=since)["events"]
+            status = self._look(since)
         except TransportError:
             return []
+        return [] if status is None else status["events"]
 
     def is_idle(self) -> bool:
         """Whether this node's agent has nothing to do any more. Not collective."""
         try:
-            status = self._ask("status", brief=True, since=_NEVER)
+            status = self._look()
         except TransportError:
             return True
-        return status["in_flight"] is None and not status["is_persisting"]
+        return status is not None and status["in_flight"] is None and not status["is_persisting"]
 
     def reopen_if_lost(self) -> bool:
         """Whether a node's agent is gone, or was started anew. It is brought back then, with what it left."""
@@ -410,14 +414,18 @@ class MemoryTier:
                 self._ask("end", rank=self.mesh.rank, num_local_ranks=self.ranks_per_node, persist=False)
             except (AgentError, TransportError) as error:
                 logger.warning("%s", error)
+                if self.is_leader:
+                    self.folder.remove_if_left()
             self.client.close()
             self.client = None
 
     def _state(self) -> int:
         try:
-            status = self._ask("status", brief=True, since=_NEVER)
+            status = self._look()
         except TransportError:
             return _GONE
+        if status is None:
+            return _BUSY
         if not status["is_configured"]:
             return _GONE
         return _FREE if status["is_free"] and status["generation"] == self.generation else _BUSY
@@ -460,6 +468,12 @@ class MemoryTier:
                 del self._maps[other]
             self._maps[key] = SharedFile(Path(path), size, may_make=False)
         return self._maps[key]
+
+    def _look(self, since: int = _NEVER) -> dict[str, Any] | None:
+        """What training asks in its loop; it does not stand still for an agent that has stopped."""
+        if self.client is None:
+            raise TransportError("there is no snapshot agent")
+        return self.client.look(LOOK_S, brief=True, since=since)
 
     def _ask(self, do: str, payload: np.ndarray | None = None, **fields: Any) -> dict[str, Any]:
         if self.client is None:

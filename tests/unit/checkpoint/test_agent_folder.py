@@ -127,6 +127,15 @@ def test_the_users_folder_stays_while_another_job_is_there(folder: AgentFolder, 
     assert [found.path for found in folders(shm)] == [other.path]
 
 
+def test_only_what_an_agent_has_left_is_removed(folder: AgentFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent_folder, "GONE_S", 0.05)
+    with folder.locked():
+        folder.remove_if_left()
+        assert folder.path.exists()
+    folder.remove_if_left()
+    assert not folder.path.exists()
+
+
 # --- The lease. ---
 
 
