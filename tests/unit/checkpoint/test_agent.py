@@ -92,7 +92,7 @@ def test_a_trainer_that_ends_while_it_copies_gives_its_snapshot_up(nodes: Cluste
 
 def test_a_push_that_comes_too_late_harms_nothing(tmp_path: Path) -> None:
     """Node 2 takes nothing for a while, so that pushes wait for it until their snapshots are given up."""
-    with cluster(3, 1, tmp_path / "checkpoints", tensor_bytes=16 << 20) as nodes:
+    with cluster(3, 1, tmp_path / "checkpoints", tensor_bytes=8 << 20) as nodes:
         nodes.take(1)
         nodes.signal(2, signal.SIGSTOP)
         for step in (2, 3):
