@@ -77,11 +77,13 @@ def test_four_ranks_become_two_three_and_six(tmp_path: Path, is_one_machine: boo
                 copy.mkdir(exist_ok=True)
             from_memory = run_ranks(restore, num_ranks, directory, stage, parity, local_world_size=local_ranks)
             assert from_memory == [(2, source, in_memory)] * num_ranks
-            # The agents have left, and nothing is in memory any more.
+            for shm_dir in stage.iterdir():
+                nodes.Node(shm_dir).wait_until_left()
             from_disk = run_ranks(restore, num_ranks, directory, stage, parity, local_world_size=local_ranks)
             assert from_disk == [(1, "durable", on_disk)] * num_ranks
             for shm_dir in stage.iterdir():
-                shutil.rmtree(shm_dir)
+                nodes.Node(shm_dir).wait_until_left()
+                shm_dir.rmdir()
 
 
 LIVES = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18), (6, 2, 1, 24)]

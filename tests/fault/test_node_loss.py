@@ -61,7 +61,8 @@ def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int, may_strik
         num_before = len(recoveries(stormy))
         assert cluster.start(stormy).join(200) == [EXIT_DONE] * NUM_NODES, runs.output(stormy)
         check_recovery(stormy, num_before, strikes[-1])
-        nodes.wait_until(lambda: all(node.folder is None for node in cluster.nodes), "the agents to leave")
+        for node in cluster.nodes:
+            node.wait_until_left()
 
     log = "\n".join(strike.row for strike in strikes)
     expected, seen = runs.losses(calm), runs.losses(stormy)

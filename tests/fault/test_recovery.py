@@ -70,6 +70,7 @@ def restore_each(directory: Path, kept: Path, stage: Path, subsets: list[tuple[i
         assert restored is not None
         outcomes.append((restored.step, restored.source, restored.lost_nodes, state.digests()))
         state.close()
+        nodes.Node(memory).wait_until_left()
         shutil.rmtree(memory)
     state.mesh.stop()
     return outcomes

@@ -102,6 +102,10 @@ class Node:
                 process.kill()
                 wait_until(lambda: not is_running(process), "the agent's end")
 
+    def wait_until_left(self) -> None:
+        """The job is over: the agent has gone, and has left nothing."""
+        wait_until(lambda: not any(self.shm_dir.iterdir()), f"the agent in {self.shm_dir} to leave")
+
     def lose_memory(self) -> None:
         """Also what an agent leaves that was just being started."""
         self.kill_agent()
