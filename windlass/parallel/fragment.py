@@ -79,10 +79,14 @@ def fragment_of(name: str, tensor: torch.Tensor) -> Fragment:
     return Fragment(name, tuple(tensor.shape), tuple(offset), tuple(shape), tensor.dtype, tier)
 
 
+SMALL_BYTES = 4096
+"""Tensors that are no larger, such as step counters, stay together: read back, they come in one piece."""
+
+
 class ReplicaShare:
     """Which tensors a rank speaks for where several ranks hold the same: of each, one, and of all, as many bytes each.
 
-    All ranks must ask about the same tensors in the same order.
+    All ranks must ask about the same tensors in the same order. The first speaks for all that are small.
     """
 
     def __init__(self, rank: int, world_size: int) -> None:
@@ -100,9 +104,12 @@ class ReplicaShare:
                 if isinstance(placement, Replicate):
                     replica = replica * tensor.device_mesh.size(axis) + coordinates[axis]
                     num_replicas *= tensor.device_mesh.size(axis)
+        num_bytes = tensor.numel() * tensor.element_size()
+        if num_bytes <= SMALL_BYTES:
+            return replica == 0
         spoken = self._bytes.setdefault(num_replicas, [0] * num_replicas)
         least = spoken.index(min(spoken))
-        spoken[least] += tensor.numel() * tensor.element_size()
+        spoken[least] += num_bytes
         return least == replica
 
 

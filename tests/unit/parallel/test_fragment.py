@@ -76,11 +76,11 @@ def test_the_local_part_of_a_plain_tensor_is_itself_without_autograd() -> None:
 
 
 def test_ranks_share_what_they_all_hold_by_its_bytes() -> None:
-    tensors = [torch.zeros(6), torch.zeros(2), torch.zeros(2), torch.zeros(3), torch.zeros(0)]
+    tensors = [torch.zeros(6, 2000), torch.zeros(2, 2000), torch.zeros(2, 2000), torch.zeros(3, 2000), torch.zeros(1)]
     shares = [ReplicaShare(rank, 2) for rank in range(2)]
     included = [[share.includes(tensor) for tensor in tensors] for share in shares]
     assert included[0] == [not mine for mine in included[1]], "one of them speaks for each"
-    assert included[0] == [True, False, False, False, True], "of 6, 2, 2, 3 and 0 elements: as many each as can be"
+    assert included[0] == [True, False, False, False, True], "as many bytes each as can be, and the first for small ones"
 
 
 def test_an_empty_like_has_the_shape_and_another_dtype() -> None:
