@@ -43,7 +43,7 @@ from checkpoint_trainer import SHAPE
 from common import Spread, describe_machine, filesystem_of, free_port, num_cores, print_json, print_table
 from recovery_life import PARTS, Recovery, Settings, live
 
-from windlass.checkpoint.agents import list_agents
+from windlass.checkpoint.agent.listing import list_agents
 
 SOURCES = ("local_ram", "parity", "durable")
 RESTORE_BAR = 1.5

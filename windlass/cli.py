@@ -110,7 +110,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 
 def _agents(options: argparse.Namespace) -> int:
-    from windlass.checkpoint.agents import list_agents, render_agents
+    from windlass.checkpoint.agent.listing import list_agents, render_agents
 
     print(render_agents(list_agents(options.shm_dir), as_json=options.json))
     return EXIT_DONE

@@ -16,9 +16,9 @@ import torch
 from support.ranks import run_ranks
 from torch import nn
 
-from windlass.checkpoint.agents import list_agents
+from windlass.checkpoint.agent.listing import list_agents
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.memory_tier import MemoryTier
+from windlass.checkpoint.memory.group import AgentGroup
 from windlass.parallel.config import ParallelConfig, Sharding
 
 LATE_S = 2.5
@@ -60,15 +60,15 @@ def snapshots_after_a_lost_agent(folder: Path, shm_dir: Path) -> list[tuple[str,
 def _tell_late(checkpointer: Checkpointer) -> None:
     """This rank's agent hears last who its new peer is."""
     assert checkpointer.snapshots is not None
-    memory: MemoryTier = checkpointer.snapshots.memory
-    ask = memory._ask
+    group: AgentGroup = checkpointer.snapshots.memory.group
+    ask = group.ask
 
     def ask_late(do: str, *others: Any, **fields: Any) -> dict[str, Any]:
         if do == "configure":
             time.sleep(LATE_S)
         return ask(do, *others, **fields)
 
-    memory._ask = ask_late  # type: ignore[method-assign]
+    group.ask = ask_late  # type: ignore[method-assign]
 
 
 def _take(checkpointer: Checkpointer, step: int) -> list[tuple[str, int]]:

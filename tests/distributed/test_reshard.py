@@ -12,8 +12,8 @@ from support import runs
 from support.ranks import run_ranks
 from support.toy import Layout, build, digest, train_steps, whole_weights
 
+from windlass.checkpoint.durable.manifest import step_name
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import step_name
 from windlass.errors import EXIT_DONE, IncompatibleCheckpoint
 from windlass.parallel.fragment import local_tensor
 from windlass.train.data.loader import Loader

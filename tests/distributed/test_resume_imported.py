@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from support.runs import losses, output, run, run_config
 
-from windlass.checkpoint.manifest import step_folder
-from windlass.checkpoint.reader import open_checkpoint
+from windlass.checkpoint.durable.manifest import step_folder
+from windlass.checkpoint.durable.reader import open_checkpoint
 from windlass.cli import main
 from windlass.conf.schema import Config
 

@@ -17,9 +17,9 @@ from support.ranks import run_ranks
 from torch import nn
 
 from windlass.checkpoint import Checkpointer
-from windlass.checkpoint.agent_client import AgentClient
-from windlass.checkpoint.snapshot import HEAD_BYTES
-from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES
+from windlass.checkpoint.memory.snapshots import HEAD_BYTES
 from windlass.parallel.config import ParallelConfig, Sharding
 
 NUM_RANKS = 4
@@ -88,7 +88,7 @@ def cost(folder: Path, shm_dir: Path, num_parity_shards: int, size: int, num_sna
     snapshot_and_step(checkpointer, optimizer, range(1, 1 + warm_up))
     assert checkpointer.snapshots is not None
     memory = checkpointer.snapshots.memory
-    client = AgentClient(memory.folder.connect())
+    client = AgentClient(memory.group.folder.connect())
     before = client.ask("status")
     samples = [(Usage.of(os.getpid()), Usage.of(before["pid"]))]
     for part in range(PARTS):
@@ -97,7 +97,9 @@ def cost(folder: Path, shm_dir: Path, num_parity_shards: int, size: int, num_sna
         samples.append((Usage.of(os.getpid()), Usage.of(before["pid"])))
     after = client.ask("status")
     client.close()
-    files = [path for path in memory.folder.path.iterdir() if path.suffix in (".data", ".parity", ".table", ".head")]
+    files = [
+        path for path in memory.group.folder.path.iterdir() if path.suffix in (".data", ".parity", ".table", ".head")
+    ]
     result = Costs(
         sum(piece.tensor.nbytes for piece in checkpointer.objects.pieces()),
         sum(path.stat().st_size for path in files),

@@ -19,11 +19,11 @@ from support.agents import LATE_S, Cluster, cluster, wait_until
 from support.gated import Gate, gated_store
 from support.stored import are_sound
 
-from windlass.checkpoint.agent_client import AgentError
-from windlass.checkpoint.durable import DurableStore
-from windlass.checkpoint.handshake import TransportError
-from windlass.checkpoint.ledger import SnapshotId
-from windlass.checkpoint.recovery_plan import RecoveryPlan
+from windlass.checkpoint.agent.client import AgentError
+from windlass.checkpoint.agent.ledger import SnapshotId
+from windlass.checkpoint.durable.store import DurableStore
+from windlass.checkpoint.memory.plan import RecoveryPlan
+from windlass.checkpoint.net.handshake import TransportError
 
 NUM_NODES = 3
 SLOW = 1.5e6

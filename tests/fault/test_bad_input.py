@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from support import runs
 
-from windlass.checkpoint.chunk_file import chunk_name
-from windlass.checkpoint.manifest import MANIFEST, Manifest, committed_steps, step_folder
+from windlass.checkpoint.durable.chunk_file import chunk_name
+from windlass.checkpoint.durable.manifest import MANIFEST, Manifest, committed_steps, step_folder
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
 
 CONSTANT = "optim.schedule=constant"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from support import nodes, runs
 
-from windlass.checkpoint.ledger import IN_FLIGHT, Phase
+from windlass.checkpoint.agent.ledger import IN_FLIGHT, Phase
 from windlass.errors import EXIT_DONE
 
 NUM_NODES, NUM_PARITY = 6, 2

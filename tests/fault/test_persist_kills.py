@@ -15,8 +15,8 @@ import pytest
 from support.ranks import CONTEXT
 from support.stored import are_sound, content, expected, num_chunks, save
 
-from windlass.checkpoint.durable import POINTER, DurableStore
-from windlass.checkpoint.manifest import MANIFEST, Manifest, step_folder
+from windlass.checkpoint.durable.manifest import MANIFEST, Manifest, step_folder
+from windlass.checkpoint.durable.store import POINTER, DurableStore
 
 KEEP = 2
 SIZES = [(1 << 20) + 77, (3 << 20) + 5]

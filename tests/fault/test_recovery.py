@@ -17,11 +17,11 @@ from support.ranks import run_ranks
 from support.snapshots import Protected
 from support.toy import Layout
 
-from windlass.checkpoint.agent_client import AgentClient
-from windlass.checkpoint.ledger import Phase, SnapshotId, Stale
-from windlass.checkpoint.manifest import committed_steps
-from windlass.checkpoint.slots import Header
-from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId, Stale
+from windlass.checkpoint.agent.slots import Header
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES
+from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.errors import EXIT_DONE
 
 NUM_NODES, NUM_PARITY = 6, 2

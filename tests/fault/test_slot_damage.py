@@ -12,7 +12,7 @@ import pytest
 from support.agents import Cluster, cluster
 from support.files import flip
 
-from windlass.checkpoint.ledger import SnapshotId
+from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.errors import CorruptCheckpoint
 
 SUFFIXES = ("data", "parity", "table", "head")

@@ -19,11 +19,11 @@ from support.ranks import run_ranks
 from support.stored import are_sound
 from torch import nn
 
-from windlass.checkpoint.agents import list_agents
-from windlass.checkpoint.handshake import RefusedPeer
+from windlass.checkpoint.agent.listing import list_agents
+from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import committed_steps
-from windlass.checkpoint.transport import connect
+from windlass.checkpoint.net.handshake import RefusedPeer
+from windlass.checkpoint.net.transport import connect
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError
 from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.mesh import Mesh
@@ -278,7 +278,7 @@ def train_beside_a_stopped_agent(directory: str, shm: str) -> dict:
     for number in range(1, 4):
         step(number)
     assert checkpointer.snapshots is not None
-    pid = checkpointer.snapshots.memory.statuses[1]["pid"]
+    pid = checkpointer.snapshots.memory.group.statuses[1]["pid"]
     mesh.barrier()
     if mesh.rank == 0:
         os.kill(pid, signal.SIGSTOP)

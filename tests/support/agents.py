@@ -20,17 +20,17 @@ import numpy as np
 import pytest
 
 from support.stored import noise
-from windlass.checkpoint.agent_client import AgentClient
-from windlass.checkpoint.agent_folder import AgentFolder
-from windlass.checkpoint.checksum import crc32c
+from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.folder import AgentFolder
+from windlass.checkpoint.agent.ledger import SnapshotId
+from windlass.checkpoint.agent.slots import Header, SharedFile, SlotFiles
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES
+from windlass.checkpoint.codec.checksum import crc32c
+from windlass.checkpoint.durable.reader import CheckpointReader
+from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.image import Block, Description, image_bytes, lay_out
-from windlass.checkpoint.ledger import SnapshotId
-from windlass.checkpoint.reader import CheckpointReader
-from windlass.checkpoint.recovery_plan import Held, RecoveryPlan, plan_recovery
-from windlass.checkpoint.slot_reader import SlotSource, manifest_of, read_parts
-from windlass.checkpoint.slots import Header, SharedFile, SlotFiles
-from windlass.checkpoint.storage import Location
-from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.memory.reader import SlotSource, manifest_of, read_parts
 
 HEAD_BYTES = 64 << 10
 LATE_S = 30.0

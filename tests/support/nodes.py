@@ -23,10 +23,10 @@ import psutil
 
 from support import runs
 from support.ranks import CONTEXT, free_port
-from windlass.checkpoint.agent_client import AgentClient
-from windlass.checkpoint.agent_folder import AgentFolder, folders
-from windlass.checkpoint.ledger import Phase
-from windlass.checkpoint.slots import Header
+from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.folder import AgentFolder, folders
+from windlass.checkpoint.agent.ledger import Phase
+from windlass.checkpoint.agent.slots import Header
 
 WAIT_S = 60.0
 
@@ -62,7 +62,7 @@ class Node:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
-                if "windlass.checkpoint.agent" in line and str(self.shm_dir) in line[3]:
+                if "windlass.checkpoint.agent.process" in line and str(self.shm_dir) in line[3]:
                     return process
         return None
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from support.ranks import CONTEXT, free_port
-from windlass.checkpoint.manifest import MANIFEST, committed_steps, step_folder, step_name
-from windlass.checkpoint.reader import open_checkpoint
+from windlass.checkpoint.durable.manifest import MANIFEST, committed_steps, step_folder, step_name
+from windlass.checkpoint.durable.reader import open_checkpoint
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.launch.worker import run_worker

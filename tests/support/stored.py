@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint import inspect
-from windlass.checkpoint.chunk_file import FOLDER, chunk_of, open_chunk
-from windlass.checkpoint.durable import DurableStore, WrittenChunk
+from windlass.checkpoint.durable.chunk_file import FOLDER, chunk_of, open_chunk
+from windlass.checkpoint.durable.manifest import Manifest, step_folder
+from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import Block, Chunk, lay_out
-from windlass.checkpoint.manifest import Manifest, step_folder
 
 
 def blocks(num_blocks: int = 10, num_bytes: int = 2 << 20) -> list[Block]:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import windlass
-from windlass.checkpoint.chunk_file import chunk_name
+from windlass.checkpoint.durable.chunk_file import chunk_name
+from windlass.checkpoint.durable.manifest import Manifest
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import Manifest
 from windlass.cli import main
 from windlass.parallel.config import ParallelConfig, Sharding
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from windlass.checkpoint.manifest import committed_steps
+from windlass.checkpoint.durable.manifest import committed_steps
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]

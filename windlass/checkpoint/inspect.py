@@ -6,10 +6,10 @@ import json
 import time
 from dataclasses import asdict, dataclass
 
-from windlass.checkpoint.chunk_file import chunk_name, open_chunk
-from windlass.checkpoint.locate import checkpoints_of
-from windlass.checkpoint.manifest import Manifest
-from windlass.checkpoint.storage import Location, Storage, open_storage, resolved, split
+from windlass.checkpoint.durable.chunk_file import chunk_name, open_chunk
+from windlass.checkpoint.durable.locate import checkpoints_of
+from windlass.checkpoint.durable.manifest import Manifest
+from windlass.checkpoint.durable.storage import Location, Storage, open_storage, resolved, split
 from windlass.errors import CorruptCheckpoint
 
 

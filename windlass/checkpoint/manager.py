@@ -12,18 +12,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from windlass.checkpoint.agents import job_name
+from windlass.checkpoint.agent.ledger import SnapshotId
+from windlass.checkpoint.agent.listing import job_name
 from windlass.checkpoint.config import CheckpointKind, FailureDomain
-from windlass.checkpoint.durable import DurableStore, WrittenChunk
-from windlass.checkpoint.manifest import step_folder
-from windlass.checkpoint.memory_restore import open_snapshot, plan_restore
-from windlass.checkpoint.memory_tier import MemorySettings, MemoryTier
+from windlass.checkpoint.durable.manifest import step_folder
+from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
+from windlass.checkpoint.durable.stage import stage_chunks
+from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
+from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
+from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
+from windlass.checkpoint.memory.plan import RecoveryPlan
+from windlass.checkpoint.memory.restore import open_snapshot, plan_restore
+from windlass.checkpoint.memory.snapshots import LazySnapshots
+from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
-from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
-from windlass.checkpoint.recovery_plan import RecoveryPlan
-from windlass.checkpoint.snapshot import LazySnapshots
-from windlass.checkpoint.stage import stage_chunks
-from windlass.checkpoint.storage import Location, is_same_place, join, resolved, split
 from windlass.errors import CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -114,6 +116,9 @@ class Checkpointer:
         )
         self.snapshots: LazySnapshots | None = None
         """The tier in memory, once `open` was called; None for `durable`."""
+        self.agents: AgentGroup | None = None
+        self._resumed: SnapshotId | None = None
+        self._steps_since = 0
         self.current_step: int | None = None
         """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
@@ -135,9 +140,9 @@ class Checkpointer:
         self.mesh.decide(self.store.open_for_writing)
         location = resolved(self.store.location)
         job = job_name(location, self.mesh.decide(self.store.job_id))
-        memory = MemoryTier(self.mesh, job, self.settings, location, self.keep)
-        memory.open()
-        self.snapshots = LazySnapshots(memory, self.objects)
+        self.agents = AgentGroup(self.mesh, job, self.settings, location, self.keep)
+        self.agents.open()
+        self.snapshots = LazySnapshots(MemoryTier(self.agents), self.objects)
 
     def due(self, step: int) -> bool:
         is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
@@ -182,6 +187,11 @@ class Checkpointer:
         """
         if self.snapshots is not None:
             self.snapshots.wait_staged(parameters)
+        if parameters is None and self._resumed is not None and self.agents is not None:
+            self._steps_since += 1
+            if self._steps_since == 2:  # so one step was made in between
+                self.agents.confirm_resume(self._resumed)
+                self._resumed = None
 
     def poll(self) -> list[dict[str, Any]]:
         """What has come of snapshots since the last call: dicts with `kind` and more. Not collective; costs little.
@@ -235,7 +245,7 @@ class Checkpointer:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
         if self.snapshots is not None:
             self.snapshots.close()
-            self.snapshots = None
+            self.snapshots = self.agents = None
 
     # --- Lives. ---
 
@@ -246,11 +256,11 @@ class Checkpointer:
 
     def _begin(self, plan: RecoveryPlan | None) -> None:
         """Begins a life of the run: whoever writes for an older one is refused from now on."""
-        in_memory = 0 if self.snapshots is None else self.snapshots.memory.newest_generation()
+        in_memory = 0 if self.agents is None else self.agents.newest_generation()
         self.generation = 1 + max(in_memory, self.mesh.decide(self.store.generation))
         self.mesh.decide(lambda: self.store.fence(self.generation))
-        if self.snapshots is not None:
-            self.snapshots.memory.begin_generation(self.generation, plan)
+        if self.agents is not None:
+            self.agents.begin_generation(self.generation, plan)
 
     # --- Restoring. ---
 
@@ -268,24 +278,25 @@ class Checkpointer:
         return self._restore_from_store() if restored is None else restored
 
     def _restore_from_memory(self) -> Restored | None:
-        if self.snapshots is None:
+        agents = self.agents
+        if agents is None or self.snapshots is None:
             return None
-        memory = self.snapshots.memory
         self.snapshots.wait_staged()
-        memory.refresh()  # this life may have taken snapshots, too
+        agents.refresh()  # this life may have taken snapshots, too
         durable_step = self.mesh.decide(self.store.latest_step)
-        while (plan := plan_restore(memory)) is not None and plan.step >= (durable_step or 0):
+        while (plan := plan_restore(agents)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)
             try:
-                whole = memory.rebuild(plan) if plan.lost else plan
-                memory.count_resume(plan.snapshot)
-                self._restore_all(open_snapshot(memory, whole))
+                whole = agents.rebuild(plan) if plan.lost else plan
+                agents.count_resume(plan.snapshot)
+                self._restore_all(open_snapshot(agents, whole))
             except CorruptCheckpoint as error:
                 logger.warning("%s", error)
-                memory.distrust(plan.snapshot)
+                agents.distrust(plan.snapshot)
                 continue
             self.current_step = plan.step if plan.step == durable_step else None
-            if memory.needs_protection(plan):
+            self._resumed, self._steps_since = plan.snapshot, 0
+            if agents.needs_protection(plan):
                 self.snapshots.take(plan.step, persist=False)
             num_parts = len(whole.holders)
             origin = f"the memory of {num_parts} {self.settings.failure_domain}{'s' * (num_parts > 1)}"
@@ -338,7 +349,7 @@ class Checkpointer:
     def has_any(self) -> bool:
         """Whether there is something to go on from, on disk or in memory. Collective."""
         self.open()
-        in_memory = self.snapshots is not None and plan_restore(self.snapshots.memory) is not None
+        in_memory = self.agents is not None and plan_restore(self.agents) is not None
         return in_memory or self.mesh.decide(lambda: bool(self.store.steps()))
 
     def owns(self, folder: Location) -> bool:

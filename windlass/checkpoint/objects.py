@@ -9,10 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from windlass.checkpoint.exchange import PARTIAL
-from windlass.checkpoint.manifest import Manifest
+from windlass.checkpoint.durable.manifest import Manifest
+from windlass.checkpoint.durable.reader import CheckpointReader
+from windlass.checkpoint.exchange.folder import PARTIAL
 from windlass.checkpoint.optimizer_state import OptimizerState
-from windlass.checkpoint.reader import CheckpointReader
 from windlass.checkpoint.rng import capture_rng, restore_rng
 from windlass.errors import IncompatibleCheckpoint
 from windlass.parallel.fragment import Fragment, ReplicaShare, fragment_of, local_tensor

@@ -8,8 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.distributed.tensor import DTensor
 
-from windlass.checkpoint.manifest import Manifest, StoredTensor
-from windlass.checkpoint.reader import CheckpointReader
+from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
+from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.parallel.fragment import empty_like_global, fragment_of, local_tensor
 
 

@@ -31,8 +31,8 @@ def _launch(config: Config) -> int:
 
 def _end_agents(config: Config) -> None:
     """After a run that ended well there are none. Else they make durable what only they have, and leave."""
-    from windlass.checkpoint.agents import end_agents
-    from windlass.checkpoint.storage import resolved
+    from windlass.checkpoint.agent.listing import end_agents
+    from windlass.checkpoint.durable.storage import resolved
     from windlass.train.state import checkpoint_dir
 
     shm_dir = None if config.checkpoint.shm_dir is None else Path(config.checkpoint.shm_dir)

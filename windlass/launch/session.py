@@ -17,9 +17,9 @@ import torch
 
 import windlass
 from windlass.checkpoint.config import CheckpointKind
+from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step_folder
+from windlass.checkpoint.durable.storage import Location, name_of
 from windlass.checkpoint.manager import Restored
-from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
-from windlass.checkpoint.storage import Location, name_of
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.errors import EXIT_DONE, RunFolderError, WindlassError

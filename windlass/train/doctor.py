@@ -23,8 +23,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from windlass.checkpoint import isal
-from windlass.checkpoint.erasure import Codec
+from windlass.checkpoint.codec import isal
+from windlass.checkpoint.codec.erasure import Codec
 from windlass.errors import EXIT_DONE, EXIT_FAILURE
 from windlass.train.console import size
 from windlass.train.flops import measured_matmul_flops

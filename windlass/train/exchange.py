@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from windlass.checkpoint import dcp, huggingface
-from windlass.checkpoint.dcp_state import read_state, state_dict_layout
-from windlass.checkpoint.exchange import PARTIAL, new_folder
-from windlass.checkpoint.huggingface import HuggingFaceFolder, Weight
+from windlass.checkpoint.durable.locate import find_checkpoint
+from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
+from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
+from windlass.checkpoint.exchange import dcp, huggingface
+from windlass.checkpoint.exchange.dcp_state import read_state, state_dict_layout
+from windlass.checkpoint.exchange.folder import PARTIAL, new_folder
+from windlass.checkpoint.exchange.huggingface import HuggingFaceFolder, Weight
+from windlass.checkpoint.exchange.imported import Described, Read, write_checkpoint
 from windlass.checkpoint.image import DTYPE_BYTES
-from windlass.checkpoint.imported import Described, Read, write_checkpoint
-from windlass.checkpoint.locate import find_checkpoint
-from windlass.checkpoint.manifest import Manifest, StoredTensor
-from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
 from windlass.errors import ConfigError, require
 from windlass.files import atomic_file
 from windlass.train.config import ModelConfig

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from windlass.checkpoint.config import CheckpointKind
-from windlass.checkpoint.locate import find_checkpoint
+from windlass.checkpoint.durable.locate import find_checkpoint
+from windlass.checkpoint.durable.storage import Location, as_location
 from windlass.checkpoint.manager import Checkpointer, Restored
-from windlass.checkpoint.storage import Location, as_location
 from windlass.errors import ConfigError
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.mesh import Mesh

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from windlass.checkpoint.chunk_file import chunk_name
+from windlass.checkpoint.durable.chunk_file import chunk_name
+from windlass.checkpoint.durable.manifest import Manifest
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import Manifest
 from windlass.parallel.mesh import Mesh
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]

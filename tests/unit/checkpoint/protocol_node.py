@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from windlass.checkpoint.ledger import Ledger, Phase, Slot, SnapshotId
-from windlass.checkpoint.recovery_plan import Held
+from windlass.checkpoint.agent.ledger import Ledger, Phase, Slot, SnapshotId
+from windlass.checkpoint.memory.plan import Held
 
 WHOLE = (Phase.prepared, Phase.committed)
 FOREVER = 1 << 30

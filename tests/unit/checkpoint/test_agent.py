@@ -13,12 +13,12 @@ import pytest
 from support.agents import Cluster, cluster, small_tmpfs, wait_until
 from support.stored import are_sound
 
-from windlass.checkpoint.agent_client import AgentClient, AgentError, NoMemory
-from windlass.checkpoint.durable import DurableStore
-from windlass.checkpoint.handshake import TransportError
-from windlass.checkpoint.ledger import Busy, SnapshotId, Stale
-from windlass.checkpoint.manifest import committed_steps
-from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.checkpoint.agent.client import AgentClient, AgentError, NoMemory
+from windlass.checkpoint.agent.ledger import Busy, SnapshotId, Stale
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES
+from windlass.checkpoint.durable.manifest import committed_steps
+from windlass.checkpoint.durable.store import DurableStore
+from windlass.checkpoint.net.handshake import TransportError
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ import pytest
 from support.agents import shared_memory, wait_until
 from support.ranks import CONTEXT
 
-from windlass.checkpoint import agent_folder
-from windlass.checkpoint.agent_client import AgentClient
-from windlass.checkpoint.agent_folder import AgentFolder, Lease, folders, remove_expired, root, uptime
-from windlass.checkpoint.handshake import TransportError
+from windlass.checkpoint.agent import folder as agent_folder
+from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.folder import AgentFolder, Lease, folders, remove_expired, root, uptime
+from windlass.checkpoint.net.handshake import TransportError
 from windlass.errors import ConfigError, RunFolderError
 
 

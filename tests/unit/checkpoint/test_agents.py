@@ -11,9 +11,9 @@ import pytest
 from support.agents import Cluster, shared_memory
 
 from windlass.checkpoint import inspect
-from windlass.checkpoint.agent_folder import AgentFolder
-from windlass.checkpoint.agents import end_agents, job_name, list_agents, render_agents
-from windlass.checkpoint.manifest import committed_steps
+from windlass.checkpoint.agent.folder import AgentFolder
+from windlass.checkpoint.agent.listing import end_agents, job_name, list_agents, render_agents
+from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.cli import main
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
 
@@ -132,8 +132,8 @@ def test_ending_removes_what_a_killed_agent_has_left(node: Cluster) -> None:
 
 
 def test_an_agent_that_does_not_leave_is_named(node: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("windlass.checkpoint.agents.END_S", 0.2)
-    monkeypatch.setattr("windlass.checkpoint.agent_client.ANSWER_S", 0.2)
+    monkeypatch.setattr("windlass.checkpoint.agent.listing.END_S", 0.2)
+    monkeypatch.setattr("windlass.checkpoint.agent.client.ANSWER_S", 0.2)
     node.signal(0, signal.SIGSTOP)
     try:
         assert end_agents(node.store, shm_of(node)) == [node.folder(0).path]

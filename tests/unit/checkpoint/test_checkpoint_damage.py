@@ -12,10 +12,10 @@ from support.files import flip, snapshot_of
 from torch import nn
 
 from windlass.checkpoint import inspect
-from windlass.checkpoint.locate import checkpoints_of, find_checkpoint
+from windlass.checkpoint.durable.locate import checkpoints_of, find_checkpoint
+from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step_folder
+from windlass.checkpoint.durable.reader import open_checkpoint
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import Manifest, committed_steps, step_folder
-from windlass.checkpoint.reader import open_checkpoint
 from windlass.errors import ConfigError, CorruptCheckpoint
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.mesh import Mesh

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from support.files import flip
 
-from windlass.checkpoint.manifest import (
+from windlass.checkpoint.durable.manifest import (
     MANIFEST,
     Manifest,
     StoredFragment,

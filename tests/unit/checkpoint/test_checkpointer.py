@@ -15,10 +15,10 @@ from checkpoint_helpers import Counter, MakeOptimizer, Training
 from support.files import disk_full_after, snapshot_of
 from torch import nn
 
-from windlass.checkpoint.local_storage import LocalStorage
-from windlass.checkpoint.locate import find_checkpoint
+from windlass.checkpoint.durable.local_storage import LocalStorage
+from windlass.checkpoint.durable.locate import find_checkpoint
+from windlass.checkpoint.durable.manifest import committed_steps, step_folder
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import committed_steps, step_folder
 from windlass.errors import ConfigError, IncompatibleCheckpoint, RunFolderError
 from windlass.optim.config import Schedule
 from windlass.optim.scheduler import WarmupScheduler

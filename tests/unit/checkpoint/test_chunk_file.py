@@ -11,10 +11,17 @@ from checkpoint_helpers import bits_of
 from safetensors.torch import load_file
 
 from windlass.checkpoint import image
-from windlass.checkpoint.chunk_file import DTYPE_CODES, chunk_name, chunk_of, chunks_named_in, open_chunk, preamble
-from windlass.checkpoint.durable import DurableStore, WrittenChunk
+from windlass.checkpoint.durable.chunk_file import (
+    DTYPE_CODES,
+    chunk_name,
+    chunk_of,
+    chunks_named_in,
+    open_chunk,
+    preamble,
+)
+from windlass.checkpoint.durable.stage import stage_chunks
+from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import DTYPE_BYTES, PAGE_BYTES, Block, Chunk, Entry, lay_out
-from windlass.checkpoint.stage import stage_chunks
 from windlass.parallel.fragment import Fragment, fragment_of
 
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5, 7), (2, 3, 4)]

@@ -12,7 +12,7 @@ import pytest
 from protocol_model import Event, World
 from protocol_node import Job, Node, Violation
 
-from windlass.checkpoint.ledger import Ledger, Phase, Report, Slot, SnapshotId
+from windlass.checkpoint.agent.ledger import Ledger, Phase, Report, Slot, SnapshotId
 
 SMALL = [
     Job(2, 1, 2, max_snapshots=1, max_kills=0, max_crashes=1, max_pins=0),

@@ -20,10 +20,10 @@ import pytest
 import torch
 from transport_helpers import LATE_S, SECRET, SOON_S, accepting, listening, pair, raw_pair, wait_until
 
-from windlass.checkpoint import connection as connection_module
-from windlass.checkpoint.checksum import crc32c
-from windlass.checkpoint.connection import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
-from windlass.checkpoint.transport import MAX_UNPROVEN, Listener, PeerClosed, TransportError, connect
+from windlass.checkpoint.codec.checksum import crc32c
+from windlass.checkpoint.net import connection as connection_module
+from windlass.checkpoint.net.connection import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
+from windlass.checkpoint.net.transport import MAX_UNPROVEN, Listener, PeerClosed, TransportError, connect
 
 LARGER_THAN_BUFFERS = 128 << 20
 """Bytes that no system takes without a reader."""
@@ -329,7 +329,7 @@ def test_the_wait_for_a_frame_has_a_limit_of_its_own() -> None:
 def test_a_stopped_process_is_given_up() -> None:
     program = (
         "import math, sys\n"
-        "from windlass.checkpoint.transport import connect\n"
+        "from windlass.checkpoint.net.transport import connect\n"
         f"connection = connect(('127.0.0.1', int(sys.argv[1])), {SECRET!r}, timeout_s={LATE_S})\n"
         "connection.send({})\n"
         "connection.receive(math.inf)\n"

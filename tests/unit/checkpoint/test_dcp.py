@@ -34,14 +34,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from windlass.checkpoint.dcp import DcpFolder, write_folder
-from windlass.checkpoint.dcp_metadata import METADATA, read_contents
-from windlass.checkpoint.dcp_state import read_state, state_dict_layout
-from windlass.checkpoint.exchange import new_folder
-from windlass.checkpoint.imported import write_checkpoint
+from windlass.checkpoint.durable.manifest import step_folder
+from windlass.checkpoint.durable.reader import open_checkpoint
+from windlass.checkpoint.exchange.dcp import DcpFolder, write_folder
+from windlass.checkpoint.exchange.dcp_metadata import METADATA, read_contents
+from windlass.checkpoint.exchange.dcp_state import read_state, state_dict_layout
+from windlass.checkpoint.exchange.folder import new_folder
+from windlass.checkpoint.exchange.imported import write_checkpoint
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import step_folder
-from windlass.checkpoint.reader import open_checkpoint
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.mesh import Mesh
 

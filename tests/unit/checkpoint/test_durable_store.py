@@ -18,11 +18,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from support.files import disk_full_after, flip, snapshot_of
 from support.stored import are_sound, content, expected, image_of, num_chunks, put, save
 
-from windlass.checkpoint import inspect, object_storage
-from windlass.checkpoint.chunk_file import chunk_name
-from windlass.checkpoint.durable import FENCE, POINTER, DurableStore
-from windlass.checkpoint.manifest import MANIFEST, Manifest, step_folder, step_name
-from windlass.checkpoint.storage import Location
+from windlass.checkpoint import inspect
+from windlass.checkpoint.durable import object_storage
+from windlass.checkpoint.durable.chunk_file import chunk_name
+from windlass.checkpoint.durable.manifest import MANIFEST, Manifest, step_folder, step_name
+from windlass.checkpoint.durable.storage import Location
+from windlass.checkpoint.durable.store import FENCE, POINTER, DurableStore
 from windlass.errors import CorruptCheckpoint, RunFolderError, StaleWriter
 
 SMALL = 5000

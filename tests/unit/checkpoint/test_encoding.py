@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from support.agents import shared_memory
 
-from windlass.checkpoint.checksum import crc32c
-from windlass.checkpoint.encoding import Encoding
-from windlass.checkpoint.erasure import Codec
-from windlass.checkpoint.ledger import Phase, SnapshotId
-from windlass.checkpoint.slots import Header, Region, SlotFiles
-from windlass.checkpoint.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.agent.encoding import Encoding
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.slots import Header, Region, SlotFiles
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.codec.checksum import crc32c
+from windlass.checkpoint.codec.erasure import Codec
 
 SNAPSHOT = SnapshotId(1, 1)
 SHAPES = [(2, 1), (3, 1), (3, 2), (4, 2), (5, 2), (5, 4), (6, 3)]

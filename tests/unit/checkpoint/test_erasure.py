@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.checkpoint import erasure, isal
-from windlass.checkpoint.erasure import ENGINES, MAX_SHARDS, Codec, parity_matrix
+from windlass.checkpoint.codec import erasure, isal
+from windlass.checkpoint.codec.erasure import ENGINES, MAX_SHARDS, Codec, parity_matrix
 
 needs_isal = pytest.mark.skipif(isal.load() is None, reason="no ISA-L here")
 engines = pytest.mark.parametrize("engine", ["torch", pytest.param("isa-l", marks=needs_isal)])

@@ -13,9 +13,9 @@ from contextlib import suppress
 import pytest
 from transport_helpers import LATE_S, SECRET, SOON_S, echo, impostor, listening, read, read_to_end, wait_until, works
 
-from windlass.checkpoint import handshake
-from windlass.checkpoint.handshake import GREETING, NONCE_BYTES, PROOF_BYTES, proof
-from windlass.checkpoint.transport import Listener, RefusedPeer, TransportError, connect
+from windlass.checkpoint.net import handshake
+from windlass.checkpoint.net.handshake import GREETING, NONCE_BYTES, PROOF_BYTES, proof
+from windlass.checkpoint.net.transport import Listener, RefusedPeer, TransportError, connect
 
 # Who does not know the secret
 

@@ -16,8 +16,8 @@ from checkpoint_helpers import bits_of
 from safetensors.torch import load_file, save_file
 from support.files import disk_full_after, snapshot_of
 
-from windlass.checkpoint.exchange import new_folder
-from windlass.checkpoint.huggingface import (
+from windlass.checkpoint.exchange.folder import new_folder
+from windlass.checkpoint.exchange.huggingface import (
     CONFIG,
     DTYPE_CODES,
     INDEX,
@@ -106,8 +106,8 @@ def test_a_kill_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch\n"
         "from pathlib import Path\n"
-        "from windlass.checkpoint.exchange import new_folder\n"
-        "from windlass.checkpoint.huggingface import Weight, write_weights\n"
+        "from windlass.checkpoint.exchange.folder import new_folder\n"
+        "from windlass.checkpoint.exchange.huggingface import Weight, write_weights\n"
         "weights = [Weight(str(n), (9,), torch.float32, lambda: torch.ones(9)) for n in range(4)]\n"
         "def report(done):\n"
         "    if done == 108: os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transport_helpers import tcp_pair
 
-from windlass.checkpoint.connection import Connection
-from windlass.checkpoint.pacer import BURST_S, SLICE_BYTES, Pacer
+from windlass.checkpoint.net.connection import Connection
+from windlass.checkpoint.net.pacer import BURST_S, SLICE_BYTES, Pacer
 
 
 class Clock:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from support.files import flip
 
-from windlass.checkpoint import chunk_file, image, inspect, reader
-from windlass.checkpoint.chunk_file import chunk_name
-from windlass.checkpoint.durable import DurableStore
-from windlass.checkpoint.locate import checkpoints_of, find_checkpoint
-from windlass.checkpoint.manifest import Manifest, StoredFragment
-from windlass.checkpoint.reader import CheckpointReader, open_checkpoint
-from windlass.checkpoint.stage import stage_chunks
-from windlass.checkpoint.storage import Location, join
+from windlass.checkpoint import image, inspect
+from windlass.checkpoint.durable import chunk_file, reader
+from windlass.checkpoint.durable.chunk_file import chunk_name
+from windlass.checkpoint.durable.locate import checkpoints_of, find_checkpoint
+from windlass.checkpoint.durable.manifest import Manifest, StoredFragment
+from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
+from windlass.checkpoint.durable.stage import stage_chunks
+from windlass.checkpoint.durable.storage import Location, join
+from windlass.checkpoint.durable.store import DurableStore
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.fragment import Fragment
 
@@ -206,7 +207,8 @@ def test_a_checkpoint_finds_its_chunks_from_anywhere(
 def test_looking_at_checkpoints_needs_no_torch() -> None:
     """Snapshot agents write them, and a command line should answer at once."""
     code = (
-        "import sys, windlass.checkpoint.durable, windlass.checkpoint.inspect, windlass.checkpoint.locate\n"
+        "import sys\n"
+        "import windlass.checkpoint.durable.store, windlass.checkpoint.durable.locate, windlass.checkpoint.inspect\n"
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,11 +13,11 @@ import pytest
 from support.agents import Cluster, cluster, shared_memory
 from support.files import flip
 
-from windlass.checkpoint.handshake import RefusedPeer, TransportError
-from windlass.checkpoint.ledger import Phase, SnapshotId
-from windlass.checkpoint.slot_repair import BlockSource, Rebuilder, TooFewShards, block_number, runs_of
-from windlass.checkpoint.slots import SlotFiles
-from windlass.checkpoint.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.repair import BlockSource, Rebuilder, TooFewShards, block_number, runs_of
+from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.net.handshake import RefusedPeer, TransportError
 
 
 @pytest.fixture(scope="module", params=[(3, 1), (4, 2), (5, 2)], ids=["3 nodes, 1 parity", "4, 2", "5, 2"])

@@ -14,10 +14,10 @@ from support.agents import shared_memory, small_tmpfs
 from support.files import disk_full_after, flip
 from support.stored import noise
 
-from windlass.checkpoint.checksum import crc32c
-from windlass.checkpoint.ledger import Phase, SnapshotId
-from windlass.checkpoint.slots import Header, Region, SharedFile, SlotFiles
-from windlass.checkpoint.stripes import BLOCK_BYTES
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.slots import Header, Region, SharedFile, SlotFiles
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES
+from windlass.checkpoint.codec.checksum import crc32c
 
 HEADER = Header(
     snapshot=SnapshotId(3, 17),

@@ -16,11 +16,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from support.files import disk_full_after, snapshot_of
 
-from windlass.checkpoint import local_storage, object_storage
+from windlass.checkpoint.durable import local_storage, object_storage
+from windlass.checkpoint.durable.local_storage import DIRECT_MIN_BYTES, LocalStorage
+from windlass.checkpoint.durable.object_storage import NUM_TRIES, FsspecStorage
+from windlass.checkpoint.durable.storage import Storage, as_location, is_same_place, join, name_of, open_storage, split
 from windlass.checkpoint.image import PAGE_BYTES
-from windlass.checkpoint.local_storage import DIRECT_MIN_BYTES, LocalStorage
-from windlass.checkpoint.object_storage import NUM_TRIES, FsspecStorage
-from windlass.checkpoint.storage import Storage, as_location, is_same_place, join, name_of, open_storage, split
 from windlass.errors import ConfigError, RunFolderError
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from windlass.checkpoint.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 
 SHAPES = [(n, m) for n in range(1, 10) for m in range(n)]
 

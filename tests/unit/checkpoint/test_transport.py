@@ -11,8 +11,8 @@ from contextlib import ExitStack
 import pytest
 from transport_helpers import SECRET, echo, listening, read_to_end, wait_until, works
 
-from windlass.checkpoint import transport
-from windlass.checkpoint.transport import MAX_UNPROVEN, Connection, Listener, RefusedPeer, TransportError, connect
+from windlass.checkpoint.net import transport
+from windlass.checkpoint.net.transport import MAX_UNPROVEN, Connection, Listener, RefusedPeer, TransportError, connect
 
 
 def test_a_flood_of_strangers_does_not_disturb_who_is_in(caplog: pytest.LogCaptureFixture) -> None:
@@ -122,5 +122,5 @@ def test_over_ipv6() -> None:
 
 
 def test_no_torch_is_needed() -> None:
-    program = "import sys, windlass.checkpoint.transport; sys.exit('torch' in sys.modules)"
+    program = "import sys, windlass.checkpoint.net.transport; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from windlass.checkpoint.transport import Connection, Listener, Pacer, connect
+from windlass.checkpoint.net.transport import Connection, Listener, Pacer, connect
 
 SECRET = b"the secret of one job, 32 bytes."
 SOON_S = 0.5

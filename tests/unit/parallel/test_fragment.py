@@ -80,7 +80,7 @@ def test_ranks_share_what_they_all_hold_by_its_bytes() -> None:
     shares = [ReplicaShare(rank, 2) for rank in range(2)]
     included = [[share.includes(tensor) for tensor in tensors] for share in shares]
     assert included[0] == [not mine for mine in included[1]], "one of them speaks for each"
-    assert included[0] == [True, False, False, False, True], "as many bytes each as can be, and the first for small ones"
+    assert included[0] == [True, False, False, False, True], "as many bytes each as can be, small ones apart"
 
 
 def test_an_empty_like_has_the_shape_and_another_dtype() -> None:

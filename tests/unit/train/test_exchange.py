@@ -13,10 +13,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.files import disk_full_after
 
-from windlass.checkpoint.huggingface import CONFIG, INDEX, SINGLE
+from windlass.checkpoint.durable.manifest import committed_steps, step_folder
+from windlass.checkpoint.durable.reader import open_checkpoint
+from windlass.checkpoint.exchange.huggingface import CONFIG, INDEX, SINGLE
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.manifest import committed_steps, step_folder
-from windlass.checkpoint.reader import open_checkpoint
 from windlass.cli import main
 from windlass.conf.compose import compose
 from windlass.parallel.mesh import Mesh

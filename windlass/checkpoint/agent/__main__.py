@@ -1,0 +1,13 @@
+"""The agent's process: see `windlass.checkpoint.agent.process`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from windlass.checkpoint.agent.process import main
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # without waiting for threads that serve connections

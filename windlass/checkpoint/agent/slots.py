@@ -1,0 +1,239 @@
+"""The files of a snapshot slot, in a folder of shared memory: they outlive trainers, and the agent that made them.
+
+    0.data      the node's data: a region a local rank
+    0.parity    the parity that this node keeps of other nodes' data
+    0.table     a CRC32C a block: of the data, then of the parity
+    0.head      what the slot holds and how far it is (`Header`): replaced as a whole, after what it speaks of
+
+A slot whose head or table is not as it was written holds nothing. A block with another checksum is an erasure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.codec.checksum import crc32c
+
+OWNER_ONLY = 0o600
+
+
+@dataclass(frozen=True)
+class Region:
+    """Where a rank's part lies in its node's data."""
+
+    position: int
+    """Of the node."""
+    rank: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a slot holds, and how far it is."""
+
+    snapshot: SnapshotId
+    step: int
+    phase: Phase
+    position: int
+    num_nodes: int
+    num_parity_shards: int
+    node_bytes: int
+    world_size: int
+    layout: str
+    """Says how the job was cut: what differs in it is never mixed."""
+    regions: tuple[Region, ...] = ()
+    """Of all nodes: who restores a lost node's data must know what is in it."""
+    persist: bool = False
+    """Whether the snapshot is to be written to the durable tier."""
+    num_resumes: int = 0
+    """How often trainers began to go on from it."""
+    table_crc: int = 0
+
+    @property
+    def own_regions(self) -> list[Region]:
+        return [region for region in self.regions if region.position == self.position]
+
+    @property
+    def stripes(self) -> Stripes:
+        return Stripes(self.num_nodes, self.num_parity_shards, self.node_bytes)
+
+    def to_bytes(self) -> bytes:
+        body = json.dumps(asdict(self), sort_keys=True).encode()
+        return b"%08x\n" % crc32c(body) + body
+
+    @staticmethod
+    def from_bytes(data: bytes) -> Header:
+        """Raises ValueError unless the bytes are as `to_bytes` gave them."""
+        body = data[9:]
+        if data[:9] != b"%08x\n" % crc32c(body):
+            raise ValueError("the header's bytes have changed")
+        return Header.from_json(json.loads(body))
+
+    @staticmethod
+    def from_json(document: dict[str, Any]) -> Header:
+        fields = {field.name: document[field.name] for field in dataclasses.fields(Header)}
+        fields["snapshot"] = SnapshotId(*fields["snapshot"])
+        fields["phase"] = Phase(fields["phase"])
+        fields["regions"] = tuple(Region(**region) for region in fields["regions"])
+        return Header(**fields)
+
+
+class SharedFile:
+    """A file of shared memory, mapped whole, and made or grown so that it cannot fail to be written later.
+
+    Raises:
+        OSError: ENOSPC where the memory is not there. A map of a file without its memory would end a writer by SIGBUS.
+    """
+
+    def __init__(self, path: Path, size: int, may_make: bool = True) -> None:
+        self.path, self.size = path, size
+        flags = os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if may_make else 0)
+        descriptor = os.open(path, flags, OWNER_ONLY)
+        try:
+            if may_make:
+                if os.fstat(descriptor).st_size > size:
+                    os.ftruncate(descriptor, size)
+                if size:
+                    os.posix_fallocate(descriptor, 0, size)
+            elif os.fstat(descriptor).st_size < size:
+                raise OSError(errno.EIO, "the file is shorter than its slot", str(path))
+            self.inode = os.fstat(descriptor).st_ino
+            # Unmapped with the last view of it: an encoder may still be at work on a slot that is given up.
+            self.view = memoryview(_mapped(descriptor, size) if size else b"")
+        finally:
+            os.close(descriptor)
+
+
+def _mapped(descriptor: int, size: int) -> mmap.mmap:
+    """The whole file, its pages in place: else the first copy into each of them stops for it."""
+    return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+
+
+@dataclass
+class SlotFiles:
+    """One slot of a folder."""
+
+    folder: Path
+    index: int
+    header: Header | None = None
+    data: SharedFile | None = None
+    parity: SharedFile | None = None
+    table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / f"{self.index}.{suffix}"
+
+    def begin(self, header: Header) -> None:
+        """Makes room for what `header` describes and says that it is being written.
+
+        Raises:
+            OSError: there is not enough memory; the slot is empty then.
+        """
+        self.path("head").unlink(missing_ok=True)
+        self.header = None
+        stripes = header.stripes
+        self.reserve(stripes)
+        self.table = np.zeros((stripes.data_bytes + stripes.parity_bytes) // BLOCK_BYTES, np.uint32)
+        self.write_header(header)
+
+    def reserve(self, stripes: Stripes) -> None:
+        """Takes the memory that a snapshot will need. Raises OSError if it is not there; the slot is empty then."""
+        try:
+            self.data = self._sized(self.data, "data", stripes.data_bytes)
+            self.parity = self._sized(self.parity, "parity", stripes.parity_bytes)
+        except OSError:
+            self.empty()
+            raise
+
+    def _sized(self, file: SharedFile | None, suffix: str, size: int) -> SharedFile:
+        if file is not None and file.size == size:
+            return file
+        return SharedFile(self.path(suffix), size)
+
+    def set_phase(self, phase: Phase, with_table: bool = False) -> None:
+        """Writes the header with another phase; after the table, where that has changed."""
+        assert self.header is not None
+        header = replace(self.header, phase=phase)
+        if with_table:
+            write_shared(self.path("table"), self.table.tobytes())
+            header = replace(header, table_crc=crc32c(self.table))
+        self.write_header(header)
+
+    def write_header(self, header: Header) -> None:
+        write_shared(self.path("head"), header.to_bytes())
+        self.header = header
+
+    def empty(self) -> None:
+        """Forgets what the slot holds, and gives its memory back."""
+        self.path("head").unlink(missing_ok=True)
+        for suffix in ("data", "parity", "table"):
+            # A new file next time: a writer of an older life may have this one mapped, and go on writing into it.
+            self.path(suffix).unlink(missing_ok=True)
+        self.header = self.data = self.parity = None
+
+    def adopt(self) -> None:
+        """Opens what an earlier agent left; what is not as it was written is emptied."""
+        try:
+            self.open()
+        except (OSError, ValueError, TypeError, KeyError):
+            self.empty()
+
+    def open(self, with_parity: bool = True) -> None:
+        """Opens a slot that is prepared or committed, or being written.
+
+        Raises:
+            OSError: a file is missing or too short.
+            ValueError: the header or the table is not as it was written.
+        """
+        header = Header.from_bytes(self.path("head").read_bytes())
+        stripes = header.stripes
+        self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
+        if with_parity:
+            self.parity = SharedFile(self.path("parity"), stripes.parity_bytes, may_make=False)
+        if header.phase in (Phase.prepared, Phase.committed):
+            table = np.frombuffer(self.path("table").read_bytes(), np.uint32)
+            if table.size * BLOCK_BYTES != stripes.data_bytes + stripes.parity_bytes:
+                raise ValueError("the table has another length")
+            if crc32c(table) != header.table_crc:
+                raise ValueError("the table's bytes have changed")
+            self.table = table.copy()
+        self.header = header
+
+    def blocks(self, first: int, count: int = 1) -> memoryview:
+        """Blocks of the data, or, counted on, of the parity; not of both."""
+        assert self.data is not None
+        file, num_data = self.data, self.data.size // BLOCK_BYTES
+        if first >= num_data:
+            assert self.parity is not None
+            file, first = self.parity, first - num_data
+        return file.view[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES]
+
+    def damaged_blocks(self) -> Iterator[int]:
+        """The numbers of the blocks that are not as they were written."""
+        for number, expected in enumerate(self.table.tolist()):
+            if crc32c(self.blocks(number)) != expected:
+                yield number
+
+
+def write_shared(path: Path, data: bytes) -> None:
+    """Renamed into place: a killed process leaves the old file or the new one. Shared memory needs no sync."""
+    temporary = path.with_name(f"{path.name}.new")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, OWNER_ONLY)
+    try:
+        os.write(descriptor, data)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)

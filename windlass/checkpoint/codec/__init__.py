@@ -1,0 +1,1 @@
+"""Erasure codes and checksums, through ISA-L where it is installed."""

@@ -1,0 +1,1 @@
+"""The tier on disk or in an object store: content-hashed chunks, manifests, and readers of them."""

@@ -1,0 +1,86 @@
+"""A chunk as a file: a safetensors file of whole pages before its data, named by the SHA-256 of all of it.
+
+The format (https://huggingface.co/docs/safetensors) is 8 bytes of header length, a JSON header, and raw bytes. The
+`safetensors` library reads what is written here; it writes only after it has copied every tensor into one Python
+bytes object. The same tensors with the same bytes give the same name, which is how a checkpoint finds what an earlier
+one has written already. Torch-free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+
+from windlass.checkpoint.durable.storage import Storage
+from windlass.checkpoint.image import PAGE_BYTES, Entry
+
+DTYPE_CODES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+FOLDER = "chunks"
+FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+NAMED = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+def chunk_name(sha256: str) -> str:
+    """Where the storage of the checkpoints has a chunk."""
+    return f"{FOLDER}/{sha256}.safetensors"
+
+
+def chunk_of(name: str) -> str | None:
+    """The SHA-256 that `name` is the chunk of; None if it is something else, such as a chunk that was set aside."""
+    match = FILE.fullmatch(name.removeprefix(f"{FOLDER}/"))
+    return match[1] if match else None
+
+
+def chunks_named_in(manifest: bytes) -> set[str]:
+    """Every SHA-256 in a manifest's text, sound or not: what a damaged one still names must not be deleted either."""
+    return {match.decode() for match in NAMED.findall(manifest)}
+
+
+def preamble(entries: Sequence[Entry]) -> bytes:
+    """Everything before the data of a chunk's file: whole pages, so that direct I/O and maps of it are aligned.
+
+    Raises:
+        ValueError: two entries are of the same tensor, which would have the same key.
+    """
+    begin = entries[0].begin
+    layout = {
+        entry.block.name: {
+            "dtype": DTYPE_CODES[entry.block.dtype],
+            "shape": list(entry.block.shape),
+            "data_offsets": [entry.begin - begin, entry.end - begin],
+        }
+        for entry in entries
+    }
+    if len(layout) != len(entries):
+        raise ValueError("a chunk has two parts of one tensor")
+    header = json.dumps(layout, separators=(",", ":")).encode()
+    header += b" " * (-(8 + len(header)) % PAGE_BYTES)
+    return len(header).to_bytes(8, "little") + header
+
+
+def open_chunk(storage: Storage, sha256: str, size: int | None = None) -> memoryview:
+    """The bytes of a chunk's file, all of them checked.
+
+    Raises:
+        ValueError: they are not those that were written.
+        FileNotFoundError: it is not there.
+    """
+    data = storage.open(chunk_name(sha256))
+    if size is not None and data.nbytes != size:
+        raise ValueError(f"has {data.nbytes} bytes where {size} were written")
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError("its bytes have changed")
+    return data

@@ -1,0 +1,1 @@
+"""Export to and import from other formats: Hugging Face folders and torch.distributed.checkpoint."""

@@ -1,0 +1,144 @@
+"""Folders of torch.distributed.checkpoint (DCP): written through torch, a tensor at a time, and read with nothing run.
+
+`dcp_metadata` reads the table of contents; the entries are `torch.save` streams, which `weights_only=True` reads.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
+
+from windlass.checkpoint.durable.reader import CheckpointReader
+from windlass.checkpoint.exchange.dcp_metadata import Place, damaged, first_line, read_contents
+from windlass.checkpoint.exchange.folder import Report
+
+Tree = Mapping[str, Any]
+
+
+class _LazyPlanner(dcp.DefaultSavePlanner):
+    """Plans with tensors on the meta device, and reads each from the checkpoint when it is its turn.
+
+    Args:
+        names: a tensor's flat name in the DCP folder -> its name in the checkpoint.
+    """
+
+    def __init__(self, names: Mapping[str, str], reader: CheckpointReader, report: Report) -> None:
+        super().__init__()
+        self.names, self.reader, self.report, self.num_done = names, reader, report, 0
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        if index.fqn not in self.names:
+            return super().lookup_object(index)
+        tensor = self.reader.read_whole(self.names[index.fqn])
+        self.num_done += tensor.nbytes
+        self.report(self.num_done)
+        return tensor
+
+
+class _Writer(dcp.FileSystemWriter):
+    """A file an entry: of what goes into one file torch keeps all tensors in memory until that file is closed."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, single_file_per_rank=False)
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # torch's own holds the path of the folder, which is a temporary one here
+
+
+def write_folder(folder: Path, reader: CheckpointReader, tensors: Tree, values: Tree, report: Report) -> None:
+    """Writes and syncs a DCP folder in one process; memory is two tensors.
+
+    Args:
+        folder: empty.
+        tensors: the nested state dict's tensors, each by its name in the checkpoint of `reader`.
+        values: the rest of the state dict.
+
+    Raises:
+        OSError: the disk is full or refuses.
+    """
+    names: dict[str, str] = {}
+    state = _merged(_on_meta(tensors, reader, names, ""), values)
+    planner = _LazyPlanner(names, reader, report)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what is meant
+            dcp.save(state, storage_writer=_Writer(folder), planner=planner, no_dist=True)
+    except dcp.CheckpointException as error:  # dcp's own, around what each rank raised
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _on_meta(tree: Tree, reader: CheckpointReader, names: dict[str, str], prefix: str) -> dict[str, Any]:
+    state: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, str):
+            names[f"{prefix}{key}"] = value
+            stored = reader.manifest.tensors[value]
+            state[key] = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
+        else:
+            state[key] = _on_meta(value, reader, names, f"{prefix}{key}.")
+    return state
+
+
+def _merged(first: Tree, second: Tree) -> dict[str, Any]:
+    merged = dict(first)
+    for key, value in second.items():
+        in_both = isinstance(value, Mapping) and key in merged
+        merged[key] = _merged(merged[key], value) if in_both else value
+    return merged
+
+
+class DcpFolder:
+    """A DCP folder to import from: says what it has, and reads an entry at a time.
+
+    Attributes:
+        contents: what it has.
+
+    Raises:
+        ConfigError, CorruptCheckpoint: as `read_contents`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.contents = read_contents(folder)
+
+    def read_tensor(self, name: str) -> torch.Tensor:
+        """The tensor with the flat name `name`, put together from its parts, on the CPU.
+
+        Raises:
+            CorruptCheckpoint: a part is missing, or is not what the table of contents says.
+        """
+        stored = self.contents.tensors[name]
+        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        for part in stored.parts:
+            loaded = self._load(name, part.place)
+            if not isinstance(loaded, torch.Tensor) or loaded.shape != part.shape or loaded.dtype != stored.dtype:
+                raise damaged(self.folder, f"a part of {name} is not what the table of contents says")
+            block = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))
+            whole[block].copy_(loaded)
+        return whole
+
+    def read_value(self, name: str) -> Any:
+        """The entry `name` that is not a tensor: a number, a string, or a list, tuple or dict of such.
+
+        Raises:
+            CorruptCheckpoint: it is missing, or an object that only unpickling would give.
+        """
+        return self._load(name, self.contents.values[name])
+
+    def _load(self, name: str, place: Place) -> Any:
+        try:
+            with (self.folder / place.file).open("rb") as file:
+                file.seek(place.begin)
+                data = file.read(place.length)
+            if len(data) != place.length:
+                raise EOFError(f"it ends {place.length - len(data)} bytes early")
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:  # the stream's bytes decide which one
+            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {first_line(error)}") from error

@@ -1,0 +1,69 @@
+"""From what agents hold to a reader of it."""
+
+from __future__ import annotations
+
+from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.durable.reader import CheckpointReader
+from windlass.checkpoint.memory.group import AgentGroup
+from windlass.checkpoint.memory.plan import RecoveryPlan
+from windlass.checkpoint.memory.reader import Part, SlotSource, manifest_of, read_parts
+from windlass.errors import CorruptCheckpoint
+from windlass.parallel.collectives import all_gather_object
+
+
+def plan_restore(group: AgentGroup) -> RecoveryPlan | None:
+    """What can be gone on from, and what of it is lost. Collective.
+
+    Where something is lost the rest is read before it is relied on: parity makes up for so much and no more.
+    """
+    while True:
+        plan = group.plan()
+        if plan is None or not plan.lost or plan.snapshot in group.verified:
+            return plan
+        group.verify(plan.snapshot)
+
+
+def open_snapshot(group: AgentGroup, plan: RecoveryPlan) -> CheckpointReader:
+    """A reader of a snapshot of which nothing is lost. Collective.
+
+    Raises:
+        CorruptCheckpoint: on all ranks, if the memory of one has changed.
+    """
+    local = group.mesh.agree(lambda: _open_local(group, plan))
+    mine = [position for position, node in plan.holders.items() if node == group.node and group.is_leader]
+    parts = group.mesh.agree(lambda: [part.to_json() for position in mine for part in _parts(local[position], plan)])
+    everything = [
+        Part.from_json(part) for parts_of_rank in all_gather_object(parts, group.mesh.group) for part in parts_of_rank
+    ]
+    manifest = manifest_of(plan.step, group.generation, group.world_size_of(plan), everything)
+    source = SlotSource(
+        plan.snapshot, plan.step, local, group.sources(plan), bytes.fromhex(group.secret), group.generation
+    )
+    return CheckpointReader(manifest, source)
+
+
+def _open_local(group: AgentGroup, plan: RecoveryPlan) -> dict[int, SlotFiles]:
+    """The slots of this node that hold a part of the snapshot, by position."""
+    found = {}
+    for index in group.slot_indexes(plan.snapshot):
+        files = SlotFiles(group.folder.path, index)
+        try:
+            files.open(with_parity=False)
+        except (OSError, ValueError) as error:
+            raise _damaged(plan, str(error)) from error
+        assert files.header is not None
+        found[files.header.position] = files
+    return found
+
+
+def _parts(files: SlotFiles, plan: RecoveryPlan) -> list[Part]:
+    try:
+        return read_parts(files)
+    except ValueError as error:
+        raise _damaged(plan, str(error)) from error
+
+
+def _damaged(plan: RecoveryPlan, what: str) -> CorruptCheckpoint:
+    return CorruptCheckpoint(
+        "snapshot", f"step {plan.step} in memory", f"is damaged: {what}", "nothing: parity or an older one is used"
+    )

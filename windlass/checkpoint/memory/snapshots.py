@@ -1,0 +1,205 @@
+"""Snapshots of a run's objects into memory: what is copied, when, and what has come of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from windlass.checkpoint.agent.ledger import SnapshotId
+from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_bytes, lay_out, round_up
+from windlass.checkpoint.memory.lazy_copy import Copy, pieces_of
+from windlass.checkpoint.memory.tier import MemoryTier
+from windlass.checkpoint.objects import CheckpointedObjects
+from windlass.checkpoint.objects import Piece as ObjectPiece
+
+HEAD_BYTES = 64 << 10
+"""Descriptions grow and shrink by digits; a region is laid out for whole multiples of this."""
+FREE_S = 120.0
+"""How long the end of a run waits for the snapshot before it to be done."""
+POLL_S = 0.01
+DECIDE_S = 5.0
+"""The ranks wait together for what one of them looks at; at most so long in one collective."""
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Of an image: the same from one snapshot to the next, until an optimizer makes its state."""
+
+    shape: list[tuple[Any, ...]]
+    chunks: list[Chunk]
+    text: str
+    """The chunks as JSON."""
+
+
+class LazySnapshots:
+    """One snapshot at a time, of what `objects` hold, into what `memory` gives. Collective unless said otherwise."""
+
+    def __init__(self, memory: MemoryTier, objects: CheckpointedObjects) -> None:
+        self.memory, self.objects = memory, objects
+        self._copy: Copy | None = None
+        self._head_bytes = HEAD_BYTES
+        self._layout = _Layout([], [], "[]")
+        self._owes_persist = False
+        self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
+        self._is_in_flight = False
+        self._newest_step = -1  # the newest that was begun: what is heard later may be of one before it
+        self._persisting: set[int] = set()
+        self._outcomes: dict[int, str] = {}  # of those that were last to be made durable
+        self._events: list[dict[str, Any]] = []
+        before = memory.group.statuses[memory.group.node]["events"]  # told to trainers that are no more
+        self._newest_event = before[-1]["number"] if before else 0
+
+    def reserve(self, num_more_bytes: int) -> None:
+        pieces, chunks, head = self._describe()
+        del pieces
+        self.memory.reserve(self._head_bytes + image_bytes(chunks) + round_up(num_more_bytes, HEAD_BYTES) + len(head))
+
+    def take(self, step: int, persist: bool) -> bool:
+        """Begins a snapshot of `step`; False if the one before is not done.
+
+        A snapshot that was to be made durable and was not taken, or was given up, leaves that to the next.
+        """
+        persist = persist or self._owes_persist
+        if self._begin(step, persist):
+            return True
+        self._owes_persist = persist
+        self._events.append({"kind": "snapshot_skipped", "step": step})
+        return False
+
+    def _begin(self, step: int, persist: bool) -> bool:
+        self.wait_staged()
+        pieces, chunks, head = self._describe()
+        target = self.memory.begin(step, self._head_bytes + image_bytes(chunks), persist)
+        if target is None:
+            return False
+        self._taken, self._is_in_flight, self._owes_persist = (step, target.persist), True, False
+        self._newest_step = step
+        if target.persist:
+            self._persisting.add(step)
+            self._outcomes = {}
+        if target.region is None:
+            return True
+        image = self._head_bytes
+        # What only the optimizer's step changes is copied behind the training, all else now.
+        tensors = {
+            piece.fragment.name: piece.tensor if piece.owner is not None else piece.tensor.clone() for piece in pieces
+        }
+
+        def finished(checksums: np.ndarray, error: Exception | None) -> None:
+            self._copied(target.snapshot, checksums, error)
+
+        owners = _ends(pieces, chunks, image)
+        self._copy = Copy(target.region, head, pieces_of(chunks, image, tensors), owners, finished)
+        return True
+
+    def _describe(self) -> tuple[list[ObjectPiece], list[Chunk], bytes]:
+        pieces = list(self.objects.pieces())
+        fragments = [piece.fragment for piece in pieces]
+        shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
+        if self._layout.shape != shape:
+            chunks = lay_out(block_of(part) for part in fragments)
+            self._layout = _Layout(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
+        rank = self.memory.group.mesh.rank
+        objects = self.objects.json_state() if rank == 0 else {}
+        head = describe(rank, self._layout.text, objects)
+        while len(head) > self._head_bytes:
+            self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
+        return pieces, self._layout.chunks, head
+
+    def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
+        """In the copying thread."""
+        if error is None:
+            self.memory.copied(snapshot, checksums)
+        else:
+            self.memory.give_up(snapshot, f"{type(error).__name__}: {error}")
+
+    def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
+        """Returns when `parameters` and their state may change; all for None. Not collective."""
+        if self._copy is not None:
+            self._copy.wait(parameters)
+            if parameters is None:
+                self._copy = None
+
+    def poll(self) -> list[dict[str, Any]]:
+        """What has come of snapshots since the last call. Not collective."""
+        self._look()
+        events, self._events = self._events, []
+        return events
+
+    def _look(self) -> None:
+        """Asks the agent, if there is something to be heard."""
+        if not (self._is_in_flight or self._persisting):
+            return
+        for event in self.memory.events(self._newest_event):
+            self._newest_event = event.pop("number")
+            kind = event["kind"]
+            if kind in ("snapshot_committed", "snapshot_given_up") and event["step"] == self._newest_step:
+                self._is_in_flight = False
+            if kind == "snapshot_given_up":
+                if event["step"] in self._persisting:
+                    self._outcomes[event["step"]] = kind
+                    self._persisting.discard(event["step"])
+                    self._owes_persist = True
+            elif kind != "snapshot_committed":
+                self._outcomes[event["step"]] = kind
+                self._persisting.discard(event["step"])
+            self._events.append(event)
+
+    def persist(self, step: int) -> bool:
+        """Makes `step` durable and returns when it is; False if that cannot be done from a snapshot."""
+        self.wait_staged()
+        if self._taken != (step, True):
+            deadline = time.monotonic() + FREE_S
+            while not self._begin(step, persist=True):
+                if self.memory.group.mesh.decide(lambda: time.monotonic() > deadline):
+                    return False
+                time.sleep(POLL_S)
+        while True:
+            outcome = self.memory.group.mesh.decide(lambda: self._wait_for(step))
+            if outcome is not None or self.memory.reopen_if_lost():
+                self._taken = None
+                return outcome == "persisted"
+
+    def _wait_for(self, step: int) -> str | None:
+        """How making `step` durable went, or None if that is still open after a while. On one rank."""
+        deadline = time.monotonic() + DECIDE_S
+        while time.monotonic() < deadline:
+            self._look()
+            if step in self._outcomes:
+                return self._outcomes[step]
+            time.sleep(POLL_S)
+        return None
+
+    def close(self) -> None:
+        """Waits for what is under way, and ends the agents."""
+        self.wait_staged()
+        deadline = time.monotonic() + FREE_S
+        while not self.memory.group.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
+            self.memory.reopen_if_lost()
+        self.memory.group.mesh.barrier()
+        self.memory.end()
+
+    def _is_idle(self) -> bool:
+        deadline = time.monotonic() + DECIDE_S
+        while time.monotonic() < deadline:
+            if self.memory.is_idle():
+                return True
+            time.sleep(POLL_S)
+        return False
+
+
+def _ends(pieces: list[ObjectPiece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
+    """By a parameter's `id`, where in the region the last byte of it and of its state is."""
+    ends = {entry.block.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
+    owners: dict[int, int] = {}
+    for piece in pieces:
+        if piece.owner is not None:
+            owners[id(piece.owner)] = max(owners.get(id(piece.owner), 0), ends[piece.fragment.name])
+    return owners
