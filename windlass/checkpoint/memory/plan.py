@@ -32,7 +32,7 @@ class Held:
     num_nodes: int
     num_parity_shards: int
     num_resumes: int = 0
-    """How often a resume from it was begun."""
+    """How often a resume from it was begun, since one has made a step."""
     is_sound: bool = True
     """Whether its checksums hold."""
 
