@@ -65,6 +65,7 @@ class TrainerSession:
             "verify": self._verify,
             "rebuild": self._rebuild,
             "resume": self._resume,
+            "leave": self._leave,
             "end": self._end_job,
         }
 
@@ -114,6 +115,7 @@ class TrainerSession:
                 return brief
             return brief | {
                 "pid": os.getpid(),
+                "num_slots": len(agent.slots),
                 "job": agent.job,
                 "incarnation": agent.incarnation,
                 "address": agent.listener.address,
@@ -304,6 +306,11 @@ class TrainerSession:
         with agent.changed:
             agent.ended.add(request["rank"])
             self.ends_agent = len(agent.ended) >= request["num_local_ranks"]
+        return {}
+
+    def _leave(self, _: Json) -> Json:
+        """Another agent takes over, of another number of slots."""
+        self.agent.keeps_folder = self.ends_agent = True
         return {}
 
     def _group(self) -> Group:

@@ -68,6 +68,8 @@ class Agent:
         self.sent_bytes = {"parity": 0, "read": 0}
         """To other nodes: to protect snapshots, and for those that restore them."""
         self.is_closing = False
+        self.keeps_folder = False
+        """Whether another agent is to adopt what is here."""
         self.trainers: set[Connection] = set()
         self.last_seen = time.monotonic()
         self.pacer = Pacer(None)
@@ -78,7 +80,7 @@ class Agent:
     # --- Life. ---
 
     def run(self) -> None:
-        """Serves until the job ends or its lease does, and leaves nothing behind."""
+        """Serves until the job ends or its lease does, and leaves nothing behind, unless another agent takes over."""
         self.persister.start()
         threading.Thread(target=self._accept_trainers, name="trainers", daemon=True).start()
         self._write_headers()
@@ -87,7 +89,8 @@ class Agent:
             with self.changed:
                 self.changed.wait_for(lambda: self.is_closing, TICK_S)
         self.listener.close(1.0)
-        self.folder.remove()
+        if not self.keeps_folder:
+            self.folder.remove()
 
     def close(self) -> None:
         with self.changed:
@@ -107,8 +110,11 @@ class Agent:
         return Ledger.adopt(generation[0] if generation else 0, slots, SnapshotId(*aborted) if aborted else None)
 
     def _saved(self, name: str) -> list[int]:
-        path = self.folder.path / name
-        return [int(number) for number in path.read_text().split()] if path.exists() else []
+        """Numbers that an earlier agent wrote down; none if they are damaged: trainers then count on from the store's."""
+        try:
+            return [int(number) for number in (self.folder.path / name).read_text().split()]
+        except (FileNotFoundError, ValueError):
+            return []
 
     def _tick(self) -> None:
         self.folder.touch(self.job, self.lease_s)

@@ -136,13 +136,14 @@ class AgentGroup:
             connection = self.folder.start_agent(self.job, settings.num_slots, host, settings.lease_s)
             self.client = AgentClient(connection)
             try:
-                self.ask("status", since=NEVER)
-                return
+                if self.ask("status", since=NEVER)["num_slots"] == settings.num_slots:
+                    return
+                self.ask("leave")  # it was started for checkpoint=lazy, and this is erasure, or the other way round
             except TransportError:  # it was killed just now: the system still takes connections for it
-                self.client.close()
                 if time.monotonic() > deadline:
                     raise
-                time.sleep(_POLL_S)
+            self.client.close()
+            time.sleep(_POLL_S)
 
     def refresh(self) -> None:
         """Asks all agents for their status."""
