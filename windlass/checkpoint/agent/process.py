@@ -110,7 +110,7 @@ class Agent:
         return Ledger.adopt(generation[0] if generation else 0, slots, SnapshotId(*aborted) if aborted else None)
 
     def _saved(self, name: str) -> list[int]:
-        """Numbers that an earlier agent wrote down; none if they are damaged: trainers then count on from the store's."""
+        """Numbers that an earlier agent wrote down; none if damaged: trainers then count on from the store's."""
         try:
             return [int(number) for number in (self.folder.path / name).read_text().split()]
         except (FileNotFoundError, ValueError):
