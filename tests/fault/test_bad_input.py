@@ -184,6 +184,7 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so_and_deletes_nothing(
         "step-00000006.damaged",
         "chunks",
         "latest.json",
+        "generation",
     }
 
 
