@@ -169,6 +169,8 @@ class AgentFolder:
                         stdout=output,
                         stderr=output,
                         start_new_session=True,
+                        # The C library keeps memory a thread; an agent has many threads, each with little to do.
+                        env={"MALLOC_ARENA_MAX": "1", **os.environ},
                     )
             if process is not None and process.poll() is not None:
                 if process.returncode != 0:
