@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.agents import Cluster, shared_memory
+from support.agents import Cluster, shared_memory, wait_until
 
 from windlass.checkpoint import inspect
 from windlass.checkpoint.agent.folder import AgentFolder
-from windlass.checkpoint.agent.listing import end_agents, job_name, list_agents, render_agents
+from windlass.checkpoint.agent.listing import end_agents, job_name, list_agents, render_agents, users_of
 from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.cli import main
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
@@ -139,3 +141,19 @@ def test_an_agent_that_does_not_leave_is_named(node: Cluster, monkeypatch: pytes
         assert end_agents(node.store, shm_of(node)) == [node.folder(0).path]
     finally:
         node.signal(0, signal.SIGCONT)
+
+
+def test_who_uses_the_agents_of_a_job_is_known(node: Cluster, tmp_path: Path) -> None:
+    """A launcher whose run was refused must not end those of the run that has the folder."""
+    assert users_of(node.store, shm_of(node)) == set(), "this process does not count"
+    code = (
+        "import sys; from pathlib import Path; from windlass.checkpoint.agent.folder import AgentFolder\n"
+        "connection = AgentFolder(Path(sys.argv[1])).connect(); print('there', flush=True); sys.stdin.read()"
+    )
+    arguments = [sys.executable, "-c", code, str(node.folder(0).path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"there\n"
+        wait_until(lambda: users_of(node.store, shm_of(node)) == {other.pid}, "the agent to see it")
+        assert users_of(tmp_path / "other", shm_of(node)) == set()
+        other.communicate()
+    wait_until(lambda: users_of(node.store, shm_of(node)) == set(), "the agent to see that it has gone")

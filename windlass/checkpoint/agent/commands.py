@@ -31,11 +31,11 @@ Json = dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
-def serve_trainer(agent: Agent, connection: Connection) -> None:
-    """Answers one process until it goes. What it had begun to copy is given up then."""
+def serve_trainer(agent: Agent, connection: Connection, pid: int | None) -> None:
+    """Answers the process `pid` until it goes. What it had begun to copy is given up then."""
     session = TrainerSession(agent, connection)
     with agent.changed:
-        agent.trainers.add(connection)
+        agent.trainers[connection] = pid
     try:
         with connection:
             while True:
@@ -92,7 +92,7 @@ class TrainerSession:
     def end(self) -> None:
         agent = self.agent
         with agent.changed:
-            agent.trainers.discard(self.connection)
+            agent.trainers.pop(self.connection, None)
             agent.last_seen = time.monotonic()
             copying = self._copying
         if copying is not None:
@@ -120,6 +120,7 @@ class TrainerSession:
                 "incarnation": agent.incarnation,
                 "address": agent.listener.address,
                 "num_trainers": len(agent.trainers),
+                "trainer_pids": sorted({pid for pid in agent.trainers.values() if pid is not None}),
                 "num_refused": agent.listener.refused,
                 "num_stale": agent.num_stale,
                 "sent_bytes": dict(agent.sent_bytes),

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -213,6 +214,14 @@ def remove_expired(shm_dir: Path) -> list[Path]:
                     folder.remove()
                     removed.append(folder.path)
     return removed
+
+
+def peer_pid(sock: socket.socket) -> int | None:
+    """The process at the other end of a socket of this node; None where the system does not tell."""
+    option = getattr(socket, "SO_PEERCRED", None)
+    if option is None:
+        return None
+    return struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i")))[0]
 
 
 def uptime() -> float:

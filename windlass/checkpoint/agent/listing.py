@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -88,6 +89,17 @@ def render_agents(rows: list[ListedAgent], as_json: bool) -> str:
     return "\n".join(lines)
 
 
+def users_of(location: Location, shm_dir: Path | None = None) -> set[int]:
+    """The other processes that use a job's agents on this node."""
+    pids: set[int] = set()
+    for folder in _folders_of(location, shm_dir):
+        with contextlib.suppress(TransportError):
+            client = AgentClient(folder.connect())
+            pids |= set(client.ask("status")["trainer_pids"])
+            client.close()
+    return pids - {os.getpid()}
+
+
 def end_agents(location: Location, shm_dir: Path | None = None) -> list[Path]:
     """Has the agents of a job on this node write what is not durable yet, and leave.
 
@@ -97,11 +109,15 @@ def end_agents(location: Location, shm_dir: Path | None = None) -> list[Path]:
     Returns:
         The folders of those that did not leave in time.
     """
-    leases = [(folder, folder.lease()) for folder in folders(shm_dir)]
-    own = [folder for folder, lease in leases if lease and lease.job.rpartition("#")[0] == str(location)]
+    own = _folders_of(location, shm_dir)
     with ThreadPoolExecutor(len(own) or 1) as pool:  # all at once: each has a part of what is written
         has_left = list(pool.map(_end_agent, own))
     return [folder.path for folder, is_gone in zip(own, has_left, strict=True) if not is_gone]
+
+
+def _folders_of(location: Location, shm_dir: Path | None) -> list[AgentFolder]:
+    leases = [(folder, folder.lease()) for folder in folders(shm_dir)]
+    return [folder for folder, lease in leases if lease and lease.job.rpartition("#")[0] == str(location)]
 
 
 def _end_agent(folder: AgentFolder) -> bool:

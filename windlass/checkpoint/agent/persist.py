@@ -97,7 +97,7 @@ class Persister(threading.Thread):
             agent.changed.notify_all()
 
     def persist_newest(self) -> None:
-        """Writes the newest committed snapshot, unless the durable tier has it, and waits for that for a while."""
+        """Writes the newest committed snapshot, unless this agent has written it or failed to; waits for a while."""
         agent = self.agent
         with agent.changed:
             snapshot = agent.ledger.committed

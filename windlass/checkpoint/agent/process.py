@@ -20,7 +20,7 @@ from typing import Any
 
 from windlass.checkpoint.agent.commands import serve_trainer
 from windlass.checkpoint.agent.encoding import Encoding
-from windlass.checkpoint.agent.folder import AgentFolder, remove_expired, uptime
+from windlass.checkpoint.agent.folder import AgentFolder, peer_pid, remove_expired, uptime
 from windlass.checkpoint.agent.ledger import IN_FLIGHT, Ledger, Phase, Report, Slot, SnapshotId
 from windlass.checkpoint.agent.peers import Group, PeerSender, Push, serve_peer
 from windlass.checkpoint.agent.persist import Persister
@@ -70,7 +70,8 @@ class Agent:
         self.is_closing = False
         self.keeps_folder = False
         """Whether another agent is to adopt what is here."""
-        self.trainers: set[Connection] = set()
+        self.trainers: dict[Connection, int | None] = {}
+        """Who is connected: by its process id, where the system tells."""
         self.last_seen = time.monotonic()
         self.pacer = Pacer(None)
         self.persister = Persister(self)
@@ -134,7 +135,7 @@ class Agent:
         while True:
             sock, _ = self.socket.accept()
             connection = Connection(sock, "a trainer")
-            threading.Thread(target=serve_trainer, args=(self, connection), daemon=True).start()
+            threading.Thread(target=serve_trainer, args=(self, connection, peer_pid(sock)), daemon=True).start()
 
     def _secret(self) -> bytes | None:
         return None if self.group is None else self.group.secret
