@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from checkpoint_variants import Variant
-from common import Usage
+from common import Usage, llama_config
 from loop_variants import Tokens, synthetic_batches
 
-from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.mesh import Mesh
@@ -35,19 +34,7 @@ class Settings:
     directory: Path
 
     def config(self) -> Config:
-        return compose(
-            [
-                "model=llama_60m",
-                *(f"model.{key}={value}" for key, value in SHAPE.items()),
-                f"model.num_kv_heads={SHAPE['num_heads']}",
-                "parallel=zero3",
-                "optim=adamw",
-                "train.dtype=float32",
-                f"train.batch_size={self.batch_size}",
-                f"train.seq_len={self.seq_len}",
-                f"run_dir={self.directory}",
-            ]
-        )
+        return llama_config(SHAPE, self.batch_size, self.seq_len, self.directory)
 
 
 @dataclass

@@ -23,6 +23,9 @@ import psutil
 import torch
 import torch.multiprocessing as mp
 
+from windlass.conf.compose import compose
+from windlass.conf.schema import Config
+
 PR_SET_PDEATHSIG = 1
 MARK = "WINDLASS_BENCHMARK"
 """In the environment of all ranks and of what they start, whatever becomes of its parents."""
@@ -202,3 +205,20 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 def print_json(result: Any) -> None:
     print(json.dumps(result, indent=2))
+
+
+def llama_config(shape: dict[str, int], batch_size: int, seq_len: int, run_dir: Path) -> Config:
+    """A float32 Llama of `shape` (keys of `model.`) under ZeRO-3 and AdamW."""
+    return compose(
+        [
+            "model=llama_60m",
+            *(f"model.{key}={value}" for key, value in shape.items()),
+            f"model.num_kv_heads={shape['num_heads']}",
+            "parallel=zero3",
+            "optim=adamw",
+            "train.dtype=float32",
+            f"train.batch_size={batch_size}",
+            f"train.seq_len={seq_len}",
+            f"run_dir={run_dir}",
+        ]
+    )

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 from checkpoint_variants import local_tensors
-from common import die_with_parent
+from common import die_with_parent, llama_config
 from loop_variants import Tokens, synthetic_batches
 
 from windlass.checkpoint import Checkpointer, manager
 from windlass.checkpoint.agent.slots import SharedFile
 from windlass.checkpoint.agent.stripes import Stripes
 from windlass.checkpoint.memory.group import AgentGroup
-from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import all_gather_object
@@ -56,19 +55,7 @@ class Settings:
     shm_dir: Path
 
     def config(self) -> Config:
-        return compose(
-            [
-                "model=llama_60m",
-                *(f"model.{key}={value}" for key, value in self.shape.items()),
-                f"model.num_kv_heads={self.shape['num_heads']}",
-                "parallel=zero3",
-                "optim=adamw",
-                "train.dtype=float32",
-                f"train.batch_size={self.batch_size}",
-                f"train.seq_len={self.seq_len}",
-                f"run_dir={self.directory}",
-            ]
-        )
+        return llama_config(self.shape, self.batch_size, self.seq_len, self.directory)
 
 
 @dataclass

@@ -17,11 +17,11 @@ from windlass.checkpoint.durable.manifest import Manifest
 from windlass.checkpoint.exchange.dcp import DcpFolder
 from windlass.checkpoint.exchange.dcp_metadata import damaged
 from windlass.checkpoint.image import DTYPE_BYTES
+from windlass.checkpoint.objects import RNG_PREFIX
 from windlass.errors import ConfigError
 
 OWN_KEY = "__windlass__"
 MODEL, OPTIMIZER = "model", "optimizer"
-GENERATORS = "rng"
 """What the names of random generators begin with in a checkpoint."""
 
 
@@ -42,7 +42,7 @@ def state_dict_layout(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any
     paths: dict[str, list[str]] = {}
     for name in manifest.tensors:
         module, _, rest = name.partition(".")
-        if module == GENERATORS:
+        if module == RNG_PREFIX:
             paths[name] = [OWN_KEY, "tensors", name]
         elif module in optimizers:
             parameter, _, key = rest.removeprefix("state.").rpartition(".")

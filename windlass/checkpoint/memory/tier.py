@@ -43,8 +43,6 @@ class MemoryTier:
 
     def __init__(self, group: AgentGroup) -> None:
         self.group = group
-        self.skipped = 0
-        """Snapshots that were due while the one before was not done."""
         self._newest: SnapshotId | None = None
         self._given_up: SnapshotId | None = None
         """The newest that this rank could not take part in."""
@@ -84,7 +82,6 @@ class MemoryTier:
         state = self._state()
         answers, wants = self._gather(region_bytes if state == _FREE else state, int(persist)).unbind(1)
         if (answers < 0).any():
-            self.skipped += 1
             if (answers == _GONE).any():
                 self._reopen()
             return None
