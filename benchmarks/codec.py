@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from common import Spread, describe_machine, print_table
 
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.codec.erasure import ENGINES, Codec
+from windlass.checksum import crc32c
 
 COPY = "memcpy"
 

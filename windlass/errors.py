@@ -51,6 +51,10 @@ class IncompatibleCheckpoint(WindlassError):
     """A sound checkpoint of another model, optimizer or data set."""
 
 
+class OffloadError(WindlassError):
+    """A tier that failed: its disk is full or gone, or gave back other bytes than were written."""
+
+
 class RunFolderError(WindlassError):
     """A run folder that cannot be used: read-only, full, in use by another run, or holding another run."""
 

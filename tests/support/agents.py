@@ -25,12 +25,12 @@ from windlass.checkpoint.agent.folder import AgentFolder
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.slots import Header, SharedFile, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.image import Block, Description, image_bytes, lay_out
 from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
 from windlass.checkpoint.memory.reader import SlotSource, manifest_of, read_parts
+from windlass.checksum import crc32c
 
 HEAD_BYTES = 64 << 10
 LATE_S = 30.0

@@ -23,7 +23,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from windlass.checkpoint.codec import isal
+from windlass import isal
 from windlass.checkpoint.codec.erasure import Codec
 from windlass.errors import EXIT_DONE, EXIT_FAILURE
 from windlass.train.console import size

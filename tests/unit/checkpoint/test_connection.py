@@ -20,10 +20,10 @@ import pytest
 import torch
 from transport_helpers import LATE_S, SECRET, SOON_S, accepting, listening, pair, raw_pair, wait_until
 
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.net import connection as connection_module
 from windlass.checkpoint.net.connection import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES
 from windlass.checkpoint.net.transport import MAX_UNPROVEN, Listener, PeerClosed, TransportError, connect
+from windlass.checksum import crc32c
 
 LARGER_THAN_BUFFERS = 128 << 20
 """Bytes that no system takes without a reader."""

@@ -16,8 +16,8 @@ from windlass.checkpoint.agent.encoding import Encoding
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
 from windlass.checkpoint.agent.slots import Header, Region, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.codec.erasure import Codec
+from windlass.checksum import crc32c
 
 SNAPSHOT = SnapshotId(1, 1)
 SHAPES = [(2, 1), (3, 1), (3, 2), (4, 2), (5, 2), (5, 4), (6, 3)]

@@ -16,7 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.checkpoint.codec import erasure, isal
+from windlass import isal
+from windlass.checkpoint.codec import erasure
 from windlass.checkpoint.codec.erasure import ENGINES, MAX_SHARDS, Codec, parity_matrix
 
 needs_isal = pytest.mark.skipif(isal.load() is None, reason="no ISA-L here")

@@ -18,12 +18,12 @@ from torch import nn
 
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.image import Block, image_bytes, lay_out
 from windlass.checkpoint.manager import Checkpointer
 from windlass.checkpoint.memory import lazy_copy
 from windlass.checkpoint.memory.lazy_copy import Copy, Piece, pieces_of
 from windlass.checkpoint.memory.reader import CheckedBlocks, read_parts
+from windlass.checksum import crc32c
 from windlass.optim.in_backward import StepInBackward
 from windlass.parallel.mesh import Mesh
 

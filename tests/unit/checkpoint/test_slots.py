@@ -17,7 +17,7 @@ from support.stored import noise
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
 from windlass.checkpoint.agent.slots import Header, Region, SharedFile, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
+from windlass.checksum import crc32c
 
 HEADER = Header(
     snapshot=SnapshotId(3, 17),

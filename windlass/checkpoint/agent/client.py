@@ -9,8 +9,8 @@ from windlass.checkpoint.agent.ledger import Busy, Stale
 from windlass.checkpoint.net.handshake import TransportError
 
 if TYPE_CHECKING:
-    from windlass.checkpoint.codec.isal import Memory
     from windlass.checkpoint.net.connection import Connection
+    from windlass.isal import Memory
 
 ANSWER_S = 600.0
 """The longest that an agent works before it answers: to take or to read all the memory of a slot."""

@@ -11,8 +11,8 @@ import numpy as np
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.codec.erasure import Codec
+from windlass.checksum import crc32c
 
 
 class Encoding:

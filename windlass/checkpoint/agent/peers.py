@@ -13,10 +13,10 @@ from windlass.checkpoint.agent.ledger import Report, SnapshotId
 from windlass.checkpoint.agent.repair import TRAINER
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.checkpoint.net.transport import connect
+from windlass.checksum import crc32c
 
 if TYPE_CHECKING:
     from windlass.checkpoint.agent.process import Agent

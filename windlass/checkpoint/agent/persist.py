@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.slots import Region, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import Description
+from windlass.checksum import crc32c
 from windlass.errors import RunFolderError, WindlassError
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from windlass.checkpoint.agent.ledger import IN_FLIGHT, Ledger, Phase, Report, S
 from windlass.checkpoint.agent.peers import Group, PeerSender, Push, serve_peer
 from windlass.checkpoint.agent.persist import Persister
 from windlass.checkpoint.agent.slots import SlotFiles, write_shared
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
+from windlass.checksum import crc32c
 
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""

@@ -10,10 +10,10 @@ import numpy as np
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.codec.erasure import Codec
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.checkpoint.net.transport import Connection, connect
+from windlass.checksum import crc32c
 
 BLOCKS_PER_READ = 4
 TRAINER = -1

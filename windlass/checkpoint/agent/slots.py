@@ -24,7 +24,7 @@ import numpy as np
 
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
-from windlass.checkpoint.codec.checksum import crc32c
+from windlass.checksum import crc32c
 
 OWNER_ONLY = 0o600
 

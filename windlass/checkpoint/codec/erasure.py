@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from windlass.checkpoint.codec import isal
+from windlass import isal
 
 if TYPE_CHECKING:
-    from windlass.checkpoint.codec.isal import Memory
+    from windlass.isal import Memory
 
 MAX_SHARDS = 255
 ENGINES = ("isa-l", "torch")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from windlass.checkpoint.codec import isal
+from windlass import isal
 from windlass.checkpoint.image import PAGE_BYTES, round_up
 from windlass.files import TEMPORARY_SUFFIX, sync_folder
 

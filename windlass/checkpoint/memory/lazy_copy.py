@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.image import Chunk
+from windlass.checksum import crc32c
 from windlass.parallel.fragment import local_tensor
 
 RING_BYTES = 32 << 20

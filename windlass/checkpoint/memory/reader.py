@@ -12,9 +12,9 @@ from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.repair import BlockSource
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.codec.checksum import crc32c
 from windlass.checkpoint.durable.manifest import Manifest, StoredFragment, StoredTensor
 from windlass.checkpoint.image import Chunk, Description, chunks_from_json, chunks_to_json
+from windlass.checksum import crc32c
 
 KEPT_BYTES = 64 << 20
 """Of what was read from other nodes: the next tensor may be in the same blocks."""

@@ -17,15 +17,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from windlass.checkpoint.codec.checksum import crc32c
-from windlass.checkpoint.codec.isal import byte_array
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.checkpoint.net.pacer import Pacer
+from windlass.checksum import crc32c
+from windlass.isal import byte_array
 
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from windlass.checkpoint.codec.isal import Memory
+    from windlass.isal import Memory
 
 IDLE_S = 30.0
 """A peer from which nothing comes, or to which nothing goes, for so long is given up."""

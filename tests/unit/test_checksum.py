@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from windlass.checkpoint.codec import checksum, isal
-from windlass.checkpoint.codec.checksum import crc32c
+from windlass import checksum, isal
+from windlass.checksum import crc32c
 
 
 @pytest.fixture(params=["isa-l", "package"])

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from windlass.checkpoint.codec import isal
+from windlass import isal
 
 if TYPE_CHECKING:
-    from windlass.checkpoint.codec.isal import Memory
+    from windlass.isal import Memory
 
 _CALL_BYTES = 1 << 30
 """ISA-L takes lengths as an int."""
