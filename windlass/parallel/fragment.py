@@ -113,16 +113,15 @@ class ReplicaShare:
         return least == replica
 
 
-def empty_like_global(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor of `dtype`, cut over the ranks just as `tensor` is."""
-    local = torch.empty_like(local_tensor(tensor), dtype=dtype)
+def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
+    """A tensor that is cut over the ranks as `tensor` is, and whose part in this process is `local`."""
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
-        local,
-        tensor.device_mesh,
-        tensor.placements,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def empty_like_global(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor of `dtype`, cut over the ranks just as `tensor` is."""
+    return with_local(tensor, torch.empty_like(local_tensor(tensor), dtype=dtype))

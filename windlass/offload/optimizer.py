@@ -1,0 +1,472 @@
+"""The out-of-core step: any torch optimizer's state lies elsewhere, and comes in a bucket at a time to be updated.
+
+While one bucket is updated, in the buffer that it was read into, the next ones are read and the last ones are written.
+The optimizer itself steps as ever; it only sees the gradients of one bucket at a time. So there is no code here that
+knows an algorithm, and none that a new algorithm needs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from windlass.offload.arena import Arena
+from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_elsewhere, is_stowed, on_meta
+from windlass.offload.config import MIB, OffloadKind
+from windlass.offload.conveyor import Conveyor, Load
+from windlass.offload.direct_io import Engine
+from windlass.offload.staging import Staging
+from windlass.offload.tier_file import TierFolder
+from windlass.offload.trial import trial_state
+from windlass.parallel.fragment import Tier, local_tensor
+
+if TYPE_CHECKING:
+    from windlass.offload.weights import Weights
+
+BUFFER_BYTES = 384 * MIB
+"""Host memory for buckets between disk and update."""
+NUM_VERSIONS = 2
+"""Files that a bucket may need: what a checkpoint has pinned, and what the steps after it write."""
+
+
+def offload_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tier: OffloadKind | str = OffloadKind.ssd,
+    dir: Path | str | None = None,
+    *,
+    max_host_bytes: int | None = None,
+    buffer_bytes: int = BUFFER_BYTES,
+) -> OffloadedOptimizer:
+    """Keeps the state of `optimizer`, which may be any torch optimizer that treats each parameter by itself, elsewhere.
+
+        optimizer = offload_optimizer(torch.optim.AdamW(model.parameters()), tier="ssd", dir="/nvme")
+
+    The result is used in place of `optimizer`: step, zero_grad, param_groups, learning-rate schedulers, state_dict.
+    Weights are the same, to the bit, as without. Parameters may be plain or DTensors, on the CPU or a GPU.
+
+    Args:
+        tier: `ssd`, or `cpu` for host memory (of use where the parameters are on a GPU).
+        dir: for `ssd`, a folder on a local disk. Files of this process go into a folder of their own there, which is
+            removed at the end (`close`), or by the next that uses `dir` if this process is killed.
+        max_host_bytes: of the state that stays in host memory; the rest is on the disk. None: all for `cpu`, nothing
+            for `ssd`.
+        buffer_bytes: host memory for state on its way; raised to the largest parameter's state if that is more.
+
+    Raises:
+        ValueError: the arguments do not fit together, or the optimizer cannot step on some parameters at a time.
+        DoesNotFit: the disk or the memory is too small. OffloadError: the folder cannot be used.
+    """
+    kind = OffloadKind(tier)
+    if kind == OffloadKind.none or (kind == OffloadKind.ssd) != (dir is not None):
+        raise ValueError(f'tier="{kind}" with dir={dir}: give tier="ssd" and the folder, or tier="cpu" and no folder')
+    if max_host_bytes is None and kind == OffloadKind.ssd:
+        max_host_bytes = 0
+    folder = None if dir is None else TierFolder(Path(dir), Engine(), "optimizer")
+    return OffloadedOptimizer(optimizer, folder, max_host_bytes=max_host_bytes, buffer_bytes=buffer_bytes)
+
+
+class _Bucket:
+    """Parameters that step together, and where their state is."""
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.layout = Layout(())
+        self.load: Load | None = None
+        """None while the state is where the optimizer puts it: before the first step, and if it is too small to move."""
+        self.stays = False
+        """Whether its state never moves."""
+
+
+class OffloadedOptimizer(torch.optim.Optimizer):
+    """See `offload_optimizer`.
+
+    Args:
+        folder: where files go; None keeps all state in host memory.
+        order: parameters in the order in which they are updated, in runs that may share a bucket (e.g. those of a
+            layer); those that it does not name come last. None: as the optimizer has them.
+        weights: those of the parameters that are not in memory all the time.
+    """
+
+    def __init__(
+        self,
+        inner: torch.optim.Optimizer,
+        folder: TierFolder | None,
+        *,
+        max_host_bytes: int | None = None,
+        buffer_bytes: int = BUFFER_BYTES,
+        order: Sequence[Sequence[Tensor]] | None = None,
+        weights: Weights | None = None,
+    ) -> None:
+        self.inner, self.folder, self.weights = inner, folder, weights
+        self._order = order
+        super().__init__(inner.param_groups, inner.defaults)
+        self.param_groups, self.state = inner.param_groups, inner.state
+        self.max_host_bytes, self.buffer_bytes = max_host_bytes, buffer_bytes
+        self._conveyor: Conveyor | None = None
+        self._is_reserved = False
+        self.is_deferring = False
+        """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
+        self._pending: dict[_Bucket, dict[Tensor, Tensor]] = {}
+        self._pending_settings: list[dict[str, Any]] = []
+        self._viewed: tuple[_Bucket, Tensor] | None = None
+        self._divide()
+
+    # --- Buckets. ---
+
+    def _divide(self) -> None:
+        members = [parameter for group in self.param_groups for parameter in group["params"] if parameter.requires_grad]
+        resident = [parameter for parameter in members if local_numel(parameter) <= RESIDENT_NUMEL]
+        others = {parameter: None for parameter in members if local_numel(parameter) > RESIDENT_NUMEL}
+        runs = [[p for p in run if p in others] for run in self._order or ()]
+        for run in runs:
+            for parameter in run:
+                del others[parameter]
+        self._resident = _Bucket(resident)
+        self._resident.stays = True
+        self._buckets = [_Bucket(parameters) for run in (*runs, list(others)) for parameters in divide(run)]
+        self._bucket_of = {p: bucket for bucket in (self._resident, *self._buckets) for p in bucket.parameters}
+        self._sequence = list(self._buckets)  # as they were updated last time
+        self._updated: list[_Bucket] = []  # in this step, so far
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not after construction: add it to the optimizer before it is offloaded."""
+        if hasattr(self, "_pending"):
+            raise ValueError("add param groups before the optimizer is offloaded: space is reserved for those it has")
+        super().add_param_group(param_group)
+
+    def bucket_parameters(self) -> list[list[Tensor]]:
+        """The parameters by bucket, in the order in which they are updated."""
+        return [bucket.parameters for bucket in self._buckets]
+
+    # --- Space. ---
+
+    def reserve(self) -> int:
+        """Takes the disk space and the memory that the state will need, before anything is trained.
+
+        Returns:
+            The bytes of all state of this rank.
+
+        Raises:
+            DoesNotFit: there is not enough.
+            ValueError: the optimizer cannot step in parts.
+        """
+        if not self._is_reserved:
+            states = {bucket: self._first_state(bucket) for bucket in self._buckets}
+            for bucket, state in states.items():
+                bucket.layout = Layout(state)
+            self._place()
+            self._is_reserved = True
+            for bucket, state in states.items():
+                if any(parameter in self.state for parameter, _ in state):
+                    self._stow(bucket)
+        return sum(bucket.layout.num_bytes for bucket in self._buckets)
+
+    def _first_state(self, bucket: _Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
+        """The state of the bucket, or one like that which it will have."""
+        existing = [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters]
+        if any(state for _, state in existing):
+            return existing
+        with self._weights_in(bucket.parameters):
+            states = trial_state(self.inner, bucket.parameters)
+        # Only the shapes are wanted: as they come, they would add up to all of the state.
+        return [
+            (parameter, {key: _shape_of(value) for key, value in state.items()})
+            for parameter, state in zip(bucket.parameters, states, strict=True)
+        ]
+
+    def _place(self) -> None:
+        """Decides which buckets have their home in host memory, and makes the homes of all."""
+        total = sum(bucket.layout.num_bytes for bucket in self._buckets)
+        device = next((p.device for bucket in self._buckets for p in bucket.parameters), torch.device("cpu"))
+        share = (
+            1.0 if self.folder is None or self.max_host_bytes is None else min(1.0, self.max_host_bytes / max(1, total))
+        )
+        in_host, passed = 0, 0
+        on_disk: list[_Bucket] = []
+        for bucket in self._buckets:
+            size = bucket.layout.num_bytes
+            bucket.stays = size == 0
+            if bucket.stays:
+                continue
+            passed += size
+            # Spread evenly, so that the disk's share of the work is the same all through a step.
+            if share == 1.0 or in_host + size <= share * passed:
+                in_host += size
+                memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                bucket.load = Load(memory)
+            else:
+                on_disk.append(bucket)
+        largest = max((bucket.layout.num_bytes for bucket in on_disk), default=1)
+        arena = Arena(max(self.buffer_bytes if on_disk else 1, largest), pin=device.type == "cuda")
+        self._conveyor = Conveyor(arena, Staging(device))
+        if on_disk:
+            assert self.folder is not None
+            self.folder.reserve(NUM_VERSIONS * sum(bucket.layout.num_bytes for bucket in on_disk))
+            for bucket in on_disk:
+                bucket.load = Load(self.folder.create(bucket.layout.num_bytes))
+
+    # --- Steps. ---
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient; with `is_deferring`, takes the gradients of most for `update`.
+
+        Raises:
+            OffloadError: the disk failed, or gave back other bytes than were written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.reserve()
+        self.settle()
+        gradients: dict[_Bucket, dict[Tensor, Tensor]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    gradients.setdefault(self._bucket_of[parameter], {})[parameter] = parameter.grad
+                    parameter.grad = None
+        resident = gradients.pop(self._resident, None)
+        if resident:
+            self._step_on(resident)
+        if self.is_deferring:
+            self._pending_settings = [_settings(group) for group in self.param_groups]
+            self._pending = gradients
+        for bucket in [] if self.is_deferring else self._in_sequence(gradients):
+            self._update(bucket, gradients.pop(bucket))
+        return loss
+
+    def settle(self) -> None:
+        """Makes every update that was put off."""
+        for bucket in self._in_sequence(self._pending):
+            self._update_pending(bucket)
+
+    def update(self, parameters: Iterable[Tensor]) -> None:
+        """Makes the updates that were put off of the buckets that `parameters` are in."""
+        if self._pending:
+            for bucket in dict.fromkeys(self._bucket_of[p] for p in parameters if p in self._bucket_of):
+                if bucket in self._pending:
+                    self._update_pending(bucket)
+
+    @torch.no_grad()
+    def _update_pending(self, bucket: _Bucket) -> None:
+        with self._settings_of_step():
+            self._update(bucket, self._pending.pop(bucket))
+
+    @contextlib.contextmanager
+    def _settings_of_step(self) -> Iterator[None]:
+        """The learning rate and so on that the step had: a scheduler has changed them since."""
+        now = [{key: value for key, value in group.items() if key != "params"} for group in self.param_groups]
+        try:
+            for group, settings in zip(self.param_groups, self._pending_settings, strict=True):
+                group.update(settings)
+            yield
+        finally:
+            for group, settings in zip(self.param_groups, now, strict=True):
+                group.update(settings)
+
+    def _in_sequence(self, buckets: Mapping[_Bucket, Any]) -> list[_Bucket]:
+        return [bucket for bucket in self._sequence if bucket in buckets]
+
+    def _update(self, bucket: _Bucket, gradients: dict[Tensor, Tensor]) -> None:
+        """One bucket's step. `gradients` is emptied, so that they are freed before the next comes."""
+        self._note(bucket)
+        self._look_away()
+        with self._weights_in(bucket.parameters, write=True):
+            if bucket.load is None:
+                self._step_on(gradients)
+            else:
+                data = self._bring(bucket)
+                self._step_on(gradients)
+                self._leave(bucket, data)
+        gradients.clear()
+        self.look_ahead()
+
+    def _step_on(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """The inner optimizer's step on some parameters alone; others have no gradient now."""
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        try:
+            self.inner.step()
+        finally:
+            for parameter in gradients:
+                parameter.grad = None
+
+    def _note(self, bucket: _Bucket) -> None:
+        """Learns the order of updates, to read ahead in it."""
+        if bucket in self._updated:  # another step has begun
+            missing = [other for other in self._sequence if other not in self._updated]
+            self._sequence, self._updated = [*self._updated, *missing], []
+        self._updated.append(bucket)
+
+    def look_ahead(self) -> None:
+        """Begins to read what will be updated next. Costs little; to be called now and then."""
+        if self._conveyor is not None and self._updated:
+            place = self._sequence.index(self._updated[-1]) + 1
+            following = self._sequence[place:] + self._sequence[:place]
+            self._conveyor.look_ahead(bucket.load for bucket in following if bucket.load is not None)
+
+    # --- State in and out. ---
+
+    def _bring(self, bucket: _Bucket) -> Tensor:
+        """Brings the bucket's state into the inner optimizer; returns the bytes that it lies in."""
+        assert self._conveyor is not None and bucket.load is not None
+        data = self._conveyor.bring(bucket.load)
+        for slot in bucket.layout.slots:
+            state = self.state.get(slot.parameter)
+            if state and slot.key in state and is_elsewhere(state[slot.key]):
+                state[slot.key] = slot.tensor(data)
+        return data
+
+    def _leave(self, bucket: _Bucket, data: Tensor) -> None:
+        """Takes the bucket's state out of the inner optimizer and sends it home."""
+        assert self._conveyor is not None and bucket.load is not None
+        state = [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters]
+        if not bucket.layout.holds(state):
+            raise ValueError(
+                f"{type(self.inner).__name__} keeps {Layout(state)} where its first step kept {bucket.layout}: state "
+                "that changes its shape cannot be offloaded"
+            )
+        self._pack(bucket, data)
+        self._conveyor.take_back(bucket.load)
+
+    def _pack(self, bucket: _Bucket, data: Tensor) -> None:
+        """Leaves shapes in the inner optimizer's state, and the tensors' bytes in `data`."""
+        for slot in bucket.layout.slots:
+            state = self.state.get(slot.parameter, {})
+            if slot.key not in state:
+                continue
+            value, place = local_tensor(state[slot.key]), slot.local(data)
+            if value.data_ptr() != place.data_ptr() or value.stride() != place.stride():
+                place.copy_(value)  # the optimizer has made a new tensor
+            state[slot.key] = slot.like
+
+    def _stow(self, bucket: _Bucket) -> None:
+        """Sends home state that is in the inner optimizer's memory."""
+        if bucket.load is not None:
+            assert self._conveyor is not None
+            self._look_away()
+            self._leave(bucket, self._conveyor.bring(bucket.load))
+
+    def has_weights_elsewhere(self, parameter: Tensor) -> bool:
+        """Whether the parameter's memory holds nothing now."""
+        return self.weights is not None and self.weights.is_elsewhere(parameter)
+
+    def weights_loaded(self, parameter: Tensor, *, write: bool = False) -> contextlib.AbstractContextManager[None]:
+        """While it lasts the parameter's weights are in its memory; with `write`, what they are then is kept."""
+        return self._weights_in([parameter], write=write)
+
+    def _weights_in(
+        self, parameters: Sequence[Tensor], *, write: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.weights is None else self.weights.loaded(parameters, write=write)
+
+    @contextlib.contextmanager
+    def state_loaded(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
+        """While it lasts the parameter's state is in memory, as returned. Not to be changed."""
+        bucket = self._bucket_of.get(parameter)
+        state = dict(self.state.get(parameter, {}))
+        if bucket is not None and any(is_elsewhere(value) for value in state.values()):
+            data = self._look_at(bucket)
+            for key in state:
+                slot = bucket.layout.slot(parameter, key)
+                if slot is not None:
+                    state[key] = slot.tensor(data)
+        yield state
+
+    def _look_at(self, bucket: _Bucket) -> Tensor:
+        """The bytes of the bucket, unchanged until another is looked at or updated: its parameters come in a row."""
+        assert self._conveyor is not None and bucket.load is not None
+        if self._viewed is None or self._viewed[0] is not bucket:
+            self._look_away()
+            self._viewed = bucket, self._conveyor.bring(bucket.load)
+        return self._viewed[1]
+
+    def _look_away(self) -> None:
+        if self._viewed is not None:
+            assert self._conveyor is not None and self._viewed[0].load is not None
+            self._conveyor.drop(self._viewed[0].load)
+            self._viewed = None
+
+    @torch.no_grad()
+    def put_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
+        """Replaces the parameter's state; an empty one removes it."""
+        self.reserve()
+        self._look_away()
+        bucket = self._bucket_of[parameter]
+        if not state:
+            self.state.pop(parameter, None)
+        elif bucket.load is None:
+            self.state[parameter] = state
+        else:
+            assert self._conveyor is not None
+            data = self._conveyor.bring(bucket.load)
+            self.state[parameter] = state
+            self._leave(bucket, data)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the inner optimizer's, with all of the state in memory: for state that fits into it."""
+        self.settle()
+        state_dict = self.inner.state_dict()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, parameter in enumerate(parameters):
+            if index in state_dict["state"]:
+                with self.state_loaded(parameter) as state:
+                    loaded = {
+                        key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()
+                    }
+                state_dict["state"][index] = loaded
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` gave, also of an optimizer that was not offloaded."""
+        self.settle()
+        self.inner.load_state_dict(state_dict)
+        self.param_groups, self.state = self.inner.param_groups, self.inner.state
+        self.reserve()
+        for bucket in self._buckets:
+            if any(self.state.get(parameter) for parameter in bucket.parameters):
+                self._stow(bucket)
+
+    # --- What it costs. ---
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that training has waited for state so far."""
+        return 0.0 if self._conveyor is None else self._conveyor.stall_s
+
+    def state_bytes(self) -> dict[Tier, int]:
+        """Bytes of this rank's state in host memory and on the disk; what is too small to move is not counted."""
+        found = {Tier.host: 0, Tier.ssd: 0}
+        for bucket in self._buckets:
+            if bucket.load is not None:
+                found[Tier.host if isinstance(bucket.load.home, Tensor) else Tier.ssd] += bucket.load.num_bytes
+        return found
+
+    def close(self) -> None:
+        """Gives the memory and the disk space back; the optimizer is not to be used any more."""
+        self._viewed = None
+        if self._conveyor is not None:
+            self._conveyor.abandon()
+        if self.folder is not None:
+            self.folder.close()
+
+
+def local_numel(parameter: Tensor) -> int:
+    return local_tensor(parameter).numel()
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of what a param group says beside its parameters: schedulers write to a learning rate that is a tensor."""
+    return {
+        key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"
+    }
+
+
+def _shape_of(value: Any) -> Any:
+    return on_meta(value) if is_stowed(value) else value

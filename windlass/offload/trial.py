@@ -1,0 +1,80 @@
+"""What state an optimizer will keep, before it keeps any."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from windlass.parallel.fragment import local_tensor
+
+
+@torch.no_grad()
+def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """The state that `parameters`, which have none, will have after their first step; its values mean nothing.
+
+    An optimizer that says it itself (`empty_state`, as windlass's do) is asked. Any other makes a step on these
+    parameters with gradients of zero at a learning rate of zero, and everything is put back.
+
+    Raises:
+        ValueError: the optimizer keeps something for all parameters together in its param groups, which every step on
+            some of them would change again: it cannot step in parts.
+    """
+    empty_state = getattr(optimizer, "empty_state", None)
+    if empty_state is not None:
+        return [empty_state(parameter) for parameter in parameters]
+    gradients = {parameter: parameter.grad for parameter in _all_parameters(optimizer)}
+    weights = [local_tensor(parameter).clone() for parameter in parameters]
+    settings = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+    rng_state = torch.get_rng_state()
+    device_rng_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        for parameter in gradients:
+            parameter.grad = None
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for group in optimizer.param_groups:
+            group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
+        type(optimizer).step(optimizer)  # not the instance's, which a scheduler has wrapped to count calls
+        _check_settings(optimizer, settings)
+        return [dict(optimizer.state[parameter]) for parameter in parameters]
+    finally:
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for parameter, weight in zip(parameters, weights, strict=True):
+            local_tensor(parameter).copy_(weight)
+        for group, before in zip(optimizer.param_groups, settings, strict=True):
+            group.update(before)
+        torch.set_rng_state(rng_state)
+        if device_rng_state is not None:
+            torch.cuda.set_rng_state(device_rng_state)
+
+
+def _all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _check_settings(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
+    for group, settings in zip(optimizer.param_groups, before, strict=True):
+        for key, value in _settings(group).items():
+            if key != "lr" and (key not in settings or not _same(settings[key], value)):
+                raise ValueError(
+                    f"{type(optimizer).__name__} changes {key!r} of its param groups in a step: it keeps something for "
+                    "all parameters together, so it cannot step on some of them at a time, which offloading does; "
+                    "use an optimizer that treats each parameter by itself"
+                )
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return bool(one == other)
