@@ -3,6 +3,9 @@
 Weights may be float32 while the pass runs in bfloat16: a module casts its weight to the dtype of its input where it
 uses it. Under FSDP2's mixed precision the gathered weight has that dtype already and the cast does nothing, so one
 rank and many compute alike.
+
+What `Llama.forward` calls takes a batch or a list of micro-batches, see `layer_major`. Each such module is called once
+a pass, so that hooks on modules gather or stream its weights once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from windlass.parallel.fragment import fragment_of, local_tensor
 from windlass.parallel.random import fill_normal_
 from windlass.parallel.zero import Unit
 from windlass.train.config import ModelConfig
+from windlass.train.layer_major import Slices, over_slices
+from windlass.train.loss import cross_entropy_sum
 
 
 class Linear(nn.Linear):
@@ -28,6 +33,20 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype))
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding`, slice by slice, of `weight` where one is given in place of its own."""
+
+    def forward(self, input: Slices, weight: Slices | None = None) -> Slices:
+        return over_slices(F.embedding, input, self.weight if weight is None else weight)
+
+
+class Head(Linear):
+    """The projection on the vocabulary, see `logits_or_loss_sum`."""
+
+    def forward(self, input: Slices, labels: Slices | None = None) -> Slices:
+        return over_slices(logits_or_loss_sum, input, self.weight, labels)
+
+
 class RMSNorm(nn.Module):
     """Root Mean Square Layer Normalization (2019), in its input's dtype."""
 
@@ -36,7 +55,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Slices) -> Slices:
+        return over_slices(self._normalize, x)
+
+    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
@@ -97,7 +119,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def forward(self, x: Slices, rope: torch.Tensor, mask: Slices | None) -> Slices:
+        return over_slices(self._forward, x, rope, mask)
+
+    def _forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
             return checkpoint(self.layer, x, rope, mask, use_reentrant=False)
         return self.layer(x, rope, mask)
@@ -122,10 +147,10 @@ class Llama(nn.Module):
         assert config.vocab_size is not None, "the data's tokenizer decides a vocabulary that was left null"
         self.config = config
         self.compute_dtype = torch.float32
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = None if config.tie_embeddings else Head(config.hidden_size, config.vocab_size)
 
     @staticmethod
     def on_meta(config: ModelConfig) -> Llama:
@@ -133,23 +158,34 @@ class Llama(nn.Module):
         with torch.device("meta"):
             return Llama(config)
 
-    def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of the next token.
+    def forward(self, input_ids: Slices, document_ids: Slices | None = None, labels: Slices | None = None) -> Slices:
+        """Logits of the next token, or the summed loss. Lists of micro-batches give the list of theirs.
 
         Args:
             input_ids: int64 (batch, seq_len).
             document_ids: int (batch, seq_len); a token attends only to those of its own document. None: to all before.
+            labels: int64 (batch, seq_len), `IGNORE_INDEX` does not count. Without their logits are what is wanted.
 
         Returns:
-            (batch, seq_len, vocab_size) in `compute_dtype`.
+            (batch, seq_len, vocab_size) in `compute_dtype`; with `labels` what `cross_entropy_sum` makes of it, without
+            that logits stay in memory.
         """
-        rope = rope_angles(input_ids.shape[1], self.config.head_dim, self.config.rope_theta, input_ids.device)
-        mask = None if document_ids is None else document_mask(document_ids)
-        x = self.embed_tokens(input_ids).to(self.compute_dtype)
+        ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
+        rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
+        mask = None if document_ids is None else over_slices(document_mask, document_ids)
+        # A tied weight is used first and last. Under a name of its own each slice adds up both gradients before they
+        # join the other slices', as they do when a slice is a pass of its own.
+        weight = (
+            over_slices(lambda _: self.embed_tokens.weight.view_as(self.embed_tokens.weight), input_ids)
+            if self.lm_head is None
+            else None
+        )
+        x = self.embed_tokens(input_ids, weight)
+        x = over_slices(lambda part: part.to(self.compute_dtype), x)
         for layer in self.layers:
             x = layer(x, rope, mask)
         x = self.norm(x)
-        return F.linear(x, self.embed_tokens.weight.to(x.dtype)) if self.lm_head is None else self.lm_head(x)
+        return over_slices(logits_or_loss_sum, x, weight, labels) if self.lm_head is None else self.lm_head(x, labels)
 
     def units(self) -> list[Unit]:
         """What to gather and free together when the model is cut; what no unit names goes with the model itself."""
@@ -184,6 +220,19 @@ class Llama(nn.Module):
                 continue
             std = self.config.init_std * (residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
             fill_normal_(local, fragment_of(name, parameter), seed=seed, std=std)
+
+
+def logits_or_loss_sum(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    """Logits; or, with `labels`, their summed cross-entropy, whose backward pass computes the logits again."""
+    if labels is None:
+        return F.linear(x, weight.to(x.dtype))
+    if torch.is_grad_enabled():
+        return checkpoint(_loss_sum, x, weight, labels, use_reentrant=False, preserve_rng_state=False)
+    return _loss_sum(x, weight, labels)
+
+
+def _loss_sum(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return cross_entropy_sum(F.linear(x, weight.to(x.dtype)), labels)
 
 
 def rope_angles(seq_len: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:

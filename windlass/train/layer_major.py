@@ -1,0 +1,63 @@
+"""Layer-major micro-batches: a layer runs all micro-batches of a step before the next layer runs the first.
+
+A loop over micro-batches needs every layer's weights twice a micro-batch, forward and backward. Where weights come from
+a disk that is most of what is read. Here the micro-batches of a step are slices of one autograd graph, each layer runs
+slice after slice, and its weights are needed twice a step. What it costs is memory: a layer's input (and without
+activation checkpointing all that it saves) of every slice is there at the same time.
+
+Losses and gradients have the same bits as those of the loop over micro-batches. Autograd runs what was recorded last
+first, so a layer runs its slices from the last to the first, and backward meets them from the first to the last: every
+gradient is the sum of the slices' in the loop's order. (Dropout draws its masks in another order.)
+
+Over ranks, `zero3` gathers weights and reduces gradients once a step, and so moves a G-th of the bytes of G
+micro-batches; slices are summed before ranks and not after, which changes the rounding. In bfloat16 they are summed in
+bfloat16, as the gathered weights have that dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import nn
+
+from windlass.train.data.loader import Batch
+
+Slices = TypeVar("Slices", torch.Tensor, list[torch.Tensor])
+"""A batch, or the list of a step's micro-batches."""
+
+
+def over_slices(run: Callable[..., torch.Tensor], first: Slices, *others: Any) -> Slices:
+    """`run(first, *others)`; where `first` is a list, of each of its slices, the last one first.
+
+    Args:
+        others: a list has an entry a slice; anything else goes to every slice as it is.
+    """
+    if isinstance(first, torch.Tensor):
+        return cast("Slices", run(first, *others))
+    outputs = [
+        run(part, *(other[i] if isinstance(other, list) else other for other in others))
+        for i, part in reversed(list(enumerate(first)))
+    ]
+    outputs.reverse()
+    return cast("Slices", outputs)
+
+
+def forward_loss_sums(model: nn.Module, batches: Sequence[Batch], mask_documents: bool) -> list[torch.Tensor]:
+    """`forward_loss_sum` of each micro-batch, in one layer-major pass.
+
+    Only one micro-batch's logits exist at a time: backward computes them again.
+
+    Args:
+        model: a `Llama`, cut or whole.
+        batches: the micro-batches of a step, on the model's device.
+        mask_documents: no token attends across a border between documents.
+
+    Returns:
+        A sum a micro-batch, float32, 0-dim. One backward pass must be of all of them:
+        `torch.autograd.backward([loss_sum / num_tokens for loss_sum in loss_sums])`.
+    """
+    input_ids = [batch.input_ids for batch in batches]
+    document_ids = [batch.document_ids for batch in batches] if mask_documents else None
+    return model(input_ids, document_ids, [batch.labels for batch in batches])
