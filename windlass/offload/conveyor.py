@@ -85,6 +85,23 @@ class Conveyor:
         self.stall_s += time.perf_counter() - begin
         return held.copy
 
+    def blank(self, load: Load) -> Tensor:
+        """Memory on the device to make the next bytes of `load` in, whatever is there; for `take_back`.
+
+        Raises:
+            OffloadError: an earlier write failed.
+        """
+        begin = time.perf_counter()
+        assert load not in self._held, "what is brought is changed where it is"
+        while not self._fetch(load, reads=False):
+            self._make_room(load)
+        held = self._held[load]
+        host = load.home if held.buffer is None else held.buffer.data
+        assert isinstance(host, Tensor)
+        held.copy, held.is_used = self._staging.blank_like(host), True
+        self.stall_s += time.perf_counter() - begin
+        return held.copy
+
     def look_ahead(self, loads: Iterable[Load]) -> None:
         """Begins to bring `loads`, the first first, as far as there is room."""
         self._advance()
@@ -118,6 +135,14 @@ class Conveyor:
         if held.buffer is not None:
             held.buffer.release()
 
+    def begin_writes(self) -> None:
+        """Has the writing of everything that was taken back begin, and waits for the device if need be."""
+        for leaving in self._leaving:
+            if leaving.writing is None:
+                assert leaving.arrived is not None
+                leaving.arrived.synchronize()
+                self._begin_write(leaving)
+
     def drain(self) -> None:
         """Returns when everything that was taken back is home.
 
@@ -137,8 +162,8 @@ class Conveyor:
             leaving.buffer.release()
         self._leaving.clear()
 
-    def _fetch(self, load: Load) -> bool:
-        """Begins to read `load`; False if there is no room, or it is still on its way back."""
+    def _fetch(self, load: Load, reads: bool = True) -> bool:
+        """Gets `load` a buffer and begins to read it; False if there is no room, or it is still on its way back."""
         if load in self._held:
             return True
         if isinstance(load.home, Tensor):
@@ -149,7 +174,7 @@ class Conveyor:
         buffer = self._arena.try_allocate(load.num_bytes)
         if buffer is None:
             return False
-        reading = load.home.read(buffer.data) if load.home.has_data else None
+        reading = load.home.read(buffer.data) if reads and load.home.has_data else None
         self._held[load] = _Held(buffer, reading)
         return True
 

@@ -27,7 +27,7 @@ def split(values: Tensor, high: Tensor, low: Tensor) -> Tensor:
         low: int16 of as many elements; gets the lower halves' bits.
 
     Returns:
-        int64, the flat indexes of ties that were rounded down, which `join` needs.
+        int64, the flat indexes of ties that were rounded down, which `add_rest` needs.
     """
     values, high, low = values.reshape(-1), high.reshape(-1), low.reshape(-1)
     lowered = []
@@ -42,13 +42,12 @@ def split(values: Tensor, high: Tensor, low: Tensor) -> Tensor:
     return torch.cat(lowered) if lowered else torch.empty(0, dtype=torch.int64, device=values.device)
 
 
-def join(high: Tensor, low: Tensor, lowered: Tensor, values: Tensor) -> None:
-    """Writes the float32 `values` that `split` took apart. Shapes and `lowered` as there."""
-    values, high, low = values.reshape(-1), high.reshape(-1), low.reshape(-1)
+def add_rest(values: Tensor, low: Tensor, lowered: Tensor) -> None:
+    """Makes of float32 `values` that hold the upper halves, widened, those that `split` took apart, in place."""
+    values, low = values.reshape(-1), low.reshape(-1)
     bits = values.view(torch.int32)
     for start in range(0, values.numel(), BLOCK_NUMEL):
         part = slice(start, start + BLOCK_NUMEL)
-        bits[part].copy_(high[part].view(torch.int16))
         # A lower half of 0x8000 and more is negative as an int16: adding it takes the rounding up back.
-        bits[part].bitwise_left_shift_(16).add_(low[part].to(torch.int32))
+        bits[part].add_(low[part].to(torch.int32))
     bits[lowered] += 1 << 16

@@ -24,6 +24,7 @@ from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFolder
 from windlass.offload.trial import trial_state
 from windlass.parallel.fragment import Tier, local_tensor
+from windlass.parallel.out_of_core import StateAtRest, StatePlace
 
 if TYPE_CHECKING:
     from windlass.offload.weights import Weights
@@ -77,9 +78,7 @@ class _Bucket:
         self.parameters = list(parameters)
         self.layout = Layout(())
         self.load: Load | None = None
-        """None while the state is where the optimizer puts it: before the first step, and if it is too small to move."""
-        self.stays = False
-        """Whether its state never moves."""
+        """None while the state is where the optimizer puts it: before `reserve`, and if there is none worth moving."""
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -114,6 +113,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._pending: dict[_Bucket, dict[Tensor, Tensor]] = {}
         self._pending_settings: list[dict[str, Any]] = []
         self._viewed: tuple[_Bucket, Tensor] | None = None
+        self._is_viewed_new = False
+        """Whether what is viewed is to be sent home, before anything else is done with it."""
         self._divide()
 
     # --- Buckets. ---
@@ -127,7 +128,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for parameter in run:
                 del others[parameter]
         self._resident = _Bucket(resident)
-        self._resident.stays = True
         self._buckets = [_Bucket(parameters) for run in (*runs, list(others)) for parameters in divide(run)]
         self._bucket_of = {p: bucket for bucket in (self._resident, *self._buckets) for p in bucket.parameters}
         self._sequence = list(self._buckets)  # as they were updated last time
@@ -190,8 +190,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         on_disk: list[_Bucket] = []
         for bucket in self._buckets:
             size = bucket.layout.num_bytes
-            bucket.stays = size == 0
-            if bucket.stays:
+            if size == 0:
                 continue
             passed += size
             # Spread evenly, so that the disk's share of the work is the same all through a step.
@@ -311,6 +310,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             following = self._sequence[place:] + self._sequence[:place]
             self._conveyor.look_ahead(bucket.load for bucket in following if bucket.load is not None)
 
+    @property
+    def has_pending(self) -> bool:
+        """Whether updates are put off."""
+        return bool(self._pending)
+
     # --- State in and out. ---
 
     def _bring(self, bucket: _Bucket) -> Tensor:
@@ -326,20 +330,23 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _leave(self, bucket: _Bucket, data: Tensor) -> None:
         """Takes the bucket's state out of the inner optimizer and sends it home."""
         assert self._conveyor is not None and bucket.load is not None
-        state = [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters]
+        self._check_layout(bucket, [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters])
+        self._pack(bucket, data, bucket.parameters)
+        self._conveyor.take_back(bucket.load)
+
+    def _check_layout(self, bucket: _Bucket, state: list[tuple[Tensor, dict[str, Any]]]) -> None:
         if not bucket.layout.holds(state):
             raise ValueError(
                 f"{type(self.inner).__name__} keeps {Layout(state)} where its first step kept {bucket.layout}: state "
                 "that changes its shape cannot be offloaded"
             )
-        self._pack(bucket, data)
-        self._conveyor.take_back(bucket.load)
 
-    def _pack(self, bucket: _Bucket, data: Tensor) -> None:
-        """Leaves shapes in the inner optimizer's state, and the tensors' bytes in `data`."""
+    def _pack(self, bucket: _Bucket, data: Tensor, parameters: Sequence[Tensor]) -> None:
+        """Leaves shapes in the inner optimizer's state of `parameters`, and the tensors' bytes in `data`."""
+        members = set(parameters)
         for slot in bucket.layout.slots:
             state = self.state.get(slot.parameter, {})
-            if slot.key not in state:
+            if slot.parameter not in members or slot.key not in state:
                 continue
             value, place = local_tensor(state[slot.key]), slot.local(data)
             if value.data_ptr() != place.data_ptr() or value.stride() != place.stride():
@@ -353,13 +360,40 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._look_away()
             self._leave(bucket, self._conveyor.bring(bucket.load))
 
+    @property
+    def uses_disk(self) -> bool:
+        """Whether some of the state or the weights may be on a disk."""
+        return self.folder is not None
+
     def has_weights_elsewhere(self, parameter: Tensor) -> bool:
-        """Whether the parameter's memory holds nothing now."""
+        """Whether the parameter's memory does not hold its weights now."""
         return self.weights is not None and self.weights.is_elsewhere(parameter)
 
-    def weights_loaded(self, parameter: Tensor, *, write: bool = False) -> contextlib.AbstractContextManager[None]:
-        """While it lasts the parameter's weights are in its memory; with `write`, what they are then is kept."""
-        return self._weights_in([parameter], write=write)
+    def weights_loaded(
+        self, parameters: Sequence[Tensor], *, write: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """While it lasts the parameters' weights are in their memory; with `write`, what they are then is kept."""
+        return self._weights_in(parameters, write=write)
+
+    def state_at_rest(self) -> list[StateAtRest]:
+        """The state that is elsewhere, of the last step. Valid until the next one.
+
+        Raises:
+            OffloadError: an earlier write failed.
+        """
+        self._look_away()
+        if self._conveyor is not None:
+            self._conveyor.begin_writes()
+        found = []
+        for bucket in self._buckets:
+            places = [
+                StatePlace(slot.parameter, slot.key, slot.begin, slot.end)
+                for slot in bucket.layout.slots
+                if is_elsewhere(self.state.get(slot.parameter, {}).get(slot.key))
+            ]
+            if bucket.load is not None and places:
+                found.append(StateAtRest(places, bucket.load.home))
+        return found
 
     def _weights_in(
         self, parameters: Sequence[Tensor], *, write: bool = False
@@ -384,30 +418,33 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         assert self._conveyor is not None and bucket.load is not None
         if self._viewed is None or self._viewed[0] is not bucket:
             self._look_away()
-            self._viewed = bucket, self._conveyor.bring(bucket.load)
+            self._viewed, self._is_viewed_new = (bucket, self._conveyor.bring(bucket.load)), False
         return self._viewed[1]
 
     def _look_away(self) -> None:
         if self._viewed is not None:
             assert self._conveyor is not None and self._viewed[0].load is not None
-            self._conveyor.drop(self._viewed[0].load)
-            self._viewed = None
+            load, self._viewed = self._viewed[0].load, None
+            if self._is_viewed_new:
+                self._conveyor.take_back(load)
+            else:
+                self._conveyor.drop(load)
 
     @torch.no_grad()
     def put_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
         """Replaces the parameter's state; an empty one removes it."""
         self.reserve()
-        self._look_away()
         bucket = self._bucket_of[parameter]
         if not state:
             self.state.pop(parameter, None)
-        elif bucket.load is None:
-            self.state[parameter] = state
-        else:
-            assert self._conveyor is not None
-            data = self._conveyor.bring(bucket.load)
-            self.state[parameter] = state
-            self._leave(bucket, data)
+            return
+        if bucket.load is not None:
+            self._check_layout(bucket, [(parameter, state)])
+        self.state[parameter] = dict(state)
+        if bucket.load is not None:
+            data = self._look_at(bucket)  # and its other parameters come next: it goes home once
+            self._is_viewed_new = True
+            self._pack(bucket, data, [parameter])
 
     def state_dict(self) -> dict[str, Any]:
         """As the inner optimizer's, with all of the state in memory: for state that fits into it."""

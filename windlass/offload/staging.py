@@ -26,6 +26,10 @@ class Staging:
             arrived.record(self._stream)
         return copy, arrived
 
+    def blank_like(self, host: Tensor) -> Tensor:
+        """Memory on the device as large as `host`."""
+        return host if self._stream is None else torch.empty_like(host, device=self.device)
+
     def wait(self, copy: Tensor, arrived: torch.cuda.Event | None) -> None:
         """Has the computations that follow use `copy`."""
         if arrived is not None:

@@ -10,6 +10,8 @@ a pass, so that hooks on modules gather or stream its weights once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -204,22 +206,41 @@ class Llama(nn.Module):
                 layer.compile()
 
     @torch.no_grad()
-    def materialize(self, device: torch.device, seed: int) -> None:
+    def materialize(
+        self, device: torch.device, seed: int, filled: Callable[[list[nn.Parameter]], None] | None = None
+    ) -> None:
         """Gives a model on the meta device, whole or cut, its first weights.
 
         Matrices are N(0, `init_std`^2), those that write to the residual stream smaller by sqrt(2 * layers)
         (Language Models are Unsupervised Multitask Learners, 2019); norms are 1. They depend on `seed` and the
         parameters' names alone, so every cut starts from the same model.
+
+        Args:
+            filled: called with a unit's parameters as soon as they have their weights, last with those of no unit; it
+                may take their memory away before the next unit gets any.
         """
-        self.to_empty(device=device)
         residual_scale = (2 * self.config.num_layers) ** -0.5
-        for name, parameter in self.named_parameters():
-            local = local_tensor(parameter)
-            if parameter.ndim < 2:
-                local.fill_(1.0)
-                continue
-            std = self.config.init_std * (residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1)
-            fill_normal_(local, fragment_of(name, parameter), seed=seed, std=std)
+        name_of_module = {module: name for name, module in self.named_modules()}
+        modules = [[module for part in unit.modules for module in part.modules()] for unit in self.units()]
+        in_units = {module for unit in modules for module in unit}
+        for unit in (*modules, [module for module in self.modules() if module not in in_units]):
+            for module in unit:
+                module.to_empty(device=device, recurse=False)
+            parameters = {
+                f"{name_of_module[module]}.{name}": parameter
+                for module in unit
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+            for name, parameter in parameters.items():
+                local = local_tensor(parameter)
+                if parameter.ndim < 2:
+                    local.fill_(1.0)
+                    continue
+                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = self.config.init_std * (residual_scale if writes_residual else 1)
+                fill_normal_(local, fragment_of(name, parameter), seed=seed, std=std)
+            if filled is not None:
+                filled(list(parameters.values()))
 
 
 def logits_or_loss_sum(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

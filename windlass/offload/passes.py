@@ -1,0 +1,145 @@
+"""What happens around the forward and the backward pass of each unit of a model: its weights come and go, and updates
+that were put off are made just before the forward that needs them.
+
+A unit is a list of modules that run one after another, such as a layer, or a norm and the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import register_multi_grad_hook
+
+from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.offload.weights import Weights
+from windlass.parallel.autograd_shim import is_in_backward
+
+LOOK_AHEAD_UNITS = 2
+
+
+class Passes:
+    """Hooks on a model that is not cut over ranks.
+
+    Args:
+        model: what no unit names belongs to it as a whole, and is there from its forward to the end of backward.
+        units: in the order of the forward pass.
+        weights: None where they stay in memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Sequence[nn.Module]],
+        optimizer: OffloadedOptimizer,
+        weights: Weights | None,
+    ) -> None:
+        self._optimizer, self._weights = optimizer, weights
+        named = {id(parameter) for unit in units for module in unit for parameter in module.parameters()}
+        rest = [parameter for parameter in model.parameters() if id(parameter) not in named]
+        self._units = [[p for module in unit for p in module.parameters()] for unit in units]
+        self._root = len(self._units)
+        self._units.append(rest)
+        self._acquired: set[int] = set()
+        self._passed: list[int] = []
+        """Units whose forward is over, and whose weights are let go when the next one begins."""
+        self._missing: dict[int, int] = {}  # unit -> gradients that its backward pass has still to bring
+        self._hooks: list[Any] = []
+        for number, unit in enumerate([*units, [model]]):
+            self._attach(number, unit, is_kept=number >= len(units) - 1)
+
+    def remove(self) -> None:
+        """Takes the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _attach(self, number: int, modules: Sequence[nn.Module], is_kept: bool) -> None:
+        """`is_kept`: its backward comes right after its forward, or there is no telling."""
+
+        @torch.compiler.disable
+        def before(*_: Any) -> None:
+            self._before_forward(number)
+
+        @torch.compiler.disable
+        def after(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._after_forward(number, output, is_kept)
+
+        def arrived(parameter: Tensor) -> None:
+            self._arrived(number)
+
+        for module in modules:
+            self._hooks.append(module.register_forward_pre_hook(before, prepend=True))
+        self._hooks.append(modules[-1].register_forward_hook(after))
+        for parameter in self._units[number]:
+            if parameter.requires_grad:
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(arrived))
+
+    def _before_forward(self, number: int) -> None:
+        if is_in_backward():  # a checkpoint computes it again
+            self._before_backward(number)
+            return
+        if number == self._root:  # what the last backward has left: units of which some weight got no gradient
+            self._missing.clear()
+            self._let_go(list(self._acquired))
+        self._acquire(number)
+        self._optimizer.update(self._units[number])
+        self._let_go([passed for passed in self._passed if passed != number])
+        self._passed = [passed for passed in self._passed if passed == number]
+        self._look_ahead(range(number + 1, min(self._root, number + 1 + LOOK_AHEAD_UNITS)), self._optimizer.has_pending)
+
+    def _after_forward(self, number: int, output: Any, is_kept: bool) -> None:
+        if is_in_backward():
+            return
+        tensors = [tensor for tensor in _tensors(output) if tensor.requires_grad]
+        if tensors:
+            register_multi_grad_hook(tensors, lambda _: self._before_backward(number), mode="any")
+        if not (tensors and is_kept) and number not in self._passed:
+            self._passed.append(number)
+        if number == self._root:
+            self._let_go(self._passed)
+            self._passed = []
+
+    def _before_backward(self, number: int) -> None:
+        self._acquire(number)
+        if number not in self._missing:
+            self._missing[number] = sum(parameter.requires_grad for parameter in self._units[number])
+        following = range(number - 1, max(-1, number - 1 - LOOK_AHEAD_UNITS), -1)
+        self._look_ahead(following, with_rest=not self._optimizer.is_deferring)
+
+    def _arrived(self, number: int) -> None:
+        """A gradient of the unit is whole."""
+        if number not in self._missing:  # its output had no gradient of its own, as an embedding's under a checkpoint
+            self._missing[number] = sum(parameter.requires_grad for parameter in self._units[number])
+        self._missing[number] -= 1
+        if self._missing[number] == 0:
+            del self._missing[number]
+            self._let_go([number])
+            self._optimizer.look_ahead()
+
+    def _acquire(self, number: int) -> None:
+        if self._weights is not None and number not in self._acquired:
+            self._acquired.add(number)
+            self._weights.acquire(self._units[number])
+
+    def _let_go(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if self._weights is not None and number in self._acquired:
+                self._acquired.remove(number)
+                self._weights.release(self._units[number])
+
+    def _look_ahead(self, numbers: Sequence[int], with_rest: bool) -> None:
+        if self._weights is not None:
+            self._weights.look_ahead((p for number in numbers for p in self._units[number]), with_rest)
+        self._optimizer.look_ahead()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for part in output:
+            yield from _tensors(part)
+    elif isinstance(output, dict):
+        yield from _tensors(list(output.values()))

@@ -1,0 +1,193 @@
+"""Weights that are not in memory all the time: they are brought for a pass or an update, and let go after it.
+
+A parameter's memory is given back to the system and taken again (its storage is resized to nothing and back), as
+FSDP2 does with gathered weights: whatever autograd has saved of it is there again when backward comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from windlass.offload.buckets import RESIDENT_NUMEL, divide
+from windlass.offload.conveyor import Conveyor, Load
+from windlass.offload.hilo import add_rest, split
+from windlass.offload.tier_file import TierFile
+from windlass.parallel.autograd_shim import preserving_version
+from windlass.parallel.fragment import local_tensor
+
+
+@dataclass(eq=False)
+class _Group:
+    """Parameters whose weights are moved together."""
+
+    parameters: list[Tensor]
+    passing: Load
+    """What a pass computes with: the weights, or their upper halves."""
+    rest: Load | None = None
+    """The lower halves."""
+    lowered: list[Tensor] = field(default_factory=list)
+    """A parameter: see `windlass.offload.hilo`."""
+    num_users: int = 0
+    is_whole: bool = False
+    """Whether what is in memory is the weights, and not their upper halves."""
+
+    @property
+    def numel(self) -> int:
+        return sum(local_tensor(parameter).numel() for parameter in self.parameters)
+
+
+class Weights:
+    """The weights of float32 parameters, whose home is a tier.
+
+    Args:
+        make_home: makes the home of so many bytes: a file, or host memory.
+        in_halves: keep a weight as bfloat16 and a rest of 16 bits. A pass that computes in bfloat16 then needs half the
+            bytes, and has the same bits; only an update needs both.
+    """
+
+    def __init__(self, conveyor: Conveyor, make_home: Callable[[int], TierFile | Tensor], in_halves: bool) -> None:
+        self._conveyor, self._make_home, self.in_halves = conveyor, make_home, in_halves
+        self._groups: dict[Tensor, _Group] = {}  # by each of its parameters
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that training has waited for weights so far."""
+        return self._conveyor.stall_s
+
+    @torch.no_grad()
+    def add(self, parameters: Sequence[Tensor]) -> None:
+        """Takes over the weights of `parameters`, and lets their memory go; small ones stay."""
+        large = [parameter for parameter in parameters if local_tensor(parameter).numel() > RESIDENT_NUMEL]
+        for members in divide(large):
+            assert all(local_tensor(parameter).dtype == torch.float32 for parameter in members)
+            numel = sum(local_tensor(parameter).numel() for parameter in members)
+            width = 2 if self.in_halves else 4
+            group = _Group(members, Load(self._make_home(width * numel)), num_users=1, is_whole=True)
+            if self.in_halves:
+                group.rest = Load(self._make_home(2 * numel))
+            for parameter in members:
+                self._groups[parameter] = group
+            self._write(group)
+            self._release(group)
+
+    def is_elsewhere(self, parameter: Tensor) -> bool:
+        """Whether the parameter's memory holds nothing now."""
+        group = self._groups.get(parameter)
+        return group is not None and group.num_users == 0
+
+    def acquire(self, parameters: Iterable[Tensor]) -> None:
+        """Has what a pass computes with in the parameters' memory until `release`.
+
+        With `in_halves` it is the weights rounded to bfloat16.
+
+        Raises:
+            OffloadError: the disk failed, or gave back other bytes than were written.
+        """
+        for group in self._groups_of(parameters):
+            self._acquire(group)
+
+    def release(self, parameters: Iterable[Tensor]) -> None:
+        """Lets the memory go, unless another has acquired it too."""
+        for group in self._groups_of(parameters):
+            self._release(group)
+
+    @contextlib.contextmanager
+    def loaded(self, parameters: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
+        """While it lasts the weights, not rounded, are in memory; with `write`, what they are then is kept."""
+        groups = self._groups_of(parameters)
+        for group in groups:
+            self._acquire(group)
+            self._make_whole(group)
+        try:
+            yield
+            if write:
+                for group in groups:
+                    self._write(group)
+        finally:
+            for group in groups:
+                self._release(group)
+
+    def look_ahead(self, parameters: Iterable[Tensor], with_rest: bool) -> None:
+        """Begins to bring what will be acquired next, as far as there is room.
+
+        Args:
+            with_rest: what an update needs, too.
+        """
+        loads = []
+        for group in self._groups_of(parameters):
+            if group.num_users == 0:
+                loads.append(group.passing)
+            if with_rest and group.rest is not None and not group.is_whole:
+                loads.append(group.rest)
+        self._conveyor.look_ahead(loads)
+
+    def drain(self) -> None:
+        """Returns when what was written is home."""
+        self._conveyor.drain()
+
+    def close(self) -> None:
+        self._conveyor.abandon()
+
+    def _groups_of(self, parameters: Iterable[Tensor]) -> list[_Group]:
+        return list(dict.fromkeys(self._groups[p] for p in parameters if p in self._groups))
+
+    @torch.no_grad()
+    def _acquire(self, group: _Group) -> None:
+        group.num_users += 1
+        if group.num_users > 1:
+            return
+        data = self._conveyor.bring(group.passing).view(torch.bfloat16 if self.in_halves else torch.float32)
+        begin = 0
+        for parameter in group.parameters:
+            local = local_tensor(parameter)
+            local.untyped_storage().resize_(local.nbytes)
+            with preserving_version(parameter):
+                local.view(-1).copy_(data[begin : begin + local.numel()])
+            begin += local.numel()
+        self._conveyor.drop(group.passing)
+        group.is_whole = not self.in_halves
+
+    def _release(self, group: _Group) -> None:
+        group.num_users -= 1
+        if group.num_users == 0:
+            for parameter in group.parameters:
+                local_tensor(parameter).untyped_storage().resize_(0)
+            group.is_whole = False
+
+    @torch.no_grad()
+    def _make_whole(self, group: _Group) -> None:
+        if group.is_whole:
+            return
+        assert group.rest is not None
+        data = self._conveyor.bring(group.rest).view(torch.int16)
+        begin = 0
+        for parameter, lowered in zip(group.parameters, group.lowered, strict=True):
+            local = local_tensor(parameter)
+            add_rest(local, data[begin : begin + local.numel()], lowered)
+            begin += local.numel()
+        self._conveyor.drop(group.rest)
+        group.is_whole = True
+
+    @torch.no_grad()
+    def _write(self, group: _Group) -> None:
+        """Sends home what is in memory, which must be whole."""
+        assert group.is_whole
+        passing = self._conveyor.blank(group.passing).view(torch.bfloat16 if self.in_halves else torch.float32)
+        rest = None if group.rest is None else self._conveyor.blank(group.rest).view(torch.int16)
+        group.lowered, begin = [], 0
+        for parameter in group.parameters:
+            local = local_tensor(parameter)
+            part = slice(begin, begin + local.numel())
+            if rest is None:
+                passing[part].copy_(local.view(-1))
+            else:
+                group.lowered.append(split(local, passing[part], rest[part]))
+            begin += local.numel()
+        self._conveyor.take_back(group.passing)
+        if group.rest is not None:
+            self._conveyor.take_back(group.rest)
