@@ -1,0 +1,323 @@
+"""What autograd saves for the backward pass, out of the device's memory until it is needed.
+
+A forward pass saves tensors in one order, and the backward pass needs them in about the opposite one. So what was saved
+last stays where it is, and what was saved first moves out: from a GPU to host memory, from there to the disk, written
+behind the forward pass. In backward it comes back ahead of its use. On a CPU tensors are in host memory from the start,
+and only the disk is below. Not a bit changes.
+
+MEMO: Fine-grained Tensor Management For Ultra-long Context LLM Training, 2024.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from windlass.offload.arena import Arena, Buffer
+from windlass.offload.saved import Block, Cast, Pack, Packer, View, storage_bytes
+from windlass.offload.staging import Staging
+from windlass.offload.tier_file import TierFile, TierFolder
+
+MIN_BYTES = 1 << 20
+"""What is smaller stays: there is little to gain, and a transfer has its fixed cost."""
+
+
+@dataclass
+class ActivationFigures:
+    """What has been moved so far."""
+
+    host_bytes: int = 0
+    """From a GPU to host memory."""
+    write_bytes: int = 0
+    """To the disk."""
+    read_bytes: int = 0
+    """From the disk."""
+    stall_s: float = 0.0
+    """Seconds that the training has waited for transfers."""
+    peak_near_bytes: int = 0
+    """The most that was saved and had not moved, or was back."""
+
+
+class ActivationOffload:
+    """Moves what autograd saves in forward passes under `offloaded`.
+
+        with activations.offloaded():
+            loss = model(batch)
+        loss.backward()
+
+    Each storage is moved once, however many views of it are saved. Parameters and views of them stay, and so do tensors
+    of other devices and subclasses. A parameter's copy in another dtype (as of float32 weights in a bfloat16 pass) is
+    neither kept nor moved, but made again. A tensor larger than the arena stays too.
+
+    As with autograd itself, a saved tensor must not be written to before the backward pass has used it.
+
+    Args:
+        device: of the tensors to move; others stay.
+        near_bytes: what may stay where it is. On a CPU this is the budget of host memory but for the arena; on a GPU it
+            is device memory, and as much comes back ahead of its use.
+        arena: buffers for transfers, pinned for a GPU. On a GPU what is not on the disk lies here.
+        folder: on the disk. None: what no longer fits the arena stays on the device.
+        min_bytes: storages below this size stay.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        near_bytes: int,
+        arena: Arena,
+        folder: TierFolder | None = None,
+        min_bytes: int = MIN_BYTES,
+    ) -> None:
+        assert folder is not None or device.type != "cpu", "on a CPU there is nothing but the disk to move to"
+        self.figures = ActivationFigures()
+        self._device, self._near_limit = device, near_bytes
+        self._packer = Packer(device, min_bytes)
+        self._arena, self._folder = arena, folder
+        self._staging = Staging(device)
+        # On a CPU the arena holds only what is on its way to the disk, or back.
+        self._unwritten_limit = arena.num_bytes // 2 if device.type != "cpu" else 0
+        self._lock = threading.RLock()  # a GPU's part of a backward pass runs in a thread of its own
+        self._near: dict[Block, None] = {}
+        self._near_bytes = 0
+        self._unwritten: dict[Block, None] = {}
+        """In the arena alone."""
+        self._unwritten_bytes = 0
+        self._moved: dict[Block, None] = {}
+        """In the order of moving, which is that of saving."""
+        self._ending: list[Block] = []
+        """Dead, with transfers under way."""
+        self._spare_files: defaultdict[int, list[TierFile]] = defaultdict(list)
+
+    @contextlib.contextmanager
+    def offloaded(self) -> Iterator[None]:
+        """What is saved under it may move.
+
+        Raises:
+            OffloadError: an earlier write failed.
+            DoesNotFit: the disk is full.
+        """
+        with torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack):
+            yield
+        with self._lock:
+            self._read_ahead()
+
+    def close(self) -> None:
+        """Waits for what is under way. Nothing that was saved may be needed any more."""
+        with self._lock:
+            self._clean_up()
+            for block in self._ending:
+                block.settle()
+            self._clean_up()
+
+    def _pack(self, tensor: Tensor) -> Pack:
+        with self._lock:
+            self._clean_up()
+            packed, new_block = self._packer.pack(tensor)
+            if new_block is not None:
+                self._add_near(new_block)
+                self._move_out()
+            return packed
+
+    def _unpack(self, packed: Pack) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        if isinstance(packed, Cast):
+            return packed.make()
+        assert isinstance(packed, View)
+        with self._lock:
+            self._clean_up()
+            block = packed.saved.block
+            tensor = packed.of(self._bring(block))
+            self._read_ahead()
+            return tensor
+
+    def _add_near(self, block: Block) -> None:
+        self._near[block] = None
+        self._near_bytes += block.num_bytes
+        self.figures.peak_near_bytes = max(self.figures.peak_near_bytes, self._near_bytes)
+
+    def _remove_near(self, block: Block) -> None:
+        if block in self._near:
+            del self._near[block]
+            self._near_bytes -= block.num_bytes
+        block.tensor = None
+
+    # ---- out ----
+
+    def _move_out(self) -> None:
+        """Moves what was saved first, until no more than the limit is left."""
+        for block in list(self._near) if self._near_bytes > self._near_limit else ():
+            tensor = block.tensor  # a block may die at any time
+            if tensor is None or block.num_bytes > self._arena.num_bytes:
+                continue
+            block.check_unchanged(tensor)
+            if not block.is_elsewhere and not self._copy_out(block, tensor):
+                return
+            self._remove_near(block)
+            if self._near_bytes <= self._near_limit:
+                return
+
+    def _copy_out(self, block: Block, tensor: Tensor) -> bool:
+        """Begins to copy a block into the arena, and on to the disk. False if there is no room."""
+        buffer = self._find_buffer(block, may_wait=True)
+        if buffer is None:
+            return False
+        if self._device.type == "cpu":
+            buffer.data.copy_(storage_bytes(tensor))
+        else:
+            block.copying = self._staging.to_host(storage_bytes(tensor), buffer.data)
+            self.figures.host_bytes += block.num_bytes
+        block.buffer = buffer
+        self._moved[block] = self._unwritten[block] = None
+        self._unwritten_bytes += block.num_bytes
+        while self._folder is not None and self._unwritten_bytes > self._unwritten_limit:
+            self._write(next(iter(self._unwritten)))
+        return True
+
+    def _write(self, block: Block) -> None:
+        """Begins to write a block of the arena to the disk."""
+        assert block.buffer is not None and self._folder is not None
+        if block.copying is not None:
+            self._wait(block.copying.synchronize)
+        spares = self._spare_files[block.num_bytes]
+        block.file = spares.pop() if spares else self._folder.create(block.num_bytes)
+        block.moving = block.file.write(block.buffer.data)
+        self.figures.write_bytes += block.num_bytes
+        self._forget_unwritten(block)
+
+    def _forget_unwritten(self, block: Block) -> None:
+        if block in self._unwritten:
+            del self._unwritten[block]
+            self._unwritten_bytes -= block.num_bytes
+
+    # ---- back ----
+
+    def _bring(self, block: Block) -> Tensor:
+        """A tensor of the block's storage, for computations that follow."""
+        if block.tensor is None:
+            if block.buffer is None:
+                self._read(block, may_wait=True)
+            self._copy_back(block)
+        tensor = block.tensor
+        assert tensor is not None
+        block.check_unchanged(tensor)
+        self._staging.wait(tensor, block.arriving)
+        return tensor
+
+    def _read(self, block: Block, may_wait: bool) -> bool:
+        """Begins to read a block into the arena. False if there is no room."""
+        assert block.file is not None
+        buffer = self._find_buffer(block, may_wait)
+        if buffer is None:
+            assert not may_wait, "the block has been in the arena before"
+            return False
+        try:
+            block.moving = block.file.read(buffer.data)
+        except BaseException:
+            buffer.release()
+            raise
+        block.buffer, block.is_reading = buffer, True
+        self.figures.read_bytes += block.num_bytes
+        return True
+
+    def _copy_back(self, block: Block) -> None:
+        """Begins to copy a block from its buffer to the device."""
+        assert block.buffer is not None
+        if block.is_reading:
+            assert block.moving is not None
+            self._wait(block.moving.wait)
+        if self._device.type == "cpu":
+            block.set_copy(block.buffer.data.clone(), None)
+        else:
+            block.set_copy(*self._staging.to_device(block.buffer.data))
+        self._add_near(block)
+
+    def _read_ahead(self) -> None:
+        """Begins to bring what has moved, what was saved last first, as far as there is room."""
+        may_copy = self._device.type != "cpu"
+        for block in reversed(list(self._moved)):
+            if block.tensor is not None or block not in self._moved:
+                continue
+            if block.buffer is None and not self._read(block, may_wait=False):
+                return
+            may_copy = may_copy and self._near_bytes + block.num_bytes <= self._near_limit
+            if may_copy and not (block.is_reading and not block.is_settled):
+                self._copy_back(block)
+
+    # ---- room ----
+
+    def _find_buffer(self, wanted: Block, may_wait: bool) -> Buffer | None:
+        """Room for `wanted` in the arena; if need be that of a block that is needed later and is on the disk."""
+        while (buffer := self._arena.try_allocate(wanted.num_bytes)) is None:
+            if not self._make_room(wanted, may_wait):
+                return None
+        return buffer
+
+    def _make_room(self, wanted: Block, may_wait: bool) -> bool:
+        """Frees a buffer. False if none can be: without waiting, and of what is needed later than `wanted`."""
+        if self._clean_up():
+            return True
+        holders = [block for block in self._moved if block.buffer is not None]  # in the order of saving
+        for block in holders:
+            if block.tensor is not None and block.is_settled:
+                self._drop_buffer(block)  # it is back
+                return True
+        for block in holders:
+            if (may_wait or block.index < wanted.index) and block.file is not None and block.is_settled:
+                self._drop_buffer(block)
+                return True
+        if not may_wait:
+            return False
+        for block in [*self._ending, *holders]:
+            if block.file is None and self._folder is not None:
+                self._write(block)
+            if block.file is not None:
+                self._wait(block.settle)
+                return True
+        return False
+
+    def _drop_buffer(self, block: Block) -> None:
+        """Of a block that is elsewhere too. Raises OffloadError if its writing failed."""
+        assert block.buffer is not None
+        if block.moving is not None and not block.is_reading:
+            block.moving.wait()
+        block.buffer.release()
+        block.buffer, block.is_reading = None, False
+        if block.file is None:
+            self._forget_unwritten(block)
+            del self._moved[block]
+
+    def _clean_up(self) -> bool:
+        """Gives back what dead blocks hold; True if a buffer was among it."""
+        while self._packer.dead:
+            block = self._packer.dead.popleft()
+            self._packer.forget(block)
+            self._remove_near(block)
+            self._moved.pop(block, None)
+            self._forget_unwritten(block)
+            self._ending.append(block)
+        gave_buffer = False
+        still: list[Block] = []
+        for block in self._ending:
+            if not block.is_settled:
+                still.append(block)
+                continue
+            if block.buffer is not None:
+                block.buffer.release()
+                gave_buffer = True
+            if block.file is not None:
+                self._spare_files[block.num_bytes].append(block.file)
+        self._ending = still
+        return gave_buffer
+
+    def _wait(self, wait: Callable[[], None]) -> None:
+        begin = time.perf_counter()
+        wait()
+        self.figures.stall_s += time.perf_counter() - begin
