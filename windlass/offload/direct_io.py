@@ -25,6 +25,8 @@ O_DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has none (macOS): files then go through the page cache."""
 REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 OWNER_ONLY = 0o600
+NUM_THREADS = 8
+"""Of 1, 2, 4 and 8 the fastest each way (`benchmarks/direct_io.py`); the CPU is the same for all."""
 
 _FIXES = {
     errno.ENOSPC: "free space there, or set offload.dir to a disk with more",
@@ -116,7 +118,7 @@ class Engine:
         num_threads: how many parts are under way at a time: the depth of the disk's queue.
     """
 
-    def __init__(self, num_threads: int = 4) -> None:
+    def __init__(self, num_threads: int = NUM_THREADS) -> None:
         self.figures = IOFigures()
         self._parts: queue.SimpleQueue[tuple[Callable[[], None], Transfer] | None] = queue.SimpleQueue()
         self._is_closed = False
@@ -253,8 +255,9 @@ class DirectFile:
         return os.fstat(self.descriptor).st_nlink
 
     def close(self) -> None:
-        """To be called when nothing of the file is under way."""
+        """To be called when nothing of the file is under way. What comes after fails."""
         self._closing()
+        self.descriptor = -1  # the system gives the number to the next file that is opened
 
     @staticmethod
     def _check(buffer: memoryview, offset: int) -> None:
