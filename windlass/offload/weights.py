@@ -19,6 +19,7 @@ from windlass.offload.hilo import add_rest, split
 from windlass.offload.tier_file import TierFile
 from windlass.parallel.autograd_shim import preserving_version
 from windlass.parallel.fragment import local_tensor
+from windlass.parallel.layout import is_cut_evenly
 
 
 @dataclass(eq=False)
@@ -61,8 +62,11 @@ class Weights:
 
     @torch.no_grad()
     def add(self, parameters: Sequence[Tensor]) -> None:
-        """Takes over the weights of `parameters`, and lets their memory go; small ones stay."""
-        large = [parameter for parameter in parameters if local_tensor(parameter).numel() > RESIDENT_NUMEL]
+        """Takes over the weights of `parameters`, and lets their memory go.
+
+        Small ones stay, and those that are cut unevenly: FSDP2 pads them into memory of its own.
+        """
+        large = [p for p in parameters if local_tensor(p).numel() > RESIDENT_NUMEL and is_cut_evenly(p)]
         for members in divide(large):
             assert all(local_tensor(parameter).dtype == torch.float32 for parameter in members)
             numel = sum(local_tensor(parameter).numel() for parameter in members)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -57,3 +60,35 @@ def count_collectives(module: FSDPModule, num_replicas: int) -> None:
     if num_replicas > 1:
         # FSDP2 calls the hook with the buffer that it has just all-reduced over the replicas.
         module.set_all_reduce_hook(lambda buffer: COMM.add("all_reduce", buffer.nbytes, num_replicas))
+
+
+def around_unshard(module: FSDPModule, before: Callable[[], None], after: Callable[[], None]) -> None:
+    """Has `before` run when a `fully_shard`ed module is about to read its shards, and `after` when it has read them.
+
+    Hooks on the module come too late for that: FSDP2 gathers a module's weights ahead of its backward.
+    """
+    state = module._get_fsdp_state()
+    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13 has several
+    for group in [state._fsdp_param_group] if groups is None else groups:
+        if group is not None:
+            _wrap_unshard(group, before, after)
+
+
+def _wrap_unshard(group: Any, before: Callable[[], None], after: Callable[[], None]) -> None:
+    unshard, wait = group.unshard, group.wait_for_unshard
+
+    def unshard_between(async_op: bool = False) -> None:
+        is_needed = group._all_gather_result is None and not group.is_unsharded
+        if is_needed:
+            before()
+        unshard(async_op)
+        if is_needed and group._all_gather_result is None:  # it was not for now
+            after()
+
+    def wait_and_tell() -> None:
+        is_gathering = group._all_gather_result is not None
+        wait()
+        if is_gathering:
+            after()
+
+    group.unshard, group.wait_for_unshard = unshard_between, wait_and_tell

@@ -68,6 +68,12 @@ def layout_of(tensor: torch.Tensor) -> Layout:
     return Layout(shape, placement.dim, mesh.get_group(axis), mesh.get_local_rank(axis), mesh.size(axis))
 
 
+def is_cut_evenly(tensor: torch.Tensor) -> bool:
+    """Whether all ranks hold equal parts of `tensor`, or all of it."""
+    layout = layout_of(tensor)
+    return layout.dim is None or layout.shape[layout.dim] % layout.num_ranks == 0
+
+
 def zeros_over(
     tensor: torch.Tensor, shape: tuple[int, ...], dim: int | None, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:

@@ -1,0 +1,86 @@
+"""What `windlass.offload.passes` does, for a model that FSDP2 has cut: weights are needed when they are gathered.
+
+The shards of a unit's weights are in memory while FSDP2 reads them into a collective, and not a moment longer; what it
+gathers from them it keeps and frees by its own rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.offload.passes import LOOK_AHEAD_UNITS
+from windlass.offload.weights import Weights
+from windlass.parallel.autograd_shim import is_in_backward
+from windlass.parallel.fsdp_shim import around_unshard
+
+
+class CutPasses:
+    """Hooks on a model that FSDP2 has cut, unit by unit.
+
+    Args:
+        model, units, optimizer, weights: as `Passes` has them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Sequence[nn.Module]],
+        optimizer: OffloadedOptimizer,
+        weights: Weights | None,
+    ) -> None:
+        self._optimizer, self._weights = optimizer, weights
+        named = {id(parameter) for unit in units for module in unit for parameter in module.parameters()}
+        self._units = [[p for module in unit for p in module.parameters()] for unit in units]
+        self._units.append([parameter for parameter in model.parameters() if id(parameter) not in named])
+        self._acquired: set[int] = set()
+        for number, unit in enumerate([*units, [model]]):
+            self._attach(number, unit)
+
+    def _attach(self, number: int, modules: Sequence[nn.Module]) -> None:
+        @torch.compiler.disable
+        def before_forward(*_: Any) -> None:
+            self._before_forward(number)
+
+        for module in modules:
+            module.register_forward_pre_hook(before_forward, prepend=True)  # so before FSDP2's
+        if self._units[number]:
+            around_unshard(
+                cast("FSDPModule", modules[0]), lambda: self._before_gather(number), lambda: self._gathered(number)
+            )
+
+    def _before_forward(self, number: int) -> None:
+        if is_in_backward():  # a checkpoint computes it again
+            return
+        if self._optimizer.has_pending:
+            self._acquire(number)  # once, for the update and for what FSDP2 reads after it
+            self._optimizer.update(self._units[number])
+        self._look_ahead(range(number + 1, number + 1 + LOOK_AHEAD_UNITS), self._optimizer.has_pending)
+
+    def _before_gather(self, number: int) -> None:
+        self._acquire(number)
+        if is_in_backward():
+            following = range(number - 1, number - 1 - LOOK_AHEAD_UNITS, -1)
+            self._look_ahead(following, with_rest=not self._optimizer.is_deferring)
+
+    def _gathered(self, number: int) -> None:
+        if number in self._acquired:
+            self._acquired.remove(number)
+            if self._weights is not None:
+                self._weights.release(self._units[number])
+
+    def _acquire(self, number: int) -> None:
+        if self._weights is not None and number not in self._acquired:
+            self._acquired.add(number)
+            self._weights.acquire(self._units[number])
+
+    def _look_ahead(self, numbers: Sequence[int], with_rest: bool) -> None:
+        if self._weights is not None:
+            near = (number for number in numbers if 0 <= number < len(self._units) - 1)
+            self._weights.look_ahead((p for number in near for p in self._units[number]), with_rest)
+        self._optimizer.look_ahead()
