@@ -14,10 +14,10 @@ from torch import nn
 
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.listing import job_name
+from windlass.checkpoint.behind import SavesBehind
 from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
-from windlass.checkpoint.durable.stage import stage_chunks
 from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
@@ -26,7 +26,8 @@ from windlass.checkpoint.memory.restore import open_snapshot, plan_restore
 from windlass.checkpoint.memory.snapshots import LazySnapshots
 from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
-from windlass.errors import CorruptCheckpoint, RunFolderError
+from windlass.checkpoint.pieces import put_groups
+from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
 
@@ -114,8 +115,21 @@ class Checkpointer:
             lease_s=lease_s,
             max_send_bytes_per_s=max_send_bytes_per_s,
         )
+        uses_disk = any(optimizer.uses_disk for optimizer in self.objects.out_of_core)
+        if uses_disk and self.kind == CheckpointKind.erasure:
+            raise ConfigError(
+                "checkpoint",
+                self.kind,
+                "keeps snapshots in memory, and state that is offloaded to a disk does not fit there",
+                "set checkpoint=durable or lazy: they pin the files that the state is in instead of copying them",
+            )
+        self.behind: SavesBehind | None = None
+        """Where state is on a disk: what writes checkpoints then, of `durable` as of `lazy`."""
+        if uses_disk:
+            is_lazy = self.kind == CheckpointKind.lazy
+            self.behind = SavesBehind(self.store, self.objects, mesh, is_lazy)
         self.snapshots: LazySnapshots | None = None
-        """The tier in memory, once `open` was called; None for `durable`."""
+        """The tier in memory, once `open` was called; None without one."""
         self.agents: AgentGroup | None = None
         self._resumed: SnapshotId | None = None
         self._steps_since = 0
@@ -126,7 +140,12 @@ class Checkpointer:
 
     @property
     def is_durable_only(self) -> bool:
-        return self.kind == CheckpointKind.durable
+        """Whether a checkpoint is committed when `snapshot` returns."""
+        return self.kind == CheckpointKind.durable and self.behind is None
+
+    @property
+    def _has_memory_tier(self) -> bool:
+        return self.kind != CheckpointKind.durable and self.behind is None
 
     def open(self) -> None:
         """Makes the folder, and finds or starts the snapshot agents. Collective; others call it when they need it.
@@ -135,7 +154,7 @@ class Checkpointer:
             RunFolderError: the folder cannot be used, or an agent does not start.
             ConfigError: the ranks cannot keep so much parity.
         """
-        if self.is_durable_only or self.snapshots is not None:
+        if not self._has_memory_tier or self.snapshots is not None:
             return
         self.mesh.decide(self.store.open_for_writing)
         location = resolved(self.store.location)
@@ -157,7 +176,7 @@ class Checkpointer:
         Raises:
             DoesNotFit: there is not enough on some node.
         """
-        if not self.is_durable_only:
+        if self._has_memory_tier:
             self._begin_if_new()
             assert self.snapshots is not None
             self.snapshots.reserve(num_more_bytes)
@@ -176,6 +195,8 @@ class Checkpointer:
             self.save(step)
             return True
         self._begin_if_new()
+        if self.behind is not None:
+            return self.behind.take(step, self.generation, self.keep)
         assert self.snapshots is not None
         return self.snapshots.take(step, persist=step % self.persist_every == 0)
 
@@ -185,6 +206,8 @@ class Checkpointer:
         Args:
             parameters: those that are about to change; None: all.
         """
+        if self.behind is not None:
+            self.behind.wait_staged()
         if self.snapshots is not None:
             self.snapshots.wait_staged(parameters)
         if parameters is None and self._resumed is not None and self.agents is not None:
@@ -200,7 +223,8 @@ class Checkpointer:
         `persisted` (step, seconds, bytes, written_bytes, ended), `persist_failed` (step, reason),
         `snapshot_given_up` (reason), `snapshot_skipped` (step).
         """
-        return [] if self.snapshots is None else self.snapshots.poll()
+        source = self.snapshots or self.behind
+        return [] if source is None else source.poll()
 
     def save(self, step: int) -> Location:
         """Writes a durable checkpoint and returns when it is committed. Collective.
@@ -214,13 +238,17 @@ class Checkpointer:
         self._begin_if_new()
         exists = self.mesh.decide(lambda: step in self.store.steps())
         is_done = exists and step == self.current_step
-        if not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
+        if self.behind is not None:
+            if not is_done:
+                self.behind.save(step, self.generation, self.keep)
+        elif not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
             self._save_now(step)
         self.current_step = step
         return step_folder(self.store.location, step)
 
     def _save_now(self, step: int) -> None:
         """Writes from the tensors themselves, while training waits."""
+        self.objects.settle()
         objects = self.objects.json_state()
         try:
             of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.group)
@@ -234,15 +262,15 @@ class Checkpointer:
         self.mesh.decide(lambda: self.store.retain(self.keep))
 
     def _put_chunks(self) -> list[WrittenChunk]:
-        """Writes what this rank has to say, a chunk at a time."""
-        fragments = ((piece.fragment, piece.tensor) for piece in self.objects.pieces())
-        return [self.store.put_chunk(chunk, data) for chunk, data in stage_chunks(fragments)]
+        return put_groups(self.store, self.objects.groups())
 
     def _commit(self, step: int, objects: dict[str, Any], written: list[WrittenChunk]) -> None:
         self.store.commit(step, self.generation, self.mesh.world_size, objects, written)
 
     def close(self) -> None:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
+        if self.behind is not None:
+            self.behind.finish()
         if self.snapshots is not None:
             self.snapshots.close()
             self.snapshots = self.agents = None
@@ -273,6 +301,7 @@ class Checkpointer:
             CorruptCheckpoint: there are checkpoints and none is sound.
             IncompatibleCheckpoint: as `restore`.
         """
+        self._finish_saves()
         self.open()
         restored = self._restore_from_memory()
         return self._restore_from_store() if restored is None else restored
@@ -331,6 +360,7 @@ class Checkpointer:
             CorruptCheckpoint: its bytes are not those that were written; the objects are partly overwritten.
             IncompatibleCheckpoint: it is of another model or optimizer; the objects are as they were.
         """
+        self._finish_saves()
         self.open()
         reader = self.mesh.agree(lambda: open_checkpoint(folder))
         self._restore_all(reader)
@@ -338,8 +368,16 @@ class Checkpointer:
         self.current_step = reader.manifest.step if self.owns(folder) else None
         return reader.manifest.step
 
+    def _finish_saves(self) -> None:
+        """Before something else is done to the folder or the objects."""
+        if self.behind is not None:
+            self.behind.finish()
+
     def _restore_all(self, reader: CheckpointReader) -> None:
         self.wait_staged()
+        self.objects.settle()
+        if self.behind is not None:
+            self.behind.forget()
         try:
             self.mesh.agree(lambda: self.objects.check_compatible(reader))
             self.mesh.agree(lambda: self.objects.read(reader))
@@ -348,6 +386,7 @@ class Checkpointer:
 
     def has_any(self) -> bool:
         """Whether there is something to go on from, on disk or in memory. Collective."""
+        self._finish_saves()
         self.open()
         in_memory = self.agents is not None and plan_restore(self.agents) is not None
         return in_memory or self.mesh.decide(lambda: bool(self.store.steps()))
@@ -358,6 +397,7 @@ class Checkpointer:
 
     def set_newer_aside(self, step: int) -> list[Location]:
         """Renames checkpoints after `step` to `.superseded`, for a run that goes on from `step`. Collective."""
+        self._finish_saves()
         steps = self.mesh.decide(self.store.steps)
         return [self._set_aside(newer, "superseded") for newer in steps if newer > step]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -13,10 +12,12 @@ from windlass.checkpoint.durable.manifest import Manifest
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.exchange.folder import PARTIAL
 from windlass.checkpoint.optimizer_state import OptimizerState
+from windlass.checkpoint.pieces import Piece, PieceGroup, WeightGroups, state_groups
 from windlass.checkpoint.rng import capture_rng, restore_rng
 from windlass.errors import IncompatibleCheckpoint
-from windlass.parallel.fragment import Fragment, ReplicaShare, fragment_of, local_tensor
+from windlass.parallel.fragment import ReplicaShare, fragment_of, local_tensor
 from windlass.parallel.mesh import Mesh
+from windlass.parallel.out_of_core import OutOfCore
 
 RNG_PREFIX = "rng"
 
@@ -28,16 +29,6 @@ class Stateful(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A block that this rank has to say, and the local tensor that holds it."""
-
-    fragment: Fragment
-    tensor: torch.Tensor
-    owner: nn.Parameter | torch.Tensor | None
-    """The parameter that it is, or whose state it is: only the optimizer's step changes it. None: anything may."""
 
 
 class CheckpointedObjects:
@@ -78,21 +69,47 @@ class CheckpointedObjects:
         if reserved := objects.keys() & {RNG_PREFIX, "info"}:
             raise ValueError(f"{sorted(reserved)} are names that the checkpoint itself uses")
 
-    def pieces(self) -> Iterator[Piece]:
-        """What this rank has to say: its share of the blocks that several ranks hold alike, and all others it holds."""
+    @property
+    def out_of_core(self) -> list[OutOfCore]:
+        """The optimizers that keep something outside of memory."""
+        return [state.out_of_core for state in self.optimizers.values() if state.out_of_core is not None]
+
+    def settle(self) -> None:
+        """Makes every update that was put off; to be called before anything is said or restored. Collective."""
+        for optimizer in self.out_of_core:
+            optimizer.settle()
+
+    def groups(self) -> Iterator[PieceGroup]:
+        """What this rank has to say: its share of the blocks that several ranks hold alike, and all others it holds.
+
+        First what is in memory, and then, in an order that reads it once, what is not.
+        """
         share = ReplicaShare(self.mesh.rank, self.mesh.world_size)
+        weights = WeightGroups(self.out_of_core)
+        in_memory: list[Piece] = []
+        elsewhere: list[PieceGroup] = []
         for module_name, module in self.modules.items():
             parameters = dict(module.named_parameters(remove_duplicate=False))
             for name, tensor in module.state_dict().items():
                 if share.includes(tensor):
-                    fragment = fragment_of(f"{module_name}.{name}", tensor)
-                    yield Piece(fragment, local_tensor(tensor), parameters.get(name))
+                    parameter = parameters.get(name)
+                    piece = Piece(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor), parameter)
+                    if not weights.takes(piece):
+                        in_memory.append(piece)
         for state in self.optimizers.values():
-            for name, parameter, tensor in state.tensors():
-                if share.includes(tensor):
-                    yield Piece(fragment_of(name, tensor), local_tensor(tensor), parameter)
+            found, groups = state_groups(state, share)
+            in_memory += found
+            elsewhere += groups
         for name, tensor in capture_rng(self.mesh.device).items():
-            yield Piece(fragment_of(f"{RNG_PREFIX}.{self.mesh.rank}.{name}", tensor), tensor, None)
+            in_memory.append(Piece(fragment_of(f"{RNG_PREFIX}.{self.mesh.rank}.{name}", tensor), tensor, None))
+        yield PieceGroup(in_memory)
+        yield from weights.groups()
+        yield from elsewhere
+
+    def pieces(self) -> Iterator[Piece]:
+        """What this rank has to say, all of it; the tensors of what is not in memory hold nothing."""
+        for group in self.groups():
+            yield from group.pieces
 
     def json_state(self) -> dict[str, Any]:
         objects: dict[str, Any] = {name: value.state_dict() for name, value in self.others.items()}
@@ -106,9 +123,17 @@ class CheckpointedObjects:
         for name, value in self.others.items():
             if not _begins_anew(name, reader.manifest):
                 value.load_state_dict(reader.manifest.objects[name])
+        weights = WeightGroups(self.out_of_core)
         for module_name, module in self.modules.items():
+            parameters = dict(module.named_parameters(remove_duplicate=False))
             for name, tensor in module.state_dict().items():
-                reader.read(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor))
+                piece = Piece(fragment_of(f"{module_name}.{name}", tensor), local_tensor(tensor), parameters.get(name))
+                if not weights.takes(piece):
+                    reader.read(piece.fragment, piece.tensor)
+        for group in weights.groups(write=True):
+            with group.loaded() as tensors:
+                for piece, tensor in zip(group.pieces, tensors, strict=True):
+                    reader.read(piece.fragment, tensor)
         for state in self.optimizers.values():
             if not _begins_anew(state.name, reader.manifest):
                 state.restore(reader)

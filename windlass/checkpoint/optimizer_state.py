@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.parallel.fragment import empty_like_global, fragment_of, local_tensor
+from windlass.parallel.out_of_core import OutOfCore
 
 
 @runtime_checkable
@@ -44,7 +45,9 @@ class OptimizerState:
         restore_hyperparameters: bool,
     ) -> None:
         self.name, self.optimizer, self.restore_hyperparameters = name, optimizer, restore_hyperparameters
-        self.layout = optimizer if isinstance(optimizer, LaysOutState) else None
+        self.out_of_core = optimizer if isinstance(optimizer, OutOfCore) else None
+        self.inner = optimizer if self.out_of_core is None else self.out_of_core.inner
+        self.layout = self.inner if isinstance(self.inner, LaysOutState) else None
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         unnamed = [tuple(parameter.shape) for parameter in parameters if parameter not in parameter_names]
         if unnamed:
@@ -52,8 +55,10 @@ class OptimizerState:
         self.names = [parameter_names[parameter] for parameter in parameters]
         self.parameters = parameters
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """Every state tensor: its name in the checkpoint, the parameter whose state it is, and itself.
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor, str, torch.Tensor]]:
+        """Every state tensor: its name in the checkpoint, the parameter whose state it is, its key, and itself.
+
+        What is not in memory is on the meta device.
 
         Raises:
             ValueError: the state of a sharded parameter is a plain tensor, and nothing says that it is the same on
@@ -65,7 +70,7 @@ class OptimizerState:
             if isinstance(parameter, DTensor):
                 self._check_cut(name, parameter, tensors)
             for key, value in tensors.items():
-                yield self._tensor_name(name, key), parameter, value
+                yield self._tensor_name(name, key), parameter, key, value
 
     def _check_cut(self, name: str, parameter: DTensor, tensors: dict[str, torch.Tensor]) -> None:
         doubtful = {
@@ -96,12 +101,12 @@ class OptimizerState:
             others = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
             if others:
                 numbers[name] = others
-        return {"class": type(self.optimizer).__name__, "param_groups": groups, "numbers": numbers}
+        return {"class": type(self.inner).__name__, "param_groups": groups, "numbers": numbers}
 
     def differences(self, manifest: Manifest) -> list[str]:
         """Why the state in the checkpoint does not fit this optimizer, what explains the most first."""
         stored = manifest.objects.get(self.name, {})
-        kind = type(self.optimizer).__name__
+        kind = type(self.inner).__name__
         if stored.get("class") != kind:
             return [f"{self.name} is {stored.get('class')} there and {kind} here"]
         names = [name for group in names_of_groups(stored) for name in group]
@@ -122,7 +127,7 @@ class OptimizerState:
         there = self._stored_tensors(manifest)
         return [
             f"the state {key} of {name} is {list(entry.shape)}, and how {self.name} cuts it over ranks is not known "
-            f"({type(self.optimizer).__name__} has no empty_state)"
+            f"({type(self.inner).__name__} has no empty_state)"
             for name, parameter in zip(self.names, self.parameters, strict=True)
             if isinstance(parameter, DTensor)
             for key, entry in there.get(name, {}).items()
@@ -153,6 +158,9 @@ class OptimizerState:
         """Replaces the optimizer's state by what the checkpoint has; `differences` must have found none."""
         stored = reader.manifest.objects[self.name]
         there = self._stored_tensors(reader.manifest)
+        if self.out_of_core is not None:
+            self._restore_out_of_core(self.out_of_core, reader, stored, there)
+            return
         state: dict[int, dict[str, Any]] = {}
         placed: list[tuple[torch.Tensor, str, torch.Tensor]] = []
         for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
@@ -170,6 +178,27 @@ class OptimizerState:
         self.optimizer.load_state_dict({"state": state, "param_groups": self._groups(stored)})
         for parameter, key, value in placed:
             self.optimizer.state[parameter][key] = value
+
+    def _restore_out_of_core(
+        self,
+        optimizer: OutOfCore,
+        reader: CheckpointReader,
+        stored: dict[str, Any],
+        there: dict[str, dict[str, StoredTensor]],
+    ) -> None:
+        """A parameter at a time, in the order in which the optimizer keeps them."""
+        self.optimizer.load_state_dict({"state": {}, "param_groups": self._groups(stored)})
+        groups = {parameter: group for group in self.optimizer.param_groups for parameter in group["params"]}
+        names = dict(zip(self.parameters, self.names, strict=True))
+        in_runs = [parameter for run in optimizer.bucket_parameters() for parameter in run]
+        for parameter in dict.fromkeys([*in_runs, *self.parameters]):
+            name = names[parameter]
+            tensors = self._read(reader, name, parameter, there.get(name, {}))
+            if self.layout is None:
+                tensors = {key: _as_torch_places(key, value, groups[parameter]) for key, value in tensors.items()}
+            state = {**stored["numbers"].get(name, {}), **tensors}
+            if state:
+                optimizer.put_state(parameter, state)
 
     def _read(
         self, reader: CheckpointReader, name: str, parameter: torch.Tensor, there: dict[str, StoredTensor]
@@ -191,7 +220,7 @@ class OptimizerState:
 
     def _groups(self, stored: dict[str, Any]) -> list[dict[str, Any]]:
         """The param groups to restore, as torch's `load_state_dict` takes them."""
-        groups = self.optimizer.state_dict()["param_groups"]
+        groups = self.inner.state_dict()["param_groups"]
         if self.restore_hyperparameters:
             for group, stored_group in zip(groups, stored["param_groups"], strict=True):
                 for key, value in stored_group.items():
@@ -237,6 +266,14 @@ def _difference(there: StoredTensor | None, here: torch.Tensor | None) -> str | 
     if dtype != here.dtype and not (dtype.is_floating_point and here.dtype.is_floating_point):
         return f"{there.dtype} there and {str(here.dtype).removeprefix('torch.')} here"
     return None
+
+
+def _as_torch_places(key: str, value: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+    """A state tensor on the device where torch's own `load_state_dict` would put it."""
+    device = group["params"][0].device
+    if key != "step":
+        return value.to(device)
+    return value.to(device, torch.float32) if group.get("capturable") or group.get("fused") else value
 
 
 def _plain(value: Any) -> Any:

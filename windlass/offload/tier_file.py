@@ -18,6 +18,7 @@ import re
 import secrets
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -142,7 +143,9 @@ class _Version:
     file: DirectFile
     checksums: list[int]
     header: bytes = b""
+    is_header_written: bool = True
     num_pins: int = 0
+    _header_writing: threading.Lock = field(default_factory=threading.Lock)
 
     def write_block(self, data: memoryview, index: int) -> None:
         self.checksums[index] = crc32c(data)
@@ -159,19 +162,21 @@ class _Version:
                 "see what the system says about the disk (`dmesg`), and resume from the last checkpoint",
             )
 
-    def write_header(self, header: bytes) -> None:
-        pages = mmap.mmap(-1, len(header))
-        pages[:] = header
-        self.file.write_from(memoryview(pages), HEADER_BYTES - len(header))
-        self.header = header
+    def write_header(self) -> None:
+        with self._header_writing:
+            if not self.is_header_written:
+                pages = mmap.mmap(-1, len(self.header))
+                pages[:] = self.header
+                self.file.write_from(memoryview(pages), HEADER_BYTES - len(self.header))
+                self.is_header_written = True
 
 
 @dataclass(frozen=True)
 class Pin:
-    """A version that stays as it is: `num_bytes` from `offset` on of the file at `path`, the header first.
+    """A version that stays as it is: from `offset` on the file at `path` is the header, the data of `num_bytes`, zeros.
 
-    A link to the file that is made before the release keeps the version for good. What was written is on the disk only
-    after an fsync of the file.
+    A link to the file that is made before the release keeps the version for good. What was written is in the file after
+    `read`, and on the disk only after an fsync of the file.
     """
 
     path: Path
@@ -179,6 +184,25 @@ class Pin:
     num_bytes: int
     _owner: TierFile = field(repr=False)
     _version: _Version = field(repr=False)
+    _written: Transfer = field(repr=False)
+
+    def read(self) -> Iterator[memoryview]:
+        """The bytes from `offset` to the end of the file, checked, as soon as they are written. From any thread.
+
+        The next part replaces the one before in memory.
+
+        Raises:
+            OffloadError: the disk failed, or gave back other bytes than were written.
+        """
+        self._written.wait()
+        self._version.write_header()
+        yield memoryview(self._version.header)
+        buffer = memoryview(mmap.mmap(-1, min(BLOCK_BYTES, round_to_pages(self.num_bytes)) or 1))
+        for index, begin in enumerate(range(0, self.num_bytes, BLOCK_BYTES)):
+            block = buffer[: min(BLOCK_BYTES, self.num_bytes - begin)]
+            self._version.read_block(block, index)
+            yield block
+        yield memoryview(bytes(round_to_pages(self.num_bytes) - self.num_bytes))
 
     def release(self) -> None:
         """Lets the file be written again. To be called once."""
@@ -203,6 +227,24 @@ class TierFile:
         self._write = Transfer(0)
         self._reads: list[Transfer] = []
 
+    @property
+    def header_bytes(self) -> int:
+        return HEADER_BYTES
+
+    @property
+    def file_bytes(self) -> int:
+        return file_bytes(self.num_bytes)
+
+    @property
+    def more_bytes(self) -> int:
+        """What the next write takes more of the disk while the present version is kept."""
+        return 0 if self._spares else self.file_bytes
+
+    @property
+    def folder(self) -> Path:
+        """Where its versions lie."""
+        return self._folder.path
+
     def write(self, data: torch.Tensor) -> Transfer:
         """Begins to write the next version; waits for the writing of an earlier one.
 
@@ -217,7 +259,7 @@ class TierFile:
         assert all(transfer.is_done for transfer in self._reads), "a version is being read that is to be written over"
         self._write.settle()
         version = self._writable_version()
-        version.header = b""
+        version.header, version.is_header_written = b"", True
         self.has_data = True
         self._write = self._folder.engine.submit(
             *(functools.partial(version.write_block, block, index) for index, block in enumerate(_blocks(view)))
@@ -244,28 +286,27 @@ class TierFile:
         return transfer
 
     def pin(self, header: bytes = b"") -> Pin:
-        """Keeps the newest version as it is; the next write goes to another file. Waits for its writing.
+        """Keeps the newest version as it is; the next write goes to another file. Waits for nothing.
 
         Args:
-            header: whole pages, at most `HEADER_BYTES`, which are put right before the data.
+            header: whole pages, at most `HEADER_BYTES`, which are put right before the data, when the pin is read.
 
         Raises:
             ValueError: the header is of another length, or the version is kept with another one.
-            OffloadError: the writing failed, or somebody has removed the file.
+            OffloadError: somebody has removed the file.
         """
         assert self.has_data, "a file is written before it is pinned"
         if len(header) % PAGE_BYTES or len(header) > HEADER_BYTES:
             raise ValueError(f"a header has whole pages, up to {HEADER_BYTES} bytes, and not {len(header)}")
-        self._write.wait()
         with self._pins:
             version = self._current
             num_links = _num_links(version.file)
             if header and header != version.header:
                 if version.num_pins or num_links > 1:
                     raise ValueError("the version is kept with another header")
-                version.write_header(header)
+                version.header, version.is_header_written = header, False
             version.num_pins += 1
-        return Pin(version.file.path, HEADER_BYTES - len(header), len(header) + self.num_bytes, self, version)
+        return Pin(version.file.path, HEADER_BYTES - len(header), self.num_bytes, self, version, self._write)
 
     def _writable_version(self) -> _Version:
         """The present version if nobody keeps it, or else another file, which becomes the present one."""
@@ -274,8 +315,9 @@ class TierFile:
             is_linked = _num_links(version.file) > 1
             if version.num_pins == 0 and not is_linked:
                 return version
+            if self._spares:
+                _num_links(self._spares[-1].file)
             self._current = self._spares.pop() if self._spares else self._make_version()
-            _num_links(self._current.file)
             if version.num_pins == 0:
                 self._remove(version)
             return self._current

@@ -93,18 +93,27 @@ class ReplicaShare:
         self.rank, self.world_size = rank, world_size
         self._bytes: dict[int, list[int]] = {}  # number of replicas -> what each has to say so far
 
-    def includes(self, tensor: torch.Tensor) -> bool:
-        """A plain tensor is held by all ranks."""
-        replica, num_replicas = self.rank, self.world_size
-        if isinstance(tensor, DTensor):
-            replica, num_replicas = 0, 1
-            coordinates = tensor.device_mesh.get_coordinate()
-            assert coordinates is not None, "this rank is outside the tensor's mesh"
-            for axis, placement in enumerate(tensor.placements):
-                if isinstance(placement, Replicate):
-                    replica = replica * tensor.device_mesh.size(axis) + coordinates[axis]
-                    num_replicas *= tensor.device_mesh.size(axis)
-        num_bytes = tensor.numel() * tensor.element_size()
+    def replicas(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Which of those that hold the same part of `tensor` this rank is, and how many they are."""
+        if not isinstance(tensor, DTensor):
+            return self.rank, self.world_size
+        replica, num_replicas = 0, 1
+        coordinates = tensor.device_mesh.get_coordinate()
+        assert coordinates is not None, "this rank is outside the tensor's mesh"
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Replicate):
+                replica = replica * tensor.device_mesh.size(axis) + coordinates[axis]
+                num_replicas *= tensor.device_mesh.size(axis)
+        return replica, num_replicas
+
+    def includes(self, tensor: torch.Tensor, num_bytes: int | None = None) -> bool:
+        """A plain tensor is held by all ranks.
+
+        Args:
+            num_bytes: of all that is said with it; None: its own.
+        """
+        replica, num_replicas = self.replicas(tensor)
+        num_bytes = tensor.numel() * tensor.element_size() if num_bytes is None else num_bytes
         if num_bytes <= SMALL_BYTES:
             return replica == 0
         spoken = self._bytes.setdefault(num_replicas, [0] * num_replicas)

@@ -2,10 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+
+
+class Pin(Protocol):
+    """A version of a file that stays as it is until the release, or, where it is linked before, for good."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def read(self) -> Iterator[memoryview]:
+        """The bytes of the file from its first to its last, checked, as soon as they are written. From any thread.
+
+        The next part may replace the one before in memory. What was read is in the file at `path`, but on the disk
+        only after an fsync.
+
+        Raises:
+            OffloadError: the disk failed, or gave back other bytes than were written.
+        """
+        ...
+
+    def release(self) -> None:
+        """Lets the file be written again. To be called once, from any thread."""
+        ...
+
+
+class PinnableFile(Protocol):
+    """A file that is `header_bytes` for whoever pins it, data, and zeros up to `file_bytes`."""
+
+    @property
+    def header_bytes(self) -> int: ...
+
+    @property
+    def file_bytes(self) -> int: ...
+
+    @property
+    def more_bytes(self) -> int:
+        """What the next write takes more of the disk while the present version is kept."""
+        ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    def pin(self, header: bytes) -> Pin:
+        """Keeps the present version, which gets `header` (of `header_bytes`): the next write goes to another file.
+
+        Raises:
+            ValueError: the version is kept with another header.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class StatePlace:
+    """Where one state tensor of a parameter lies."""
+
+    parameter: torch.Tensor
+    key: str
+    begin: int
+    """Of its bytes; they are this rank's part of it, contiguous."""
+    end: int
+
+
+@dataclass(frozen=True)
+class StateAtRest:
+    """State tensors whose bytes lie together: in host memory, or in a file. Loading one makes the others cheap."""
+
+    places: Sequence[StatePlace]
+    """In order; there may be bytes between them that are nothing."""
+    home: torch.Tensor | PinnableFile
+    """Host memory (uint8), which only the optimizer's step changes, or the data of a file."""
 
 
 @runtime_checkable
@@ -18,16 +90,31 @@ class OutOfCore(Protocol):
     inner: torch.optim.Optimizer
     """The optimizer that computes the updates."""
 
+    @property
+    def uses_disk(self) -> bool:
+        """Whether some of it may be on a disk."""
+        ...
+
     def settle(self) -> None:
         """Makes every update that was put off: weights and state are those of the last step."""
         ...
 
-    def has_weights_elsewhere(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter's memory holds nothing now."""
+    def bucket_parameters(self) -> list[list[torch.Tensor]]:
+        """Parameters in runs whose weights, and whose state, are best loaded together. Small ones are in none."""
         ...
 
-    def weights_loaded(self, parameter: torch.Tensor, *, write: bool = False) -> AbstractContextManager[None]:
-        """While it lasts the parameter's weights are in its memory; with `write`, what they are then is kept."""
+    def has_weights_elsewhere(self, parameter: torch.Tensor) -> bool:
+        """Whether the parameter's memory does not hold its weights now."""
+        ...
+
+    def weights_loaded(
+        self, parameters: Sequence[torch.Tensor], *, write: bool = False
+    ) -> AbstractContextManager[None]:
+        """While it lasts the parameters' weights are in their memory; with `write`, what they are then is kept."""
+        ...
+
+    def state_at_rest(self) -> list[StateAtRest]:
+        """The state that is elsewhere, of the last step. Valid until the next one."""
         ...
 
     def state_loaded(self, parameter: torch.Tensor) -> AbstractContextManager[dict[str, Any]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from windlass.checkpoint.durable.storage import Storage
 from windlass.checkpoint.image import PAGE_BYTES, Entry
@@ -30,6 +31,8 @@ DTYPE_CODES = {
 }
 FOLDER = "chunks"
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
+FILLER = "windlass.filler."
+"""What names of bytes that mean nothing begin with."""
 NAMED = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -56,19 +59,43 @@ def preamble(entries: Sequence[Entry]) -> bytes:
         ValueError: two entries are of the same tensor, which would have the same key.
     """
     begin = entries[0].begin
-    layout = {
-        entry.block.name: {
-            "dtype": DTYPE_CODES[entry.block.dtype],
-            "shape": list(entry.block.shape),
-            "data_offsets": [entry.begin - begin, entry.end - begin],
-        }
-        for entry in entries
-    }
+    layout = {entry.block.name: _described(entry, entry.begin - begin) for entry in entries}
     if len(layout) != len(entries):
         raise ValueError("a chunk has two parts of one tensor")
     header = json.dumps(layout, separators=(",", ":")).encode()
     header += b" " * (-(8 + len(header)) % PAGE_BYTES)
     return len(header).to_bytes(8, "little") + header
+
+
+def preamble_of_length(entries: Sequence[Entry], num_bytes: int, length: int) -> bytes | None:
+    """The same for data that lie in a file already; None if it does not fit in `length` bytes, or nothing would.
+
+    The format wants every byte of the data to be of some tensor, so what lies between and after the entries is one.
+
+    Args:
+        entries: of different tensors, in their order, from the first byte of the data.
+        num_bytes: of all data, to the end of the file.
+    """
+    layout: dict[str, dict[str, Any]] = {}
+    end = 0
+    for entry in entries:
+        if entry.begin > end:
+            layout[f"{FILLER}{len(layout)}"] = _filler(end, entry.begin)
+        layout[entry.block.name] = _described(entry, entry.begin)
+        end = entry.end
+    if num_bytes > end:
+        layout[f"{FILLER}{len(layout)}"] = _filler(end, num_bytes)
+    header = json.dumps(layout, separators=(",", ":")).encode().ljust(length - 8)
+    return (length - 8).to_bytes(8, "little") + header if len(header) == length - 8 else None
+
+
+def _described(entry: Entry, begin: int) -> dict[str, Any]:
+    dtype, shape = DTYPE_CODES[entry.block.dtype], list(entry.block.shape)
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + entry.block.nbytes]}
+
+
+def _filler(begin: int, end: int) -> dict[str, Any]:
+    return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
 
 
 def open_chunk(storage: Storage, sha256: str, size: int | None = None) -> memoryview:

@@ -26,6 +26,8 @@ DIRECT_MIN_BYTES = 1 << 20
 """Smaller files go through the page cache: they are read again soon, and are not worth their own trip to the disk."""
 WRITE_BYTES = 16 << 20
 REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
+CANNOT_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS)
+"""Another file system, or one without links, or enough of them."""
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has none (macOS): files then go through the page cache."""
 
@@ -45,8 +47,7 @@ class LocalStorage:
     def write(self, name: str, parts: Iterable[Buffer], guard: Callable[[], None] | None = None) -> None:
         path = self.location / name
         _make_folder(path.parent)
-        # Ranks of several nodes may write the same name at the same time.
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        temporary = _temporary(path)
         try:
             _write_file(temporary, [memoryview(part).cast("B") for part in parts])
             if guard is not None:
@@ -56,6 +57,30 @@ class LocalStorage:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+    def adopt(self, name: str, file: Path) -> bool:
+        path = self.location / name
+        _make_folder(path.parent)
+        temporary = _temporary(path)
+        try:
+            temporary.hardlink_to(file)
+        except OSError as error:
+            if error.errno in CANNOT_LINK:
+                return False
+            raise
+        try:
+            # As a file that is made here: the one that is linked may be for its owner alone.
+            temporary.chmod(path.parent.stat().st_mode & 0o666)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # a rename to another name of the same file leaves both
+        sync_folder(path.parent)
+        return True
 
     def read(self, name: str) -> bytes:
         return (self.location / name).read_bytes()
@@ -94,6 +119,11 @@ class LocalStorage:
     def move(self, source: str, target: str) -> None:
         (self.location / source).rename(self.location / target)
         sync_folder((self.location / target).parent)
+
+
+def _temporary(path: Path) -> Path:
+    """A name of its own: ranks of several nodes may write the same file at the same time."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 
 def _make_folder(folder: Path) -> None:

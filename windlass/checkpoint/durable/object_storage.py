@@ -15,6 +15,8 @@ import fsspec
 from windlass.errors import ConfigError, RunFolderError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from typing_extensions import Buffer
 
 Result = TypeVar("Result")
@@ -57,6 +59,9 @@ class FsspecStorage:
         if guard is not None:
             guard()
         self._try(f"write {name}", lambda: self._files.pipe_file(self._path(name), data))
+
+    def adopt(self, name: str, file: Path) -> bool:
+        return False
 
     def read(self, name: str) -> bytes:
         return self._try(f"read {name}", lambda: self._files.cat_file(self._path(name)))

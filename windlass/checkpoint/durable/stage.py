@@ -22,19 +22,34 @@ def part_of(tensor: torch.Tensor, fragment: Fragment, block: Block) -> torch.Ten
     return tensor[tuple(slice(start, start + size) for start, size in zip(starts, block.shape, strict=True))]
 
 
+class StageBuffer:
+    """Memory in which chunks are staged, as large as the largest so far. It begins at a page, which direct I/O wants."""
+
+    def __init__(self) -> None:
+        self._memory = memoryview(b"")
+
+    def of(self, num_bytes: int) -> memoryview:
+        if self._memory.nbytes < num_bytes:
+            self._memory = memoryview(mmap.mmap(-1, num_bytes))
+        return self._memory
+
+
 @torch.no_grad()
-def stage_chunks(fragments: Iterable[tuple[Fragment, torch.Tensor]]) -> Iterator[tuple[Chunk, memoryview]]:
+def stage_chunks(
+    fragments: Iterable[tuple[Fragment, torch.Tensor]], memory: StageBuffer | None = None
+) -> Iterator[tuple[Chunk, memoryview]]:
     """Lays `fragments` out and yields each chunk with its bytes.
 
     The bytes are of one buffer, in which the next chunk replaces them: the memory is that of the largest chunk, not of
-    the state. The buffer begins at a page, which direct I/O wants.
+    the state.
 
     Args:
         fragments: blocks of tensors of different names, and the local tensors that hold them.
+        memory: for the buffer, where several calls are to share it.
     """
     tensors = {fragment.name: (fragment, tensor) for fragment, tensor in fragments}
     chunks = lay_out(block_of(fragment) for fragment, _ in tensors.values())
-    buffer = memoryview(mmap.mmap(-1, max((chunk.end - chunk.begin for chunk in chunks), default=0) or 1))
+    buffer = (memory or StageBuffer()).of(max((chunk.end - chunk.begin for chunk in chunks), default=0) or 1)
     staged = torch.frombuffer(buffer, dtype=torch.uint8)
     for chunk in chunks:
         for entry in chunk.entries:

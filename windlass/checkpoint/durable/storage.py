@@ -44,6 +44,16 @@ class Storage(Protocol):
         """
         ...
 
+    def adopt(self, name: str, file: Path) -> bool:
+        """Gives a file of this machine that nobody writes to any more the name `name`, too: nothing is copied.
+
+        On the disk when it returns.
+
+        Returns:
+            Whether that can be done: False where the file is elsewhere.
+        """
+        ...
+
     def read(self, name: str) -> bytes: ...
 
     def open(self, name: str) -> memoryview:

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from windlass.checkpoint.durable.chunk_file import FOLDER, chunk_name, chunk_of, chunks_named_in, open_chunk, preamble
@@ -106,6 +108,31 @@ class DurableStore:
                 self.storage.write(chunk_name(sha256), [head, data])
         shift = len(head) - chunk.begin
         entries = tuple(replace(entry, begin=entry.begin + shift) for entry in chunk.entries)
+        return WrittenChunk(sha256, size, not is_there, entries)
+
+    def put_file(
+        self, path: Path, read: Callable[[], Iterable[memoryview]], entries: tuple[Entry, ...]
+    ) -> WrittenChunk:
+        """Gives a file that is a chunk as it is a name here too, or copies it where that cannot be. From any process.
+
+        Args:
+            path: of the file. It must never change again if it has another name.
+            read: its bytes in parts, of which the next may replace the one before; called twice for a copy.
+            entries: the blocks in it, from the start of the file.
+        """
+        digest, size = hashlib.sha256(), 0
+        for part in read():
+            digest.update(part)
+            size += part.nbytes
+        sha256 = digest.hexdigest()
+        with self._disk_errors():
+            is_there = self.storage.size(chunk_name(sha256)) == size
+            if not is_there and not self.storage.adopt(chunk_name(sha256), path):
+                copy, done = memoryview(mmap.mmap(-1, size)), 0
+                for part in read():
+                    copy[done : done + part.nbytes] = part
+                    done += part.nbytes
+                self.storage.write(chunk_name(sha256), [copy])
         return WrittenChunk(sha256, size, not is_there, entries)
 
     def commit(

@@ -17,7 +17,8 @@ from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_byt
 from windlass.checkpoint.memory.lazy_copy import Copy, pieces_of
 from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects
-from windlass.checkpoint.objects import Piece as ObjectPiece
+from windlass.checkpoint.pieces import Piece as ObjectPiece
+from windlass.errors import ConfigError
 
 HEAD_BYTES = 64 << 10
 """Descriptions grow and shrink by digits; a region is laid out for whole multiples of this."""
@@ -75,6 +76,7 @@ class LazySnapshots:
 
     def _begin(self, step: int, persist: bool) -> bool:
         self.wait_staged()
+        self.objects.settle()
         pieces, chunks, head = self._describe()
         target = self.memory.begin(step, self._head_bytes + image_bytes(chunks), persist)
         if target is None:
@@ -100,7 +102,7 @@ class LazySnapshots:
         return True
 
     def _describe(self) -> tuple[list[ObjectPiece], list[Chunk], bytes]:
-        pieces = list(self.objects.pieces())
+        pieces = self._pieces()
         fragments = [piece.fragment for piece in pieces]
         shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
         if self._layout.shape != shape:
@@ -112,6 +114,17 @@ class LazySnapshots:
         while len(head) > self._head_bytes:
             self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
         return pieces, self._layout.chunks, head
+
+    def _pieces(self) -> list[ObjectPiece]:
+        groups = list(self.objects.groups())
+        if any(group.load is not None for group in groups):
+            raise ConfigError(
+                "checkpoint",
+                "lazy or erasure",
+                "copies what is in memory behind the training, and weights are elsewhere",
+                "set checkpoint=durable",
+            )
+        return [piece for group in groups for piece in group.pieces]
 
     def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
         """In the copying thread."""

@@ -1,0 +1,266 @@
+"""Checkpoints of state on a disk: its files are pinned as they are, and read, named and committed behind the training.
+
+Nothing of them is copied where they can be linked: the next step writes to other files. What has to be read is read for
+its SHA-256, which is a chunk's name and says later that its bytes are those that were written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from windlass.checkpoint.durable.chunk_file import preamble_of_length
+from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
+from windlass.checkpoint.image import Entry
+from windlass.checkpoint.objects import CheckpointedObjects
+from windlass.checkpoint.pieces import PieceGroup, put_groups
+from windlass.errors import RunFolderError
+from windlass.parallel.collectives import all_gather_object
+from windlass.parallel.mesh import Mesh
+from windlass.parallel.out_of_core import Pin, PinnableFile
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Save:
+    """A checkpoint that is under way, on this rank."""
+
+    step: int
+    generation: int
+    keep: int
+    objects: dict[str, Any]
+    began: float
+    pins: list[tuple[Pin, tuple[Entry, ...]]]
+    behind: list[PieceGroup]
+    """What is in memory, and is written behind the training."""
+    written: list[WrittenChunk]
+
+
+class SavesBehind:
+    """One checkpoint at a time. Collective unless said otherwise.
+
+    Args:
+        is_lazy: also what is in memory is written behind the training, `wait_staged` must be called before weights
+            change, a snapshot is skipped while the one before is under way, and a failure is told and ends nothing.
+            Else what is in memory is written before `take` returns, and a failure is raised by the next call.
+    """
+
+    def __init__(self, store: DurableStore, objects: CheckpointedObjects, mesh: Mesh, is_lazy: bool) -> None:
+        self.store, self.objects, self.mesh, self.is_lazy = store, objects, mesh, is_lazy
+        self.committed_step: int | None = None
+        """The newest that was committed here."""
+        self._mesh_behind: Mesh | None = None
+        self._thread: threading.Thread | None = None
+        self._under_way: int | None = None
+        self._failure: Exception | None = None
+        self._staged = threading.Event()
+        self._staged.set()
+        self._events: list[dict[str, Any]] = []
+
+    def take(self, step: int, generation: int, keep: int) -> bool:
+        """Begins a checkpoint of `step`; False where `is_lazy` and the one before is under way.
+
+        Raises:
+            RunFolderError: a disk is full or refuses; earlier checkpoints are intact.
+        """
+        if self.is_lazy and any(all_gather_object(self.is_busy, self.mesh.group)):
+            self._events.append({"kind": "snapshot_skipped", "step": step})
+            return False
+        self.finish()
+        self._begin(step, generation, keep)
+        return True
+
+    def save(self, step: int, generation: int, keep: int) -> None:
+        """Makes a checkpoint of `step` and returns when it is committed.
+
+        Raises:
+            RunFolderError: as `take`.
+        """
+        is_under_way = self._under_way == step
+        self.finish()
+        if not (is_under_way and self.committed_step == step):
+            self._begin(step, generation, keep)
+            self._join()
+            self._raise_failure()
+
+    def finish(self) -> None:
+        """Waits for what is under way.
+
+        Raises:
+            RunFolderError: it failed, and not `is_lazy`.
+        """
+        self._join()
+        if self.is_lazy:
+            self._failure = None  # `poll` tells of it
+        self._raise_failure()
+
+    def wait_staged(self) -> None:
+        """Returns when weights may change. Not collective."""
+        self._staged.wait()
+
+    def poll(self) -> list[dict[str, Any]]:
+        """As `Checkpointer.poll`. Not collective."""
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def forget(self) -> None:
+        """What was committed is not what is in memory any more: another state was restored."""
+        self.committed_step = None
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+        self._thread = self._under_way = None
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _begin(self, step: int, generation: int, keep: int) -> None:
+        if self._mesh_behind is None:
+            # Training's collectives and these must not meet in one group.
+            self._mesh_behind = self.mesh
+            if self.mesh.group is not None:
+                group = dist.new_group(backend="gloo")
+                assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+                self._mesh_behind = replace(self.mesh, group=group)
+        began = time.perf_counter()
+        self.objects.settle()
+        save = _Save(step, generation, keep, self.objects.json_state(), began, [], [], [])
+        try:
+            self.mesh.agree(lambda: self._prepare(save))
+        except BaseException:
+            _release(save)
+            raise
+        self._under_way = step
+        if save.behind:
+            self._staged.clear()
+        # A program that ends waits for it, so that no checkpoint is lost that was begun.
+        self._thread = threading.Thread(target=self._run, args=(save,), name="windlass-checkpoint")
+        self._thread.start()
+
+    def _prepare(self, save: _Save) -> None:
+        """Pins what can be, and writes, or leaves for later, the rest."""
+        groups = list(self.objects.groups())
+        _check_space([group.in_file.file for group in groups if group.in_file is not None])
+        rest = [group for group in groups if not _pin(group, save)]
+        in_memory = [group for group in rest if group.load is None]
+        now = [group for group in rest if group.load is not None]
+        if self.is_lazy:
+            save.behind = [_copied_where_it_changes(group) for group in in_memory]
+        else:
+            now = in_memory + now
+        save.written = put_groups(self.store, now)
+
+    def _run(self, save: _Save) -> None:
+        assert self._mesh_behind is not None
+        mesh = self._mesh_behind
+        try:
+            of_ranks = all_gather_object(mesh.agree(lambda: self._put(save)), mesh.group)
+            written = [chunk for rank in of_ranks for chunk in rank]
+            mesh.decide(lambda: self._commit(save, written))
+            self.committed_step = save.step
+            self._events.append(_persisted(save, written))
+            mesh.decide(lambda: self.store.retain(save.keep))
+        except Exception as error:  # told or raised in the thread that trains
+            if mesh.rank == 0:
+                with contextlib.suppress(RunFolderError):  # the first error says more
+                    self.store.remove_leftovers()
+            logger.warning("the checkpoint of step %d failed: %s", save.step, error)
+            self._events.append({"kind": "persist_failed", "step": save.step, "reason": str(error)})
+            self._failure = error
+        finally:
+            self._staged.set()
+            _release(save)
+
+    def _put(self, save: _Save) -> list[WrittenChunk]:
+        if self.mesh.device.type == "cuda":
+            torch.cuda.set_device(self.mesh.device)
+        try:
+            save.written += put_groups(self.store, save.behind)
+        finally:
+            save.behind.clear()
+            self._staged.set()
+        for pin, entries in save.pins:
+            save.written.append(self.store.put_file(pin.path, pin.read, entries))
+        return save.written
+
+    def _commit(self, save: _Save, written: list[WrittenChunk]) -> None:
+        self.store.commit(save.step, save.generation, self.mesh.world_size, save.objects, written)
+
+
+def _pin(group: PieceGroup, save: _Save) -> bool:
+    """Whether the group is a file that could be pinned."""
+    if group.in_file is None:
+        return False
+    file = group.in_file.file
+    found = zip(group.pieces, group.in_file.begins, strict=True)
+    entries = sorted((Entry(block_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
+    header = preamble_of_length(entries, file.file_bytes - file.header_bytes, file.header_bytes)
+    if header is None:
+        return False  # so many small tensors that their names do not fit
+    try:
+        pin = file.pin(header)
+    except ValueError:
+        return False  # another checkpoint has it under other names
+    save.pins.append((pin, tuple(replace(entry, begin=entry.begin + file.header_bytes) for entry in entries)))
+    return True
+
+
+def _check_space(files: Sequence[PinnableFile]) -> None:
+    """The steps to come write to other files: want of room for them is better said now."""
+    for folder in {file.folder for file in files}:
+        needed = sum(file.more_bytes for file in files if file.folder == folder)
+        status = os.statvfs(folder)
+        free = status.f_bavail * status.f_frsize
+        if needed > free:
+            raise RunFolderError(
+                "offload.dir",
+                folder,
+                f"the next step needs {needed:,} bytes more there while a checkpoint keeps what is there now, and "
+                f"{free:,} are free",
+                "free space there, or lower checkpoint.keep; the checkpoints that are there are intact, and the same "
+                "command resumes from the newest",
+            )
+
+
+def _copied_where_it_changes(group: PieceGroup) -> PieceGroup:
+    """The group, with copies of what not only the optimizer's step changes."""
+    return replace(
+        group,
+        pieces=[
+            piece if piece.owner is not None else replace(piece, tensor=piece.tensor.clone()) for piece in group.pieces
+        ],
+    )
+
+
+def _persisted(save: _Save, written: list[WrittenChunk]) -> dict[str, Any]:
+    return {
+        "kind": "persisted",
+        "step": save.step,
+        "seconds": time.perf_counter() - save.began,
+        "bytes": sum({chunk.sha256: chunk.size for chunk in written}.values()),
+        "written_bytes": sum(chunk.size for chunk in written if chunk.written),
+        "ended": time.time(),
+    }
+
+
+def _release(save: _Save) -> None:
+    while save.pins:
+        save.pins.pop()[0].release()
