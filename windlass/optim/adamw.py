@@ -74,7 +74,8 @@ def _adamw_of_low_precision(
 ) -> None:
     """torch's kernel wants moments in the dtype of the weights, in which a beta2 of 0.999 would never forget."""
     correction = math.sqrt(1 - betas[1] ** step)
-    direction = adam_direction(gradient.float(), exp_avg, exp_avg_sq, betas, eps * correction)
+    stacks = (tensor.unsqueeze(0) for tensor in (gradient.float(), exp_avg, exp_avg_sq))
+    direction = adam_direction(*stacks, betas, eps * correction)[0]
     value = weight.float().mul_(1 - lr * weight_decay)
     weight.copy_(value.sub_(direction, alpha=lr * correction / (1 - betas[0] ** step)))
 
@@ -85,16 +86,18 @@ def adam_direction(
     """Takes the float32 `gradient` into the moments, in place, and returns exp_avg / (sqrt(exp_avg_sq) + eps).
 
     No bias correction: for that multiply by sqrt(1 - beta2^t) / (1 - beta1^t).
+
+    Args:
+        gradient, exp_avg, exp_avg_sq: stacks [k, ...].
     """
     # AdamW of weights of zero at a rate of -1, so late that its bias correction is 1: one pass of a fused kernel.
     direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
+    # A list of k: the kernel rounds the last elements of a tensor otherwise than the rest, so each must have its own.
+    members = [list(stack.unbind(0)) for stack in (direction, gradient.contiguous(), exp_avg, exp_avg_sq)]
     torch._fused_adamw_(
-        [direction],
-        [gradient.contiguous()],
-        [exp_avg],
-        [exp_avg_sq],
+        *members,
         [],
-        [torch.full((), 1e12, device=gradient.device)],
+        [torch.full((), 1e12, device=gradient.device)] * len(gradient),
         lr=-1.0,
         beta1=betas[0],
         beta2=betas[1],

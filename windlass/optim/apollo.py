@@ -12,7 +12,7 @@ from torch import Tensor
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch, matrix_squares, row_squares
+from windlass.optim.batch import Batch, matrix_squares, of_each, row_squares
 from windlass.optim.config import Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
@@ -89,11 +89,11 @@ class Apollo(LowRankOptimizer):
         if by_channel:
             factor = _norm(direction) / (_norm(projected) + 1e-8)
             del direction, projected
-            square_norm = yield from sum_over_ranks((factor.square() * squares).sum((1, 2)))
+            square_norm = yield from sum_over_ranks(_sums(factor.square() * squares))
             norm = square_norm.sqrt()
             factor = yield from to_columns(batch, factor)
         else:
-            terms = torch.stack([direction.square().sum((1, 2)), projected.square().sum((1, 2)), squares[:, 0, 0]])
+            terms = torch.stack([_sums(direction.square()), _sums(projected.square()), squares[:, 0, 0]])
             del direction, projected
             of_direction, of_projected, of_gradient = (yield from sum_over_ranks(terms)).sqrt()
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
@@ -163,3 +163,8 @@ def random_projection(width: int, rank: int, seed: int, epoch: int) -> Tensor:
 
 def _norm(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+
+
+def _sums(matrices: Tensor) -> Tensor:
+    """Of the elements of each of [k, rows, columns]: [k]."""
+    return of_each(lambda matrix: matrix.sum((1, 2)), matrices)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,14 +14,18 @@ from torch.distributed.tensor import DTensor
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.layout import Layout
 
-MAX_STACKED_NUMEL = 1 << 13
-"""On a CPU a product of larger matrices costs more than its launch, and copying them together is not worth it: measured
-at 65,536 elements, chosen well below."""
+ALIGNMENT = 64
+"""Bytes. MKL rounds a product in another order where an operand or the result begins at an address that is no multiple
+of 16; torch allocates at multiples of 64."""
 
 
 @dataclass
 class Batch:
     """k matrices of one shape and layout, k >= 1, at the same step of the same param group.
+
+    On a CPU what becomes of a matrix must not depend, to the bit, on which others are in its batch, nor on where tensors
+    lie in memory. What is elementwise may run over all at once; products, decompositions and sums over a matrix run one
+    matrix at a time (`one_by_one`, `of_each`), their operands at addresses like any other's (`aligned`).
 
     Their state lies in one piece of memory a key, of which each parameter's state tensor is a part, so that kernels
     run over all of them at once. Weights and gradients lie where the model has them.
@@ -64,9 +68,11 @@ class Batch:
 
     @property
     def _is_stacked(self) -> bool:
-        """Whether kernels over weights and gradients run once over a copy of all, and not once a matrix."""
-        on_cpu = self.parameters[0].device.type == "cpu"
-        return len(self) > 1 and not (on_cpu and math.prod(self.layout.shape) > MAX_STACKED_NUMEL)
+        """Whether kernels over weights and gradients run once over a copy of all, and not once a matrix.
+
+        Not on a CPU: besides the bits, copying costs about what the launches do even where matrices are small.
+        """
+        return len(self) > 1 and self.parameters[0].device.type != "cpu"
 
     def weights(self) -> list[Tensor]:
         """This rank's parts of the weights, to be changed in place."""
@@ -96,8 +102,8 @@ class Batch:
         projected, measured = [], []
         projectors = projector.expand(len(self), *projector.shape[-2:])
         for gradient, own_projector in zip(self.gradients(), projectors, strict=True):
-            rows = gradient.mT if self.is_wide else gradient
-            projected.append(rows @ own_projector)
+            rows = aligned(gradient.mT if self.is_wide else gradient)
+            projected.append(rows @ aligned(own_projector))
             measured.append(measure(rows))
         return _stack(projected), _stack(measured)
 
@@ -138,10 +144,14 @@ class Batch:
         """weights -= scale * left @ right^T, of [k, rows, r] and [k, columns, r]."""
         weights = self.weights()
         if self._is_stacked or weights[0].dtype != left.dtype:
-            torch._foreach_sub_(weights, list((left @ right.mT).unbind(0)), alpha=scale)
+            product = of_each(lambda left, right: left @ right.mT, left, right)
+            torch._foreach_sub_(weights, list(product.unbind(0)), alpha=scale)
             return
         for weight, own_left, own_right in zip(weights, left, right, strict=True):
-            weight.addmm_(own_left, own_right.mT, alpha=-scale)
+            target = aligned(weight)
+            target.addmm_(aligned(own_left), aligned(own_right).mT, alpha=-scale)
+            if target is not weight:
+                weight.copy_(target)
 
     def decay(self) -> None:
         """weights *= 1 - lr * weight_decay: decoupled weight decay."""
@@ -153,6 +163,29 @@ class Batch:
 def local_gradient(parameter: Tensor) -> Tensor:
     assert parameter.grad is not None, "parameters without a gradient are passed over"
     return local_tensor(parameter.grad)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """`tensor`, or a copy of it at an address where products of it have the bits that they have anywhere else."""
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
+
+
+def one_by_one(*stacks: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of the stacks [k, ...] that may be computed with at once: [1, ...] each on a CPU, else all of them."""
+    if stacks[0].device.type != "cpu":
+        yield stacks
+        return
+    yield from zip(*(stack.split(1) for stack in stacks), strict=True)
+
+
+def of_each(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """`function` of stacks [k, ...], computed `one_by_one`."""
+    return join([function(*map(aligned, parts)) for parts in one_by_one(*stacks)])
+
+
+def join(parts: list[Tensor]) -> Tensor:
+    """One stack of several."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def row_squares(rows: Tensor) -> Tensor:

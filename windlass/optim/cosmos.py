@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch
+from windlass.optim.batch import Batch, aligned, join, one_by_one
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import newton_schulz
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
@@ -107,8 +107,8 @@ class Cosmos(WholeMatrixOptimizer):
         for part, its_layout in zip(own_parts, layouts, strict=True):
             wholes.append((yield from gather_to_owners(part, its_layout, owners)))
         if len(gradient):  # this rank owns any
-            reflectors = _turn_basis(batch, gradient, *wholes)
-            direction = self._precondition(batch, direction, wholes[0], *reflectors)
+            reflections = [_turn_basis(batch, *parts) for parts in one_by_one(gradient, *wholes)]
+            direction = self._precondition(batch, direction, wholes[0], reflections)
         del gradient
         for part, whole, its_layout in zip(own_parts, wholes, layouts, strict=True):
             part.copy_((yield from scatter_from_owners(whole, its_layout, owners)))
@@ -117,24 +117,33 @@ class Cosmos(WholeMatrixOptimizer):
         batch.subtract(step.mul_(batch.lr))
 
     def _precondition(
-        self, batch: Batch, direction: Tensor, exp_avg_sq: Tensor, reflectors: Tensor, scales: Tensor
+        self, batch: Batch, direction: Tensor, exp_avg_sq: Tensor, reflections: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
-        """The update [k, a, b] for lr 1, from the momentum [k, a, b] and what `torch.geqrf` gave for the basis.
+        """The update [k, a, b] for lr 1, from the momentum [k, a, b] and what `torch.geqrf` gave for the bases.
 
         What lies outside of the basis is orthogonalized in coordinates of its own: b - r columns instead of b with r
         empty directions, which takes half the time at r = b / 4 and leaves no room there for bfloat16's noise.
         """
         group = batch.group
-        size, rank = math.sqrt(math.prod(batch.layout.shape)), scales.shape[-1]
-        inside, outside = torch.ormqr(reflectors, scales, direction, left=False).tensor_split((rank,), dim=-1)
-        is_direction = _norm(outside) > MIN_RESIDUAL * _norm(direction)
-        outside = newton_schulz(outside, dtype=torch.float32 if group["compat"] else torch.bfloat16).float()
-        outside = outside * torch.where(is_direction, group["gamma"] * size / _norm(outside), 0.0)
+        size, rank = math.sqrt(math.prod(batch.layout.shape)), exp_avg_sq.shape[-1]
+        turned = [
+            torch.ormqr(*reflection, part, left=False).tensor_split((rank,), dim=-1)
+            for reflection, (part,) in zip(reflections, one_by_one(direction), strict=True)
+        ]
+        dtype = torch.float32 if group["compat"] else torch.bfloat16
+        orthogonal = newton_schulz(join([outside for _, outside in turned]), dtype=dtype).float()
         correction = 1 - group["betas"][1] ** batch.step
-        adam = inside / (exp_avg_sq / correction).sqrt_().add_(group["eps"])
-        step = torch.cat((adam, outside), dim=-1)
-        step.mul_(group["ratio"] * size / _norm(step))
-        return torch.ormqr(reflectors, scales, step, left=False, transpose=True)
+        steps = []
+        for reflection, (inside, outside), (part, outer, square) in zip(
+            reflections, turned, one_by_one(direction, orthogonal, exp_avg_sq), strict=True
+        ):
+            is_direction = _norm(outside) > MIN_RESIDUAL * _norm(part)
+            outer = outer * torch.where(is_direction, group["gamma"] * size / _norm(outer), 0.0)
+            inner = inside / (square / correction).sqrt_().add_(group["eps"])
+            step = torch.cat((inner, outer), dim=-1)
+            step.mul_(group["ratio"] * size / _norm(step))
+            steps.append(torch.ormqr(*reflection, step, left=False, transpose=True))
+        return join(steps)
 
 
 def _turn_basis(
@@ -149,17 +158,18 @@ def _turn_basis(
         The new basis as `torch.geqrf` gives it: reflections, which make it a basis of the whole space.
     """
     beta2 = batch.group["betas"][1]
+    gradient, before, covariance_before = aligned(gradient), aligned(basis), aligned(covariance)
     if batch.step == 1:
         image = _leading_directions(gradient, basis.shape[-1])
     else:
-        image = gradient.mT @ (gradient @ basis)
-        image.mul_(1 - beta2).add_(basis @ covariance, alpha=beta2)
+        image = gradient.mT @ (gradient @ before)
+        image.mul_(1 - beta2).add_(before @ covariance_before, alpha=beta2)
     reflectors, scales = torch.geqrf(image)
     turned = torch.linalg.householder_product(reflectors, scales)
-    turn = turned.mT @ basis
-    basis.copy_(turned)
+    turn = turned.mT @ before
     inside = gradient @ turned
-    covariance.copy_(turn @ covariance @ turn.mT)
+    basis.copy_(turned)
+    covariance.copy_(turn @ covariance_before @ turn.mT)
     covariance.mul_(beta2).add_(inside.mT @ inside, alpha=1 - beta2)
     exp_avg_sq.mul_(beta2).addcmul_(inside, inside, value=1 - beta2)
     return reflectors, scales

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch
+from windlass.optim.batch import Batch, aligned, of_each
 from windlass.optim.galore import GaLore
 from windlass.optim.lockstep import Reply, sum_over_ranks
 from windlass.parallel.fragment import local_tensor
@@ -80,8 +80,10 @@ class NaturalGaLore(GaLore):
         gram[:, :, slot] = products
         parts[:, 0] = gram
         parts[:, 1] = gram - parts[:, 0]
-        weights = natural_weights(gram, slot, batch.group["damping"])
-        return torch.stack([combination(history, of_one) for history, of_one in zip(histories, weights, strict=True)])
+        weights = of_each(lambda gram: natural_weights(gram, slot, batch.group["damping"]), gram)
+        return torch.stack(
+            [combination(history, aligned(of_one)) for history, of_one in zip(histories, weights, strict=True)]
+        )
 
 
 def products_with(history: Tensor, slot: int) -> Tensor:
