@@ -80,9 +80,9 @@ class Weights:
             self._release(group)
 
     def is_elsewhere(self, parameter: Tensor) -> bool:
-        """Whether the parameter's memory holds nothing now."""
+        """Whether the parameter's memory does not hold its weights now: it holds nothing, or rounded ones."""
         group = self._groups.get(parameter)
-        return group is not None and group.num_users == 0
+        return group is not None and not (group.num_users and group.is_whole)
 
     def acquire(self, parameters: Iterable[Tensor]) -> None:
         """Has what a pass computes with in the parameters' memory until `release`.

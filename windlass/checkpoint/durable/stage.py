@@ -23,7 +23,7 @@ def part_of(tensor: torch.Tensor, fragment: Fragment, block: Block) -> torch.Ten
 
 
 class StageBuffer:
-    """Memory in which chunks are staged, as large as the largest so far. It begins at a page, which direct I/O wants."""
+    """Memory in which chunks are staged, as large as the largest so far. It begins at a page: direct I/O wants that."""
 
     def __init__(self) -> None:
         self._memory = memoryview(b"")
