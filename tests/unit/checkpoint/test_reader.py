@@ -17,7 +17,7 @@ from windlass.checkpoint.durable import chunk_file, reader
 from windlass.checkpoint.durable.chunk_file import chunk_name
 from windlass.checkpoint.durable.locate import checkpoints_of, find_checkpoint
 from windlass.checkpoint.durable.manifest import Manifest, StoredFragment
-from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
+from windlass.checkpoint.durable.reader import CheckpointReader, ChunkSource, open_checkpoint
 from windlass.checkpoint.durable.stage import stage_chunks
 from windlass.checkpoint.durable.storage import Location, join
 from windlass.checkpoint.durable.store import DurableStore
@@ -89,10 +89,10 @@ def test_each_chunk_is_opened_and_checked_once(
 
     monkeypatch.setattr(reader, "open_chunk", counted)
     checkpoint = open_checkpoint(save(location, 1, tensors))
-    for _ in range(2):
-        for name in tensors:
-            checkpoint.read_whole(name)
+    for name in tensors:
+        checkpoint.read_whole(name)
     assert sorted(opened) == sorted(checkpoint.manifest.chunks)
+    assert isinstance(checkpoint.source, ChunkSource) and not checkpoint.source._open, "what was read through is closed"
 
     monkeypatch.setattr(reader, "OPEN_BYTES", 1)
     opened.clear()

@@ -41,6 +41,11 @@ class ChunkSource:
     def __init__(self, storage: Storage, folder: Location, manifest: Manifest) -> None:
         self.storage, self.folder, self.manifest = storage, folder, manifest
         self._open: OrderedDict[str, memoryview] = OrderedDict()
+        self._unread: dict[str, set[str]] = {}
+        """Of each chunk, the keys that nobody has asked for yet. One that was read through is not kept open."""
+        for tensor in manifest.tensors.values():
+            for fragment in tensor.fragments:
+                self._unread.setdefault(fragment.chunk, set()).add(fragment.key)
 
     def read(self, stored: StoredFragment) -> memoryview:
         data = self._open.get(stored.chunk)
@@ -50,6 +55,9 @@ class ChunkSource:
             while len(self._open) > 1 and sum(other.nbytes for other in self._open.values()) > OPEN_BYTES:
                 self._open.popitem(last=False)
         self._open.move_to_end(stored.chunk)
+        self._unread[stored.chunk].discard(stored.key)
+        if not self._unread[stored.chunk]:
+            del self._open[stored.chunk]
         return data[stored.begin : stored.end]
 
     def describe(self) -> Location:
