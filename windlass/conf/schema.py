@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
 from windlass.launch.config import LaunchConfig
+from windlass.offload.config import OffloadConfig
 from windlass.optim.config import (
     AdamWConfig,
     ApolloConfig,
@@ -41,6 +42,7 @@ class Config:
     data: DataConfig = MISSING
     optim: OptimConfig = MISSING
     parallel: ParallelConfig = MISSING
+    offload: OffloadConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     launch: LaunchConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -68,6 +70,7 @@ GROUPS: dict[str, dict[str, type]] = {
         "sgd_sai": SGDSaIConfig,
     },
     "parallel": {"": ParallelConfig},
+    "offload": {"": OffloadConfig},
     "checkpoint": {"": CheckpointConfig},
     "launch": {"": LaunchConfig},
 }

@@ -23,6 +23,7 @@ from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.errors import EXIT_DONE, RunFolderError, WindlassError
+from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
 from windlass.train.console import open_console
 from windlass.train.data.shards import TokenDataset
@@ -47,7 +48,10 @@ from windlass.train.state import (
     build_checkpointer,
     build_loader,
     build_model,
+    build_optimizer,
+    build_tiers,
     checkpoint_dir,
+    modules_of_units,
     resolve_vocabulary,
     restore,
     total_peak_flops,
@@ -138,10 +142,16 @@ def _build_run(
     train_config = config.train
     torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
     torch.use_deterministic_algorithms(train_config.deterministic)
-    model, sharder = build_model(config, mesh)
-    optimizer = config.optim.build(model)
+    tiers = mesh.agree(lambda: build_tiers(config, mesh))
+    if tiers is not None:
+        stack.callback(tiers.close)
+    model, sharder = build_model(config, mesh, tiers)
+    optimizer = build_optimizer(config, model, tiers)
     scheduler = config.optim.build_scheduler(optimizer, train_config.steps)
-    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group)
+    buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
+    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group, buckets)
+    if tiers is not None:
+        tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
     state = TrainState()
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
     stack.callback(data.close)
@@ -176,6 +186,7 @@ def _build_run(
         optimizer=optimizer,
         scheduler=scheduler,
         in_backward=in_backward,
+        tiers=tiers,
         data=data,
         validation=datasets[1],
         state=state,

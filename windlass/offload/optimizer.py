@@ -17,7 +17,7 @@ from torch import Tensor
 
 from windlass.offload.arena import Arena
 from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_elsewhere, is_stowed, on_meta
-from windlass.offload.config import MIB, OffloadKind
+from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Engine
 from windlass.offload.staging import Staging
@@ -29,8 +29,6 @@ from windlass.parallel.out_of_core import StateAtRest, StatePlace
 if TYPE_CHECKING:
     from windlass.offload.weights import Weights
 
-BUFFER_BYTES = 384 * MIB
-"""Host memory for buckets between disk and update."""
 NUM_VERSIONS = 2
 """Files that a bucket may need: what a checkpoint has pinned, and what the steps after it write."""
 
@@ -68,7 +66,9 @@ def offload_optimizer(
     if max_host_bytes is None and kind == OffloadKind.ssd:
         max_host_bytes = 0
     folder = None if dir is None else TierFolder(Path(dir), Engine(), "optimizer")
-    return OffloadedOptimizer(optimizer, folder, max_host_bytes=max_host_bytes, buffer_bytes=buffer_bytes)
+    offloaded = OffloadedOptimizer(optimizer, folder, max_host_bytes=max_host_bytes, buffer_bytes=buffer_bytes)
+    offloaded.owns_folder = True
+    return offloaded
 
 
 class _Bucket:
@@ -102,6 +102,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         weights: Weights | None = None,
     ) -> None:
         self.inner, self.folder, self.weights = inner, folder, weights
+        self.owns_folder = False
+        """Whether `close` removes the folder, or leaves that to another."""
         self._order = order
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state
@@ -490,8 +492,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._viewed = None
         if self._conveyor is not None:
             self._conveyor.abandon()
-        if self.folder is not None:
+        if self.folder is not None and self.owns_folder:
             self.folder.close()
+            self.folder.engine.close()
 
 
 def local_numel(parameter: Tensor) -> int:

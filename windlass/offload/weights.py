@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from windlass.offload.arena import round_up
 from windlass.offload.buckets import RESIDENT_NUMEL, divide
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.hilo import add_rest, split
@@ -195,3 +196,9 @@ class Weights:
         self._conveyor.take_back(group.passing)
         if group.rest is not None:
             self._conveyor.take_back(group.rest)
+
+
+def most_bytes(runs: Iterable[Sequence[Tensor]]) -> int:
+    """The room that the conveyor of the weights of `runs`, added one after the other, must have at least."""
+    numels = [sum(local_tensor(p).numel() for p in members) for run in runs for members in divide(run)]
+    return round_up(4 * max(numels, default=0)) + round_up(1)  # two halves, each of whole pages

@@ -67,9 +67,16 @@ class OptimConfig:
         raise NotImplementedError(f"{type(self).__name__} does not say which optimizer it builds")
 
     def build_in_backward(
-        self, optimizer: torch.optim.Optimizer, max_norm: float | None, group: dist.ProcessGroup | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        max_norm: float | None,
+        group: dist.ProcessGroup | None,
+        buckets: Sequence[Sequence[torch.Tensor]] = (),
     ) -> StepInBackward | None:
         """Hooks that run `optimizer` in the backward pass, if that is configured.
+
+        Args:
+            buckets: parameters that are best updated together.
 
         Raises:
             ConfigError: gradients cannot be clipped as `max_norm` says.
@@ -92,7 +99,7 @@ class OptimConfig:
         )
         from windlass.optim.in_backward import StepInBackward
 
-        return StepInBackward(optimizer, self.in_backward, max_norm, group)
+        return StepInBackward(optimizer, self.in_backward, max_norm, group, buckets=buckets)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
         from windlass.optim.scheduler import WarmupScheduler

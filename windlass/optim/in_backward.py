@@ -6,7 +6,8 @@ when the first are used, so a step cannot be clipped by its own norm, nor skippe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ class StepInBackward:
         max_norm: for `previous_norm`.
         group: the ranks that together hold one model; None is this rank alone.
         bucket_numel: gradient elements of this rank that are collected before they are used.
+        buckets: parameters that are updated together, as soon as all of them have their gradients; others as
+            `bucket_numel` says. Weights are the same, to the bit, with any buckets.
 
     Raises:
         ValueError: `max_norm` is given and the mode does not say what is to become of it, or is missing.
@@ -55,6 +58,7 @@ class StepInBackward:
         max_norm: float | None = None,
         group: dist.ProcessGroup | None = None,
         bucket_numel: int = BUCKET_NUMEL,
+        buckets: Iterable[Sequence[Tensor]] = (),
     ) -> None:
         if (max_norm is not None) != (mode == InBackward.previous_norm):
             raise ValueError(
@@ -64,13 +68,16 @@ class StepInBackward:
         self.optimizer, self.max_norm, self.group, self.bucket_numel = optimizer, max_norm, group, bucket_numel
         self.before_update: Callable[[Iterable[Tensor]], None] | None = None
         """Called with the parameters that are about to be updated, e.g. to end a copy of them."""
-        self._is_last = False
-        self._bucket: dict[Tensor, None] = {}  # in the order of arrival, the same on all ranks
+        self._is_last = self._is_discarding = False
+        self._parameters = [parameter for members in optimizer.param_groups for parameter in members["params"]]
+        self._collected: dict[Tensor, None] = {}  # of no bucket; in the order of arrival, the same on all ranks
         self._numel = 0
-        self._square_norm: Tensor | None = None
+        self._buckets = [list(members) for members in buckets]
+        self._bucket_of = {parameter: number for number, members in enumerate(self._buckets) for parameter in members}
+        self._missing = [set(members) for members in self._buckets]
+        self._square_norms: dict[Tensor, Tensor] = {}  # parameter -> of this rank's part
         self._previous_norm: Tensor | None = None
-        parameters = [parameter for members in optimizer.param_groups for parameter in members["params"]]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in parameters]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._arrived) for parameter in self._parameters]
 
     def begin_micro_step(self, is_last: bool) -> None:
         """To be called before each backward pass; `is_last`: of the step's."""
@@ -83,14 +90,28 @@ class StepInBackward:
         Returns:
             The norm of the step's gradients over all ranks, before clipping, 0-dim; not finite if any gradient was not.
         """
-        self._flush()
-        self._is_last = False
-        if self._square_norm is None:
+        self._use(self._collected)
+        for number, missing in enumerate(self._missing):
+            self._use([parameter for parameter in self._buckets[number] if parameter not in missing])
+            self._missing[number] = set(self._buckets[number])
+        self._collected, self._numel, self._is_last = {}, 0, False
+        if not self._square_norms:
             return torch.zeros(())
-        norm = self._square_norm.sqrt()
-        self._square_norm = None
+        # In the parameters' order: the norm has the same bits in whatever order their gradients came.
+        squares = [self._square_norms[p] for p in self._parameters if p in self._square_norms]
+        norm = all_reduce(torch.stack(squares).sum(), self.group).sqrt()
+        self._square_norms = {}
         self._previous_norm = torch.where(norm.isfinite(), norm, self._last_norm(norm))
         return norm
+
+    @contextmanager
+    def discarding(self) -> Iterator[None]:
+        """While it lasts backward passes leave no gradients and update nothing."""
+        self._is_discarding = True
+        try:
+            yield
+        finally:
+            self._is_discarding = False
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""
@@ -110,45 +131,53 @@ class StepInBackward:
 
     @torch.no_grad()
     def _arrived(self, parameter: Tensor) -> None:
-        if not self._is_last:
-            return
         assert parameter.grad is not None
-        self._bucket[parameter] = None
-        self._numel += local_tensor(parameter.grad).numel()
-        if self._numel >= self.bucket_numel:
-            self._flush()
+        if self._is_discarding:
+            parameter.grad = None
+        elif self._is_last:
+            number = self._bucket_of.get(parameter)
+            if number is None:
+                self._collect(parameter, parameter.grad)
+                return
+            self._missing[number].discard(parameter)
+            if not self._missing[number]:
+                self._use(self._buckets[number])
+                self._missing[number] = set(self._buckets[number])
 
-    def _flush(self) -> None:
-        gradients = [local_tensor(parameter.grad) for parameter in self._bucket if parameter.grad is not None]
-        if not gradients:
+    def _collect(self, parameter: Tensor, gradient: Tensor) -> None:
+        self._collected[parameter] = None
+        self._numel += local_tensor(gradient).numel()
+        if self._numel >= self.bucket_numel:
+            self._use(self._collected)
+            self._collected, self._numel = {}, 0
+
+    def _use(self, parameters: Iterable[Tensor]) -> None:
+        """Updates `parameters` and frees their gradients; those that have none are passed over."""
+        trained = [parameter for parameter in parameters if parameter.grad is not None]
+        if not trained:
             return
-        square = torch.nn.utils.get_total_norm(gradients).double().square_()
-        square = all_reduce(square, self.group)
-        self._square_norm = square if self._square_norm is None else self._square_norm + square
+        gradients = [local_tensor(parameter.grad) for parameter in trained if parameter.grad is not None]
+        squares = [torch.linalg.vector_norm(gradient).double().square() for gradient in gradients]
+        self._square_norms |= zip(trained, squares, strict=True)
+        square = all_reduce(torch.stack(squares).sum(), self.group)
         if self.max_norm is not None:
             scale = (self.max_norm / (self._last_norm(square) + 1e-6)).clamp_(max=1.0)
             torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
         broken = square.isfinite().logical_not_()
         for gradient in gradients:
             gradient.masked_fill_(broken, 0)  # on the device: no rank waits to learn whether there is anything to do
-        self._step_bucket()
-        self._bucket.clear()
-        self._numel = 0
+        self._step_on(trained)
 
-    def _step_bucket(self) -> None:
-        """`optimizer.step` with the gradients of the bucket alone."""
-        others = [
-            (parameter, parameter.grad)
-            for members in self.optimizer.param_groups
-            for parameter in members["params"]
-            if parameter.grad is not None and parameter not in self._bucket
-        ]
+    def _step_on(self, parameters: Sequence[Tensor]) -> None:
+        """`optimizer.step` with the gradients of `parameters` alone."""
+        chosen = set(parameters)
+        others = [(p, p.grad) for p in self._parameters if p.grad is not None and p not in chosen]
         for parameter, _ in others:
             parameter.grad = None
         if self.before_update is not None:
-            self.before_update(self._bucket)
+            self.before_update(parameters)
         self.optimizer.step()
-        for parameter in self._bucket:
+        for parameter in parameters:
             parameter.grad = None
         for parameter, gradient in others:
             parameter.grad = gradient

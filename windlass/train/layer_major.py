@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from windlass.train.data.loader import Batch
+from windlass.train.loss import forward_loss_sum
 
 Slices = TypeVar("Slices", torch.Tensor, list[torch.Tensor])
 """A batch, or the list of a step's micro-batches."""
@@ -47,7 +48,7 @@ def over_slices(run: Callable[..., torch.Tensor], first: Slices, *others: Any) -
 def forward_loss_sums(model: nn.Module, batches: Sequence[Batch], mask_documents: bool) -> list[torch.Tensor]:
     """`forward_loss_sum` of each micro-batch, in one layer-major pass.
 
-    Only one micro-batch's logits exist at a time: backward computes them again.
+    Of several, only one micro-batch's logits exist at a time: backward computes them again.
 
     Args:
         model: a `Llama`, cut or whole.
@@ -58,6 +59,8 @@ def forward_loss_sums(model: nn.Module, batches: Sequence[Batch], mask_documents
         A sum a micro-batch, float32, 0-dim. One backward pass must be of all of them:
         `torch.autograd.backward([loss_sum / num_tokens for loss_sum in loss_sums])`.
     """
+    if len(batches) == 1:
+        return [forward_loss_sum(model, batches[0], mask_documents)]
     input_ids = [batch.input_ids for batch in batches]
     document_ids = [batch.document_ids for batch in batches] if mask_documents else None
     return model(input_ids, document_ids, [batch.labels for batch in batches])

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 import torch
 
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.offload.tiers import OffloadFigures
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM, all_reduce, all_reduce_async
 from windlass.parallel.mesh import Mesh, all_ranks_finite
 from windlass.train.data.loader import Batch
-from windlass.train.loss import count_tokens, forward_loss_sum
+from windlass.train.layer_major import forward_loss_sums
+from windlass.train.loss import count_tokens
 from windlass.train.signals import StopRequest
 from windlass.train.state import Run
 
@@ -27,18 +29,20 @@ def train(run: Run, stop: StopRequest) -> int:
     model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
     stall_s = 0.0  # of the snapshot after the step before
     while state.step < cfg.steps:
-        begin, comm_bytes = time.perf_counter(), COMM.total_bytes
+        begin, comm_bytes, offload = time.perf_counter(), COMM.total_bytes, run.offload_figures
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
         agreement = StepAgreement(batches, stop, mesh)  # comes in while the first forward runs
         batches = [batch.to(mesh.device) for batch in batches]
         loss_sum = torch.zeros((), device=mesh.device)
-        for i, batch in enumerate(batches):
-            run.sharder.begin_micro_step(model, is_last=i == len(batches) - 1)
+        passes = run.passes(batches)
+        for i, micro_batches in enumerate(passes):
+            run.sharder.begin_micro_step(model, is_last=i == len(passes) - 1)
             if run.in_backward is not None:
-                run.in_backward.begin_micro_step(is_last=i == len(batches) - 1)
-            micro_loss_sum = forward_loss_sum(model, batch, run.mask_documents)
-            (micro_loss_sum / agreement.num_tokens).backward()
-            loss_sum += micro_loss_sum.detach()
+                run.in_backward.begin_micro_step(is_last=i == len(passes) - 1)
+            with run.activations_offloaded():
+                loss_sums = forward_loss_sums(model, micro_batches, run.mask_documents)
+            torch.autograd.backward([micro_loss_sum / agreement.num_tokens for micro_loss_sum in loss_sums])
+            loss_sum += sum(micro_loss_sum.detach() for micro_loss_sum in loss_sums)
         if run.in_backward is None:
             grad_norm = clip_grad_norm_(model.parameters(), cfg.max_norm, mesh)
         else:
@@ -46,7 +50,7 @@ def train(run: Run, stop: StopRequest) -> int:
         lr = optimizer.param_groups[0]["lr"]
         stall_s += run.wait_staged()  # the lazy copy ends before weights move
         if all_ranks_finite(grad_norm, mesh):  # one host sync
-            optimizer.step()
+            optimizer.step()  # brings state that is elsewhere, or leaves a layer's update to its next forward
             scheduler.step()
         else:
             state.skipped_steps += 1
@@ -64,6 +68,7 @@ def train(run: Run, stop: StopRequest) -> int:
             num_tokens=agreement.num_tokens,
             step_s=time.perf_counter() - begin,
             **step_figures(mesh, stall_s, COMM.total_bytes - comm_bytes),
+            **offload_figures(run, offload),
         )
         if logged is not None:
             run.console.update(logged)
@@ -120,6 +125,18 @@ def step_figures(mesh: Mesh, stall_s: float, comm_bytes: int) -> dict[str, float
         "checkpoint/stall_s": stall_s,
         "comm/bytes": comm_bytes,
         "memory/device_peak_bytes": torch.cuda.max_memory_allocated(mesh.device) if on_gpu else None,
+    }
+
+
+def offload_figures(run: Run, before: OffloadFigures) -> dict[str, float | int]:
+    """What this rank's tiers have cost since `before`; nothing where there are none."""
+    if run.tiers is None:
+        return {}
+    figures = run.offload_figures.since(before)
+    return {
+        "offload/stall_s": figures.stall_s,
+        "offload/read_bytes": figures.read_bytes,
+        "offload/write_bytes": figures.write_bytes,
     }
 
 

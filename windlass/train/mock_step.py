@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,10 @@ import psutil
 import torch
 
 from windlass.errors import EXIT_USER_ERROR, DoesNotFit
-from windlass.parallel.fragment import local_tensor
+from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.parallel.fragment import Tier, local_tensor
 from windlass.train.data.loader import Batch
-from windlass.train.loss import forward_loss_sum
+from windlass.train.layer_major import forward_loss_sums
 from windlass.train.outcome import report_outcome
 
 if TYPE_CHECKING:
@@ -47,11 +48,13 @@ def mock_step(run: Run) -> int:
     rng_state = torch.get_rng_state()
     device_rng_state = torch.cuda.get_rng_state() if run.mesh.device.type == "cuda" else None
     try:
-        with _host_memory_watched():
-            for is_last in [False] * (train.grad_accum_steps > 1) + [True]:
-                run.sharder.begin_micro_step(run.model, is_last)
-                loss_sum = forward_loss_sum(run.model, batch, run.mask_documents)
-                (loss_sum / batch.labels.numel()).backward()
+        with _host_memory_watched(), nullcontext() if run.in_backward is None else run.in_backward.discarding():
+            passes = run.passes([batch] * min(2, train.grad_accum_steps))
+            for i, batches in enumerate(passes):
+                run.sharder.begin_micro_step(run.model, is_last=i == len(passes) - 1)
+                with run.activations_offloaded():
+                    loss_sums = forward_loss_sums(run.model, batches, run.mask_documents)
+                torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
             return _step_without_effect(run.optimizer)
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(run.mesh.device).total_memory
@@ -71,6 +74,10 @@ def mock_step(run: Run) -> int:
 @torch.no_grad()
 def _step_without_effect(optimizer: torch.optim.Optimizer) -> int:
     """Makes the optimizer allocate its state, and returns its bytes; zero gradients at rate 0 change no bit."""
+    if isinstance(optimizer, OffloadedOptimizer):
+        optimizer.zero_grad(set_to_none=True)
+        optimizer.reserve()
+        return optimizer.state_bytes()[Tier.host]
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0

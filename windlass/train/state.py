@@ -6,23 +6,27 @@ import math
 import os
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from windlass.checkpoint.config import CheckpointKind
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.storage import Location, as_location
 from windlass.checkpoint.manager import Checkpointer, Restored
 from windlass.errors import ConfigError
+from windlass.offload.tiers import OffloadFigures, Tiers
+from windlass.optim.config import InBackward
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
-from windlass.train.config import ActivationCheckpoint, Borders, Device
+from windlass.train.config import ActivationCheckpoint, Borders, Device, DType
 from windlass.train.console import Console
-from windlass.train.data.loader import Loader, evaluation_batches
+from windlass.train.data.loader import Batch, Loader, evaluation_batches
 from windlass.train.data.shards import TokenDataset
 from windlass.train.evaluate import Evaluation, evaluate
 from windlass.train.flops import peak_device_flops
@@ -64,6 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: WarmupScheduler
     in_backward: StepInBackward | None
+    tiers: Tiers | None
     data: Loader
     validation: TokenDataset
     state: TrainState
@@ -75,6 +80,23 @@ class Run:
     @property
     def mask_documents(self) -> bool:
         return self.config.data.borders == Borders.attention
+
+    def passes(self, batches: list[Batch]) -> list[list[Batch]]:
+        """The micro-batches of a step by the forward and backward pass that they share.
+
+        Where weights are streamed all share one, layer by layer, so that a step reads them twice and not twice each.
+        """
+        is_streaming = self.tiers is not None and self.tiers.weights is not None
+        return [batches] if is_streaming else [[batch] for batch in batches]
+
+    def activations_offloaded(self) -> AbstractContextManager[None]:
+        """What the forward pass saves under it may leave the device's memory."""
+        return nullcontext() if self.tiers is None else self.tiers.offloaded()
+
+    @property
+    def offload_figures(self) -> OffloadFigures:
+        """What offloading has cost so far."""
+        return OffloadFigures() if self.tiers is None else self.tiers.figures
 
     def snapshot(self) -> float:
         """Takes a snapshot of this step, in memory or on disk; returns the seconds that training stood still for it."""
@@ -171,16 +193,34 @@ def resolve_vocabulary(config: Config, dataset: TokenDataset) -> None:
         )
 
 
-def build_model(config: Config, mesh: Mesh) -> tuple[Llama, Sharder]:
-    """The model, cut over the ranks, with its first weights."""
+def build_tiers(config: Config, mesh: Mesh) -> Tiers | None:
+    computes_in_bfloat16 = config.train.dtype == DType.bfloat16
+    return config.offload.build(Path(config.run_dir), mesh.rank, mesh.device, computes_in_bfloat16)
+
+
+def build_model(config: Config, mesh: Mesh, tiers: Tiers | None = None) -> tuple[Llama, Sharder]:
+    """The model, cut over the ranks, with its first weights, which may be elsewhere already."""
     train = config.train
     dtype = getattr(torch, train.dtype.value)
     model = config.model.build()
     model.prepare(dtype, train.activation_checkpoint == ActivationCheckpoint.full, train.compile)
     sharder = Sharder(config.parallel, mesh)
     sharder.shard(model, model.units(), dtype)
-    model.materialize(mesh.device, train.seed)
+    weights = None if tiers is None else tiers.stream_weights(modules_of_units(model))
+    model.materialize(mesh.device, train.seed, None if weights is None else weights.add)
     return model, sharder
+
+
+def modules_of_units(model: Llama) -> list[list[nn.Module]]:
+    return [list(unit.modules) for unit in model.units()]
+
+
+def build_optimizer(config: Config, model: Llama, tiers: Tiers | None) -> torch.optim.Optimizer:
+    """The optimizer, with its state elsewhere if that is configured."""
+    optimizer = config.optim.build(model)
+    if tiers is None:
+        return optimizer
+    return tiers.take_optimizer(optimizer, modules_of_units(model), config.optim.in_backward != InBackward.none)
 
 
 def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh) -> Loader:
