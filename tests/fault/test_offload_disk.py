@@ -23,7 +23,8 @@ from torch import Tensor
 from windlass.errors import DoesNotFit, OffloadError
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import PAGE_BYTES, Engine
-from windlass.offload.tier_file import BLOCK_BYTES, HEADER_BYTES, LOCK, TierFile, TierFolder, file_bytes
+from windlass.offload.own_folder import LOCK
+from windlass.offload.tier_file import BLOCK_BYTES, HEADER_BYTES, TierFile, TierFolder, file_bytes
 
 SIZE = 2 * BLOCK_BYTES + 77
 NO_ROOM = r"(No space left on device|Input/output error)"

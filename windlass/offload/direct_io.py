@@ -183,16 +183,10 @@ class DirectFile:
     def __init__(self, path: Path, num_bytes: int, direct: bool, figures: IOFigures) -> None:
         self.path, self.is_direct = path, direct
         self._figures = figures
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | (O_DIRECT if direct else 0)
-        self.descriptor = os.open(path, flags, OWNER_ONLY)
+        _make(path, round_to_pages(num_bytes))
+        self.descriptor = os.open(path, os.O_RDWR | (O_DIRECT if direct else 0))
         self._closing = weakref.finalize(self, os.close, self.descriptor)
         self._closing.atexit = False  # type: ignore[missing-attribute]  # threads may be at work then
-        try:
-            _allocate(self.descriptor, round_to_pages(num_bytes))
-        except OSError:
-            self.close()
-            path.unlink(missing_ok=True)
-            raise
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fills `buffer` from the file.
@@ -277,13 +271,19 @@ def _from(done: int, whole: memoryview, page: memoryview) -> list[memoryview]:
     return [part for part in parts if part.nbytes]
 
 
-def _allocate(descriptor: int, num_bytes: int) -> None:
-    if num_bytes == 0:
-        return
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, 0, num_bytes)
-    else:
-        os.ftruncate(descriptor, num_bytes)
+def _make(path: Path, num_bytes: int) -> None:
+    """A new file whose space is taken. Not through O_DIRECT: where the file system cannot, the C library writes."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, OWNER_ONLY)
+    try:
+        if hasattr(os, "posix_fallocate") and num_bytes:
+            os.posix_fallocate(descriptor, 0, num_bytes)
+        else:
+            os.ftruncate(descriptor, num_bytes)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(descriptor)
 
 
 def why_not_direct(folder: Path) -> str | None:

@@ -6,18 +6,13 @@ files die with the process: what they hold is worth nothing without the rest of 
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import fcntl
 import functools
 import itertools
 import logging
 import mmap
 import os
-import re
-import secrets
 import threading
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +23,6 @@ from windlass import isal
 from windlass.checksum import crc32c
 from windlass.errors import DoesNotFit, OffloadError
 from windlass.offload.direct_io import (
-    OWNER_ONLY,
     PAGE_BYTES,
     DirectFile,
     Engine,
@@ -37,15 +31,13 @@ from windlass.offload.direct_io import (
     round_to_pages,
     why_not_direct,
 )
+from windlass.offload.own_folder import OwnFolder, remove_leftovers
 
 BLOCK_BYTES = 4 << 20
 """What a thread moves at a time, and what a checksum is of."""
 HEADER_BYTES = 64 << 10
 """What lies before the data of a file, for the header of who pins it."""
-LOCK = "windlass.lock"
-"""Held by the process that a folder of files belongs to, as long as it lives."""
 
-_FOLDER_NAME = re.compile(r".+\.[0-9a-f]{16}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 logger = logging.getLogger(__name__)
@@ -71,16 +63,13 @@ class TierFolder:
     def __init__(self, folder: Path, engine: Engine, name: str) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(folder)
-            self.path, self._lock = _make_locked(folder, name)
+            remove_leftovers(folder)
+            self._own = OwnFolder(folder, name)
         except OSError as error:
             raise disk_error(folder, "cannot be used", error) from error
-        self.engine = engine
+        self.path, self.engine = self._own.path, engine
         self._files: list[TierFile] = []
         self._numbers = itertools.count()
-        # Runs at the end of the program too, of whatever kind, unless it is killed.
-        self._removal = weakref.finalize(self, _remove_and_unlock, self.path, self._lock)
-        _open_folders.add(self)
         self.reason_not_direct = why_not_direct(self.path)
         if self.reason_not_direct is not None:
             logger.warning(
@@ -109,10 +98,10 @@ class TierFolder:
 
     def close(self) -> None:
         """Removes the files and the folder, when what is under way has ended."""
-        if self._removal.alive:
+        if self._own.is_held:
             for file in self._files:
                 file._close()
-            self._removal()
+            self._own.remove()
 
     def _make_file(self, num_bytes: int) -> DirectFile:
         length = file_bytes(num_bytes)
@@ -372,84 +361,3 @@ def _num_links(file: DirectFile) -> int:
     except OSError as error:
         raise disk_error(file.path, "cannot be used", error) from error
     return num_links
-
-
-_open_folders: weakref.WeakSet[TierFolder] = weakref.WeakSet()
-
-
-def _leave_to_parent() -> None:
-    """A forked process, such as a data loader's, must not hold the lock when its parent is dead, nor remove files."""
-    for folder in _open_folders:
-        folder._removal.detach()
-        os.close(folder._lock)
-
-
-os.register_at_fork(after_in_child=_leave_to_parent)
-
-
-def _make_locked(folder: Path, name: str) -> tuple[Path, int]:
-    """A new folder that only this user can open, and the descriptor of its lock, which is held."""
-    while True:
-        path = folder / f"{name}.{secrets.token_hex(8)}"
-        path.mkdir(mode=0o700)
-        try:
-            lock = _try_lock(path, os.O_CREAT)
-        except FileNotFoundError:
-            lock = None
-        except OSError:
-            _remove_folder(path)
-            raise
-        if lock is not None:
-            if (path / LOCK).exists():
-                return path, lock
-            os.close(lock)
-        # Another process that has just started took it for what a dead one had left.
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what processes that are dead have left, of this run and of others."""
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # somebody else removes it
-            if not _FOLDER_NAME.fullmatch(path.name) or path.lstat().st_uid != os.getuid():
-                continue
-            try:
-                lock = _try_lock(path)
-            except FileNotFoundError:
-                with contextlib.suppress(OSError):  # not empty: somebody else's
-                    path.rmdir()
-                continue
-            if lock is not None:
-                logger.info("removing %s, which a process that was killed has left", path)
-                _remove_and_unlock(path, lock)
-
-
-def _try_lock(folder: Path, more_flags: int = 0) -> int | None:
-    """The descriptor of the folder's lock; None if a process holds it. Raises FileNotFoundError if it has none."""
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | more_flags, OWNER_ONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            return None
-        raise
-    return descriptor
-
-
-def _remove_and_unlock(folder: Path, lock: int) -> None:
-    try:
-        _remove_folder(folder)
-    finally:
-        os.close(lock)
-
-
-def _remove_folder(folder: Path) -> None:
-    """Removes a folder of files, its lock last: what a kill in between leaves is still told from what others own."""
-    try:
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == LOCK):
-            path.unlink(missing_ok=True)
-        folder.rmdir()
-    except FileNotFoundError:
-        return  # somebody else has removed it
-    except OSError as error:
-        logger.warning("%s could not be removed: %s", folder, error)
