@@ -9,7 +9,7 @@ from pathlib import Path
 
 import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
-from windlass.train import exchange_cli
+from windlass.train import exchange_cli, plan_cli
 
 TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
 
@@ -45,11 +45,18 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"windlass {windlass.__version__}")
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verbs.add_parser("train", help=TRAIN_HELP, add_help=False)
+    plan_cli.add_parser(verbs).set_defaults(run=_plan)
     _add_report(verbs)
     _add_doctor(verbs)
     _add_checkpoint(verbs)
     _add_data(verbs, arguments)
     return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from windlass.conf.compose import compose
+
+    return plan_cli.run(options, compose(options.overrides))
 
 
 def _add_report(verbs: argparse._SubParsersAction) -> None:

@@ -1,0 +1,182 @@
+"""`windlass plan`: what a run will need of memory, disk and time, before it is started. Allocates nothing.
+
+The forecast is made of four parts, none of them a formula of the model: what a step does (`plan_trace`), what a process
+holds for that (`plan_memory`), how long it takes on this machine (`plan_time`), and what to change if it does not fit
+(`plan_fixes`). Each figure comes with a range, and a run fits only if the upper end of its range does.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from windlass.errors import ConfigError
+from windlass.train.config import PreparedDataConfig, TokensDataConfig
+from windlass.train.console import size
+from windlass.train.data.manifest import Manifest
+from windlass.train.data.prepare import prepared_folder
+from windlass.train.data.tokenizer import load_tokenizer
+from windlass.train.machine import Machine
+from windlass.train.mock_step import LOW_WATER_FRACTION, host_memory
+from windlass.train.plan_memory import SMALL_OBJECTS, live_peak, replay
+from windlass.train.plan_time import Range, StepTime, step_time
+from windlass.train.plan_trace import Trace, trace_step
+from windlass.train.state import VOCAB_MULTIPLE
+
+if TYPE_CHECKING:
+    from windlass.conf.schema import Config
+
+MANY_SMALL_OBJECTS = 2 * SMALL_OBJECTS
+"""For the upper end of the range."""
+PROCESS_SPREAD = 0.1
+"""How far a process's own memory may be off, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Tiers:
+    """Bytes of a rank in each tier. On a machine without GPUs the device's memory is the host's."""
+
+    device: int = 0
+    host: int = 0
+    ssd: int = 0
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one rank holds, in bytes."""
+
+    weights: int
+    gradients: int
+    """At the end of the backward pass."""
+    optimizer: int
+    activations: int
+    """And temporaries: what there is at the peak beside weights, optimizer state and, where they are there by then,
+    gradients."""
+    allocator: int
+    """Taken from the system and not in use at the peak: what lies between tensors of other sizes."""
+    process: int
+    """Python, torch and all that is there without a model."""
+    persistent: Tiers
+    """Between steps."""
+    peak: Range
+    """In a step, of the tier that training computes in."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `windlass plan` says of a configuration."""
+
+    num_parameters: int
+    num_ranks: int
+    memory: Memory
+    time: StepTime
+    tokens_per_s: float
+    comm_bytes: int
+    """Of a rank and step."""
+    ssd_read_bytes: int
+    ssd_write_bytes: int
+    """Of a rank and step."""
+    ssd_written_tb_per_day: float
+    """By all ranks of this machine together."""
+    limit_bytes: int
+    """Memory that the ranks of this machine together may take."""
+    fits: bool
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def is_close(self) -> bool:
+        """Expected to fit, and not certain to."""
+        return not self.fits and self.num_ranks * self.memory.peak.expected <= self.limit_bytes
+
+
+def forecast(config: Config, num_ranks: int, machine: Machine) -> Plan:
+    """The plan of a run of `num_ranks` on this machine.
+
+    Args:
+        machine: with its `process_bytes`; timings that are missing are added to it.
+
+    Raises:
+        ConfigError: the configuration cannot run.
+    """
+    trace = trace_step(config, num_ranks)
+    return judge(config, num_ranks, trace, memory_of(trace, num_ranks, machine), machine)
+
+
+def memory_of(trace: Trace, num_ranks: int, machine: Machine) -> Memory:
+    """What a rank holds that does what `trace` says."""
+    live, heap = live_peak(trace.memory), replay(trace.memory)
+    process = machine.process_bytes["1" if num_ranks == 1 else "many"]
+    at_end = heap.held_bytes + machine.process_end_bytes
+    expected = max(heap.high_water_bytes + process, at_end)
+    tight = replay(trace.memory, small_objects=0).high_water_bytes
+    loose = replay(trace.memory, MANY_SMALL_OBJECTS).high_water_bytes
+    spread = PROCESS_SPREAD * process
+    persistent = trace.weights_bytes + trace.optimizer_bytes
+    return Memory(
+        weights=trace.weights_bytes,
+        gradients=trace.gradient_bytes,
+        optimizer=trace.optimizer_bytes,
+        activations=live - persistent,
+        allocator=heap.high_water_bytes - live,
+        process=process,
+        persistent=Tiers(host=persistent),
+        peak=Range(
+            expected, min(expected, tight + process) - spread, max(expected, loose + process, 1.03 * expected) + spread
+        ),
+    )
+
+
+def judge(config: Config, num_ranks: int, trace: Trace, memory: Memory, machine: Machine) -> Plan:
+    """Adds the time, and says whether it all fits."""
+    train = config.train
+    threads = threads_of_rank(num_ranks)
+    time = step_time(trace, machine, threads)
+    available, total = host_memory()
+    limit = available - int(LOW_WATER_FRACTION * total)
+    step_tokens = num_ranks * train.batch_size * train.seq_len * train.grad_accum_steps
+    fits = num_ranks * memory.peak.high <= limit
+    return Plan(
+        num_parameters=trace.num_parameters,
+        num_ranks=num_ranks,
+        memory=memory,
+        time=time,
+        tokens_per_s=step_tokens / time.step.expected,
+        comm_bytes=trace.comm_bytes,
+        ssd_read_bytes=0,
+        ssd_write_bytes=0,
+        ssd_written_tb_per_day=0.0,
+        limit_bytes=limit,
+        fits=fits,
+        reasons=[
+            f"{num_ranks} x {size(memory.peak.high)}, the upper end of the range, is {'within' if fits else 'above'} "
+            f"{size(limit)}: {size(available)} of {size(total)} are free, and {LOW_WATER_FRACTION:.0%} must stay so",
+        ],
+    )
+
+
+def threads_of_rank(num_ranks: int) -> int:
+    """Threads that a rank will compute with, as the launchers set them."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return int(os.environ["OMP_NUM_THREADS"])
+    return torch.get_num_threads() if num_ranks == 1 else max(1, len(os.sched_getaffinity(0)) // num_ranks)
+
+
+def resolve_vocabulary(config: Config) -> None:
+    """Sets a `model.vocab_size` that was left null to what the run will set it to.
+
+    Raises:
+        ConfigError: the data says nothing about it.
+    """
+    if config.model.vocab_size is not None:
+        return
+    if isinstance(config.data, TokensDataConfig):
+        vocab_size = Manifest.load(prepared_folder(config.data)).tokenizer["vocab_size"]
+    elif isinstance(config.data, PreparedDataConfig):
+        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
+    else:
+        raise ConfigError("model.vocab_size", None, "is not known without data", "set model.vocab_size=32000")
+    config.model.vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE

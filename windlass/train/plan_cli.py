@@ -1,0 +1,85 @@
+"""`windlass plan`: its arguments, and what it prints. Torch-free until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from windlass.errors import EXIT_DONE, require
+
+if TYPE_CHECKING:
+    from windlass.conf.schema import Config
+    from windlass.train.plan import Plan
+
+    SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_parser(verbs: SubParsers) -> argparse.ArgumentParser:
+    """Adds the verb `plan`. `run` does what it parses."""
+    text = "forecast memory, time and disk of a run, and whether it fits"
+    parser = verbs.add_parser("plan", help=text, description=f"{text.capitalize()}. Allocates nothing.")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for `windlass train`")
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks on this machine (default: as launch= says)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def run(options: argparse.Namespace, config: Config) -> int:
+    """Prints the plan of `config`."""
+    from windlass.train.machine import load_machine, save_machine
+    from windlass.train.plan import forecast, resolve_vocabulary
+    from windlass.train.plan_measure import measure_machine
+
+    resolve_vocabulary(config)
+    num_ranks = _num_ranks(options, config)
+    machine = load_machine()
+    measure_machine(machine, num_ranks)
+    plan = forecast(config, num_ranks, machine)
+    save_machine(machine)
+    sys.stdout.write((json.dumps(asdict(plan), indent=2) if options.json else render(plan)) + "\n")
+    return EXIT_DONE
+
+
+def _num_ranks(options: argparse.Namespace, config: Config) -> int:
+    if options.ranks is not None:
+        require(options.ranks >= 1, "--ranks", options.ranks, "must be at least 1", "leave it out")
+        return options.ranks
+    return config.launch.nproc_per_node or 1
+
+
+def render(plan: Plan) -> str:
+    """The plan as text."""
+    from windlass.train.console import size
+
+    memory, time = plan.memory, plan.time
+    verdict = "fits" if plan.fits else "may not fit: it is close" if plan.is_close else "DOES NOT FIT"
+    rows = [
+        ("weights", memory.weights),
+        ("optimizer state", memory.optimizer),
+        ("gradients and activations", memory.activations),
+        ("allocator", memory.allocator),
+        ("process", memory.process),
+    ]
+    lines = [
+        f"{plan.num_parameters:,} parameters, {plan.num_ranks} rank{'s' * (plan.num_ranks > 1)}: {verdict}",
+        "",
+        "memory of a rank at its peak",
+        *(f"  {name:<26} {size(num_bytes):>10}" for name, num_bytes in rows),
+        f"  {'peak':<26} {size(memory.peak.expected):>10}  ({size(memory.peak.low)} to {size(memory.peak.high)})",
+        f"  {'kept between steps':<26} {size(memory.persistent.host):>10}  weights and optimizer state",
+        "",
+        "a step",
+        f"  {'time':<26} {time.step.expected:>8.3f} s  ({time.step.low:.3f} to {time.step.high:.3f})",
+        f"  {'  kernels':<26} {time.kernels_s:>8.3f} s",
+        f"  {'  calling them':<26} {time.overhead_s:>8.3f} s",
+        f"  {'  communication':<26} {time.comm_s:>8.3f} s  {size(plan.comm_bytes)}",
+        f"  {'tokens a second':<26} {plan.tokens_per_s:>8,.0f}",
+        f"  {'SSD read, written':<26} {size(plan.ssd_read_bytes):>10}, {size(plan.ssd_write_bytes)}"
+        f"  ({plan.ssd_written_tb_per_day:.2f} TB a day)",
+        "",
+        *plan.reasons,
+    ]
+    return "\n".join(lines)

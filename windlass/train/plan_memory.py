@@ -1,0 +1,139 @@
+"""From what is taken and given back to what the process holds: the C library's heap, replayed.
+
+A process keeps memory that it has given back where the heap is cut up, and takes large pieces from the system and
+returns them at once. Both are decided by glibc's malloc, whose rules are few, so the replay finds the high-water mark
+that the kernel will report.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import deque
+from collections.abc import Iterable
+
+from windlass.train.plan_trace import MemoryEvent
+
+PAGE_BYTES = 4096
+_HEADER_BYTES = 16
+_ALIGNMENT = 64
+"""Of tensors: torch asks for it."""
+_MMAP_THRESHOLD = 128 * 1024
+_MMAP_THRESHOLD_MAX = 32 * 1024 * 1024
+_TOP_PAD = 128 * 1024
+_SLIVER_BYTES = 96
+"""What an aligned request asks for besides: the piece is cut off again and holds small objects for a while."""
+SMALL_OBJECTS = 100
+"""For how many tensors a sliver stays taken. Small objects (autograd's nodes, torch's handles of tensors) keep holes
+from growing together; how many live is measured, on models of 1.6M to 134M parameters."""
+
+
+class Heap:
+    """glibc's main arena: best fit, neighbours that are free are one, the free end is given back when it is long.
+
+    Pieces from `mmap_threshold` on that no hole takes are mapped one by one; the threshold rises to the largest such
+    piece that was given back, up to 32 MiB.
+    """
+
+    def __init__(self, small_objects: int = SMALL_OBJECTS) -> None:
+        self.mmap_threshold = _MMAP_THRESHOLD
+        self.end = 0
+        """What the heap has taken from the system."""
+        self.top = 0
+        """Where its free end begins."""
+        self.mapped_bytes = 0
+        self.high_water_bytes = 0
+        self._small_objects = small_objects
+        self._slivers: deque[int] = deque()  # addresses
+        self._placed: dict[int, tuple[int, int]] = {}  # block -> (address, or -1 for a mapped one; bytes)
+        self._holes: list[tuple[int, int]] = []  # (bytes, address), sorted
+        self._hole_at: dict[int, int] = {}  # address -> bytes
+        self._hole_ending_at: dict[int, int] = {}  # end -> address
+
+    @property
+    def held_bytes(self) -> int:
+        return self.end + self.mapped_bytes
+
+    def take(self, block: int, num_bytes: int) -> None:
+        size = -(-(num_bytes + _HEADER_BYTES) // _ALIGNMENT) * _ALIGNMENT
+        address = self._find(size + _SLIVER_BYTES)
+        if address == -1:
+            size = -(-size // PAGE_BYTES) * PAGE_BYTES
+            self.mapped_bytes += size
+        else:
+            self._slivers.append(address + size)
+            if len(self._slivers) > self._small_objects:
+                self._give_back(self._slivers.popleft(), _SLIVER_BYTES)
+        self._placed[block] = address, size
+        self.high_water_bytes = max(self.high_water_bytes, self.held_bytes)
+
+    def _find(self, size: int) -> int:
+        """The address of `size` bytes that are taken from now on; -1 where they are mapped on their own."""
+        index = bisect_left(self._holes, (size, -1))
+        if index < len(self._holes):
+            hole_size, address = self._holes[index]
+            self._remove_hole(address, hole_size)
+            if hole_size > size:
+                self._add_hole(address + size, hole_size - size)
+            return address
+        if self.end - self.top < size:
+            if size >= self.mmap_threshold:
+                return -1
+            self.end = self.top + size + _TOP_PAD
+        self.top += size
+        return self.top - size
+
+    def free(self, block: int) -> None:
+        address, size = self._placed.pop(block)
+        if address >= 0:
+            self._give_back(address, size)
+            return
+        self.mapped_bytes -= size
+        if self.mmap_threshold < size <= _MMAP_THRESHOLD_MAX:
+            self.mmap_threshold = size
+
+    def _give_back(self, address: int, size: int) -> None:
+        if address in self._hole_ending_at:
+            before = self._hole_ending_at[address]
+            size += self._hole_at[before]
+            address = before
+            self._remove_hole(before, self._hole_at[before])
+        if address + size in self._hole_at:
+            after = address + size
+            size += self._hole_at[after]
+            self._remove_hole(after, self._hole_at[after])
+        if address + size != self.top:
+            self._add_hole(address, size)
+            return
+        self.top = address
+        if self.end - self.top >= 2 * self.mmap_threshold:
+            self.end = self.top + _TOP_PAD
+
+    def _add_hole(self, address: int, size: int) -> None:
+        insort(self._holes, (size, address))
+        self._hole_at[address] = size
+        self._hole_ending_at[address + size] = address
+
+    def _remove_hole(self, address: int, size: int) -> None:
+        del self._holes[bisect_left(self._holes, (size, address))]
+        del self._hole_at[address]
+        del self._hole_ending_at[address + size]
+
+
+def replay(events: Iterable[MemoryEvent], small_objects: int = SMALL_OBJECTS) -> Heap:
+    """The heap after `events`."""
+    heap = Heap(small_objects)
+    for event in events:
+        if event.is_free:
+            heap.free(event.block)
+        else:
+            heap.take(event.block, event.num_bytes)
+    return heap
+
+
+def live_peak(events: Iterable[MemoryEvent]) -> int:
+    """The most bytes of tensors that are alive at a time."""
+    live = peak = 0
+    for event in events:
+        live += -event.num_bytes if event.is_free else event.num_bytes
+        peak = max(peak, live)
+    return peak

@@ -1,0 +1,219 @@
+"""How long a step takes: the calls of a trace, each timed once on this machine at its own shapes.
+
+Kernels are far from any one bandwidth or FLOP rate: what a product of 64 columns, a transposed copy or a fresh page
+costs is measured and not assumed. A call is timed on tensors made for it, cut where they would be large, and the figure
+is kept (`windlass.train.machine`), so that the next plan only looks it up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_leaves, tree_map
+
+from windlass.train.machine import Machine
+from windlass.train.plan_trace import Op, TensorSpec, Trace
+
+MAX_REPLAY_BYTES = 96 << 20
+"""Tensors of a call are cut to about this much: what is larger than any cache costs in proportion."""
+MAX_REPLAY_FLOPS = 2e9
+"""Of a matrix product, which is cut to this; its dims stay at 256 or more, where the rate hardly depends on them."""
+MIN_PRODUCT_DIM = 256
+COLD_BYTES = 64 << 20
+"""Calls take turns with as many copies of their arguments as together do not stay in a cache."""
+MAX_COPIES = 32
+MIN_REPEATS, MAX_REPEATS = 4, 100
+REPEATS_BUDGET_S = 0.15
+
+
+TIME_SPREAD = 0.15
+"""How far a step's time may be off, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """A forecast, and between what it is expected to come out."""
+
+    expected: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a step, and of what it is made."""
+
+    step: Range
+    kernels_s: float
+    overhead_s: float
+    """Of calling them: Python, autograd, the dispatcher."""
+    comm_s: float
+
+
+def step_time(trace: Trace, machine: Machine, threads: int) -> StepTime:
+    """How long a step takes on this machine; measures, and puts into `machine`, calls that it has not seen yet."""
+    assert machine.op_overhead_s is not None and machine.gloo_bytes_per_s is not None, "see plan_measure"
+    with _threads(threads):
+        kernels = sum(count * _call_s(trace.op_of[key], machine, threads) for key, count in trace.ops.items())
+    overhead = trace.ops.total() * machine.op_overhead_s
+    comm = trace.comm_bytes / machine.gloo_bytes_per_s
+    expected = kernels + overhead + comm
+    return StepTime(
+        Range(expected, (1 - TIME_SPREAD) * expected, (1 + TIME_SPREAD) * expected),
+        kernels,
+        overhead,
+        comm,
+    )
+
+
+def _call_s(op: Op, machine: Machine, threads: int) -> float:
+    if op.is_view or op.num_bytes == 0:
+        return 0.0
+    if op.name.startswith("aten.empty"):
+        return 0.0  # whoever writes to it first pays for its pages
+    makes_much = op.num_bytes > MAX_REPLAY_BYTES and not _bytes((op.args, op.kwargs))
+    if not op.can_replay or makes_much:
+        return op.num_bytes / memcpy_rate(machine)
+    kept = f"{threads} {op.key}"
+    if kept not in machine.op_s:
+        machine.op_s[kept] = measure(op)
+    return machine.op_s[kept]
+
+
+def memcpy_rate(machine: Machine) -> float:
+    """Bytes a second, read and written ones together, of copies into fresh memory."""
+    if machine.memcpy_bytes_per_s is None:
+        source = torch.ones(MAX_REPLAY_BYTES // 2, dtype=torch.uint8)
+        machine.memcpy_bytes_per_s = 2 * source.nbytes / _best_s(source.clone)
+    return machine.memcpy_bytes_per_s
+
+
+def measure(op: Op) -> float:
+    """Seconds of one call of `op`."""
+    args, kwargs, share = _cut(op)
+    bound = _index_bound((args, kwargs))
+    copies = min(MAX_COPIES, 1 + COLD_BYTES // max(1, _bytes((args, kwargs))))
+    made = itertools.cycle([tree_map(lambda leaf: _made(leaf, bound), (args, kwargs)) for _ in range(copies)])
+    function: Any = torch.ops
+    for part in op.name.split("."):
+        function = getattr(function, part)
+
+    def call() -> None:
+        args, kwargs = next(made)
+        function(*args, **kwargs)
+
+    return _best_s(call) / share
+
+
+def _best_s(call: Callable[[], Any]) -> float:
+    """The fastest of a few calls, since other programs only slow down.
+
+    CPU seconds are a second bound, which other programs take no part of: of one thread they are what a quiet machine
+    would take, of several what it would take at most.
+    """
+    call()
+    best, deadline = math.inf, time.perf_counter() + REPEATS_BUDGET_S
+    for repeat in range(MAX_REPEATS):
+        begin, cpu_begin = time.perf_counter(), time.process_time()
+        call()
+        best = min(best, time.perf_counter() - begin, time.process_time() - cpu_begin)
+        if repeat + 1 >= MIN_REPEATS and time.perf_counter() > deadline:
+            break
+    return best
+
+
+@contextmanager
+def _threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _cut(op: Op) -> tuple[Any, Any, float]:
+    """Arguments no larger than they need be, and which share of the work they are."""
+    if "attention" in op.name:  # quadratic in the sequence, so only the batch may shrink
+        args, kwargs = tree_map(_first_of_batch, (op.args, op.kwargs))
+        return args, kwargs, _bytes((args, kwargs)) / _bytes((op.args, op.kwargs))
+    if op.flops:
+        return _cut_product(op)
+    args, kwargs = op.args, op.kwargs
+    whole = _bytes((args, kwargs))
+    if not whole:
+        return args, kwargs, 1.0
+    while (size := _bytes((args, kwargs))) > MAX_REPLAY_BYTES:
+        dims = [dim for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, TensorSpec) for dim in leaf.shape]
+        longest = max(dims)
+        shorter = max(1, int(longest * max(0.25, MAX_REPLAY_BYTES / size)))
+        args, kwargs = tree_map(
+            lambda leaf, longest=longest, shorter=shorter: _shortened(leaf, longest, shorter), (args, kwargs)
+        )
+    return args, kwargs, _bytes((args, kwargs)) / whole
+
+
+def _cut_product(op: Op) -> tuple[Any, Any, float]:
+    """A product of two matrices or batches of them, smaller in its longest dims."""
+    left, right = op.args[-2:]
+    rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+    batch = left.shape[:-2]
+    whole, dims = 2 * math.prod(batch) * rows * inner * columns, [rows, inner, columns]
+    if batch:
+        batch = (min(batch[0], max(1, int(batch[0] * MAX_REPLAY_FLOPS / whole))),)
+    while 2 * math.prod(batch) * math.prod(dims) > MAX_REPLAY_FLOPS and max(dims) > MIN_PRODUCT_DIM:
+        longest = dims.index(max(dims))
+        dims[longest] = max(MIN_PRODUCT_DIM, dims[longest] // 2)
+    operands = _with_shape(left, (*batch, *dims[:2])), _with_shape(right, (*batch, *dims[1:]))
+    share = 2 * math.prod(batch) * math.prod(dims) / whole
+    return (*(_with_shape(leaf, (dims[0], dims[2])) for leaf in op.args[:-2]), *operands), op.kwargs, share
+
+
+def _first_of_batch(leaf: Any) -> Any:
+    return _with_shape(leaf, (1, *leaf.shape[1:])) if isinstance(leaf, TensorSpec) and leaf.shape else leaf
+
+
+def _shortened(leaf: Any, longest: int, shorter: int) -> Any:
+    """`leaf` with each dim of `longest` elements, or a size that is written down, `shorter`."""
+    if isinstance(leaf, TensorSpec):
+        return _with_shape(leaf, tuple(shorter if dim == longest else dim for dim in leaf.shape))
+    return shorter if leaf == longest and isinstance(leaf, int) and leaf > 1 else leaf
+
+
+def _with_shape(spec: TensorSpec, shape: tuple[int, ...]) -> TensorSpec:
+    """A spec of another shape whose dims lie in memory in the same order; dims of stride 0 stay so."""
+    stride, step = [0] * len(shape), 1
+    for dim in sorted(range(len(shape)), key=lambda dim: (spec.stride[dim], -dim)):
+        if spec.stride[dim] or spec.shape[dim] == 1:
+            stride[dim] = step
+            step *= shape[dim]
+    return TensorSpec(shape, tuple(stride), spec.dtype)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.num_bytes for leaf in tree_leaves(tree) if isinstance(leaf, TensorSpec))
+
+
+def _index_bound(tree: Any) -> int:
+    """What integers must stay below to be valid rows, columns or classes of the matrices that they go with."""
+    specs = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, TensorSpec)]
+    dims = [dim for spec in specs if spec.dtype.is_floating_point and len(spec.shape) == 2 for dim in spec.shape]
+    counts = [leaf for leaf in tree_leaves(tree) if type(leaf) is int and leaf > 1]
+    return max(1, min(dims or counts or [1]))
+
+
+def _made(leaf: Any, bound: int) -> Any:
+    """A tensor as `leaf` says, of ones or of indexes below `bound`."""
+    if not isinstance(leaf, TensorSpec):
+        return leaf
+    made = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype)
+    if leaf.dtype.is_floating_point or leaf.dtype == torch.bool:
+        return made.fill_(1)
+    return made.copy_(torch.arange(made.numel()).remainder_(bound).view(made.shape))
