@@ -74,8 +74,8 @@ def _adamw_of_low_precision(
 ) -> None:
     """torch's kernel wants moments in the dtype of the weights, in which a beta2 of 0.999 would never forget."""
     correction = math.sqrt(1 - betas[1] ** step)
-    stacks = (tensor.unsqueeze(0) for tensor in (gradient.float(), exp_avg, exp_avg_sq))
-    direction = adam_direction(*stacks, betas, eps * correction)[0]
+    stack, moments, squares = (tensor.unsqueeze(0) for tensor in (gradient.float(), exp_avg, exp_avg_sq))
+    direction = adam_direction(stack, moments, squares, betas, eps * correction)[0]
     value = weight.float().mul_(1 - lr * weight_decay)
     weight.copy_(value.sub_(direction, alpha=lr * correction / (1 - betas[0] ** step)))
 
@@ -93,9 +93,11 @@ def adam_direction(
     # AdamW of weights of zero at a rate of -1, so late that its bias correction is 1: one pass of a fused kernel.
     direction = torch.zeros_like(gradient, memory_format=torch.contiguous_format)
     # A list of k: the kernel rounds the last elements of a tensor otherwise than the rest, so each must have its own.
-    members = [list(stack.unbind(0)) for stack in (direction, gradient.contiguous(), exp_avg, exp_avg_sq)]
     torch._fused_adamw_(
-        *members,
+        list(direction.unbind(0)),
+        list(gradient.contiguous().unbind(0)),
+        list(exp_avg.unbind(0)),
+        list(exp_avg_sq.unbind(0)),
         [],
         [torch.full((), 1e12, device=gradient.device)] * len(gradient),
         lr=-1.0,

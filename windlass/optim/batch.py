@@ -23,9 +23,9 @@ of 16; torch allocates at multiples of 64."""
 class Batch:
     """k matrices of one shape and layout, k >= 1, at the same step of the same param group.
 
-    On a CPU what becomes of a matrix must not depend, to the bit, on which others are in its batch, nor on where tensors
-    lie in memory. What is elementwise may run over all at once; products, decompositions and sums over a matrix run one
-    matrix at a time (`one_by_one`, `of_each`), their operands at addresses like any other's (`aligned`).
+    On a CPU what becomes of a matrix must not depend, to the bit, on which others are in its batch, nor on where
+    tensors lie in memory. What is elementwise may run over all at once; products, decompositions and sums over a matrix
+    run one matrix at a time (`one_by_one`, `of_each`), their operands at addresses like any other's (`aligned`).
 
     Their state lies in one piece of memory a key, of which each parameter's state tensor is a part, so that kernels
     run over all of them at once. Weights and gradients lie where the model has them.
@@ -184,8 +184,8 @@ def of_each(function: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """One stack of several."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """One contiguous stack of several: kernels may round by strides, and LAPACK leaves its results column by column."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
 
 def row_squares(rows: Tensor) -> Tensor:

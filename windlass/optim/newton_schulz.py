@@ -30,8 +30,8 @@ def newton_schulz(
     cheaper to follow G alone for a few steps, G <- p(G) G p(G), to multiply their p(G), and to apply the product to X
     once. For L = 4 s five steps cost 30 products of s^3 instead of 45.
 
-    On CPUs a result is the same to the bit whatever k is. In bfloat16 products over a stack are; in float32 the matrices
-    are taken one by one.
+    On CPUs a result is the same to the bit whatever k is. In bfloat16 products over a stack are so by themselves; in
+    float32 the matrices are taken one by one.
 
     Args:
         eps: the least norm a matrix is divided by; zeros stay zeros.
