@@ -7,7 +7,8 @@ activation checkpointing all that it saves) of every slice is there at the same 
 
 Losses and gradients have the same bits as those of the loop over micro-batches. Autograd runs what was recorded last
 first, so a layer runs its slices from the last to the first, and backward meets them from the first to the last: every
-gradient is the sum of the slices' in the loop's order. (Dropout draws its masks in another order.)
+gradient is the sum of the slices' in the loop's order. (Not so where layers add up parts of a slice, see `token_wise`.
+And dropout draws its masks in another order.)
 
 Over ranks, `zero3` gathers weights and reduces gradients once a step, and so moves a G-th of the bytes of G
 micro-batches; slices are summed before ranks and not after, which changes the rounding. In bfloat16 they are summed in

@@ -17,12 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from windlass.errors import require
 from windlass.parallel.fragment import fragment_of, local_tensor
 from windlass.parallel.random import fill_normal_
 from windlass.parallel.zero import Unit
 from windlass.train.config import ModelConfig
 from windlass.train.layer_major import Slices, over_slices
 from windlass.train.loss import cross_entropy_sum
+from windlass.train.token_wise import token_wise
 
 
 class Linear(nn.Linear):
@@ -77,23 +79,28 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, kv_width)
         self.o_proj = Linear(query_width, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        batch, seq_len, _ = x.shape
-        # (batch, heads, seq_len, head_dim)
+    def project(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values (batch, seq_len, heads, head_dim) of `x` (batch, seq_len, hidden)."""
         query, key, value = (
-            projection(x).view(batch, seq_len, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(x).unflatten(-1, (-1, self.head_dim)) for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        rope = rope.unsqueeze(2)  # the same for all heads
+        return rotate(query, rope), rotate(key, rope), value
+
+    def mix(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Values weighted by the attention: (batch, seq_len, heads * head_dim)."""
         mixed = F.scaled_dot_product_attention(
-            rotate(query, rope),
-            rotate(key, rope),
-            value,
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
             dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[2] != key.shape[2],
         )
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, seq_len, -1))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -110,11 +117,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. With `recompute`, backward runs the layer's forward again instead of keeping its activations."""
+    """One layer.
+
+    Attributes:
+        recompute: backward runs the layer's forward again instead of keeping its activations.
+        alpha: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.recompute = False
+        self.alpha: float | None = None
         self.dropout = config.dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -130,8 +143,27 @@ class Block(nn.Module):
         return self.layer(x, rope, mask)
 
     def layer(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        x = x + self._drop(self.self_attn(self.input_layernorm(x), rope, mask))
+        if self.alpha is not None and torch.is_grad_enabled():
+            return token_wise(self, x, rope, mask, self.alpha)
+        return self.after_attention(x, self.attention(*self.before_attention(x, rope), mask))
+
+    def before_attention(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values, see `Attention.project`."""
+        return self.self_attn.project(self.input_layernorm(x), rope)
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.self_attn.mix(query, key, value, mask)
+
+    def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        """The layer's output, of its input and of what `attention` made."""
+        x = x + self._drop(self.self_attn.o_proj(mixed))
         return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def parameters_before_attention(self) -> list[torch.Tensor]:
+        projections = (self.self_attn.q_proj, self.self_attn.k_proj, self.self_attn.v_proj)
+        return [self.input_layernorm.weight, *(projection.weight for projection in projections)]
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -196,12 +228,30 @@ class Llama(nn.Module):
             return layers  # a tied embedding is used first and last, so it stays with the model
         return [Unit([self.embed_tokens]), *layers, Unit([self.norm, self.lm_head], is_last=True)]
 
-    def prepare(self, dtype: torch.dtype, recompute: bool, compile_blocks: bool) -> None:
-        """Sets how the passes run. To be called before the model is cut."""
+    def prepare(self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, alpha: float | None = None) -> None:
+        """Sets how the passes run. To be called before the model is cut.
+
+        Args:
+            dtype: of the passes.
+            recompute: keep of a layer its input alone.
+            compile_blocks: with `torch.compile`.
+            alpha: keep of a layer its input, what the attention gives, and the rest for this fraction of the tokens.
+
+        Raises:
+            ConfigError: `alpha` with `recompute`, which keeps less, or with `compile_blocks`, which cannot take it.
+        """
+        for key, value in (("train.activation_checkpoint", recompute), ("train.compile", compile_blocks)):
+            require(
+                alpha is None or not value,
+                key,
+                "full" if value is recompute else value,
+                f"cannot be combined with offload.activation_alpha={alpha}",
+                f"leave {key} at its default",
+            )
         self.compute_dtype = dtype
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.recompute = recompute
+            layer.recompute, layer.alpha = recompute, alpha
             if compile_blocks:
                 layer.compile()
 
