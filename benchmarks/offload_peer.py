@@ -7,9 +7,10 @@ would use, and prints one line of JSON: seconds and CPU seconds of each step, lo
 bytes that each step after the first read from disk and wrote to it. The default shape has 162M parameters: 12 layers
 of width 768 and an untied vocabulary of 50,304. A process of its own, so that VmHWM is DeepSpeed's and no one else's.
 
-NVMe settings are DeepSpeed's defaults, whose 1e9 parameters a sub-group leave nothing to overlap in a model of this
-size; `--tuned` overlaps reads, updates and writes of sub-groups of one layer, which was the fastest found. Each
-setting can be given by itself too.
+DeepSpeed shall be seen at its best, and no settings are the best in all: `--settings default` are its own, whose 1e9
+parameters a sub-group leave nothing to overlap in a model of this size; `overlap` reads, updates and writes sub-groups
+of one layer at the same time; `lean` does that in turn, in as few buffers as there can be. The latter two keep
+gradients under 8 MiB off the disk; they are in RAM in any case. Each setting can be given by itself too.
 
 `--resume-check` saves a checkpoint in the middle, loads it in a new process, whose engine is made in the same way, and
 sets the losses that follow beside those of the run that went on.
@@ -55,8 +56,9 @@ class NvmeSettings:
     sub_group_size: int = 1_000_000_000
     """Parameters that are read, updated and written at a time."""
     buffer_count: int = 4
-    """Buffers of the largest sub-group's size. One that is being read, updated or written takes 4 of them."""
+    """Buffers of the largest sub-group's size. One that is being read, updated or written takes up to 4 of them."""
     block_size: int = 1 << 20
+    """Bytes of one request; smaller gradients and sub-groups stay in RAM."""
     queue_depth: int = 8
     aio_threads: int = 1
 
@@ -79,7 +81,8 @@ class NvmeSettings:
         }
 
 
-TUNED = NvmeSettings(pipeline=True, sub_group_size=7_000_000, buffer_count=12, block_size=8 << 20, queue_depth=16)
+LEAN = NvmeSettings(sub_group_size=7_000_000, block_size=8 << 20, queue_depth=16)
+SETTINGS = {"default": NvmeSettings(), "overlap": replace(LEAN, pipeline=True, buffer_count=12), "lean": LEAN}
 
 
 @dataclass(frozen=True)
@@ -287,7 +290,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--offload", choices=("none", "cpu", "nvme"), default="nvme", help="the optimizer's state")
     parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()), help="on a disk that takes O_DIRECT")
-    parser.add_argument("--tuned", action="store_true", help="the NVMe settings that were the fastest found")
+    parser.add_argument("--settings", choices=SETTINGS, default="default", help="of the optimizer on NVMe, see above")
     parser.add_argument("--pipeline", action=argparse.BooleanOptionalAction, default=None)
     for name in ("sub_group_size", "buffer_count", "block_size", "queue_depth", "aio_threads"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
@@ -298,7 +301,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def nvme_settings(options: argparse.Namespace) -> NvmeSettings:
-    settings = TUNED if options.tuned else NvmeSettings()
+    settings = SETTINGS[options.settings]
     given = {name: getattr(options, name) for name in asdict(settings)}
     return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
