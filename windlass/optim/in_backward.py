@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from windlass.optim.config import InBackward
+from windlass.parallel.clip_grad import each_norm
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.fragment import local_tensor
 
@@ -157,12 +158,12 @@ class StepInBackward:
         if not trained:
             return
         gradients = [local_tensor(parameter.grad) for parameter in trained if parameter.grad is not None]
-        squares = [torch.linalg.vector_norm(gradient).double().square() for gradient in gradients]
+        squares = [norm.double().square() for norm in each_norm(gradients)]
         self._square_norms |= zip(trained, squares, strict=True)
         square = all_reduce(torch.stack(squares).sum(), self.group)
         if self.max_norm is not None:
             scale = (self.max_norm / (self._last_norm(square) + 1e-6)).clamp_(max=1.0)
-            torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))
+            torch._foreach_mul_(gradients, scale.float())
         broken = square.isfinite().logical_not_()
         for gradient in gradients:
             gradient.masked_fill_(broken, 0)  # on the device: no rank waits to learn whether there is anything to do
