@@ -88,6 +88,7 @@ class Offloaded:
             layers = [list(layer.parameters()) for layer in self.model]
             max_host_bytes = None if folder is None else 0
             self.optimizer = OffloadedOptimizer(self.optimizer, folder, order=layers[:2], max_host_bytes=max_host_bytes)
+            self.optimizer.owns_folder = True
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):

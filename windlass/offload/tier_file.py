@@ -315,6 +315,8 @@ class TierFile:
         with self._pins:
             assert version.num_pins > 0, "a pin is released once"
             version.num_pins -= 1
+            if version.num_pins == 0 and version not in self._versions:
+                version.file.close()  # the folder was closed meanwhile
             if version.num_pins or version is self._current or version not in self._versions:
                 return
             if version.file.num_links() == 1:
@@ -344,7 +346,8 @@ class TierFile:
             transfer.settle()
         with self._pins:
             for version in self._versions:
-                version.file.close()
+                if version.num_pins == 0:  # else a thread may be reading it
+                    version.file.close()
             self._versions.clear()
 
 
