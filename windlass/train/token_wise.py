@@ -99,10 +99,10 @@ class _Replay:
     def record(self, run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """What `run` makes of `inputs`, each alone in its storage; and what its gradient needs besides them."""
         saved: list[Tensor] = []
-        places = {tensor.untyped_storage().data_ptr(): place for place, tensor in enumerate(inputs)}
+        places = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(inputs)}
 
         def pack(tensor: Tensor) -> Callable[[], Tensor]:
-            input_place = places.get(tensor.untyped_storage().data_ptr())
+            input_place = places.get(tensor.untyped_storage()._cdata)
             if input_place is None:
                 place = len(saved)
                 saved.append(tensor.detach())

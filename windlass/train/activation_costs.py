@@ -1,0 +1,81 @@
+"""What a layer's activations take, and what it costs to compute them again: what `choose_alpha` chooses by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from windlass.offload.alpha import LayerCosts
+from windlass.train.config import ModelConfig
+from windlass.train.model import Block, rope_angles
+
+
+def layer_costs(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    batch_size: int,
+    seq_len: int,
+    device: torch.device,
+    num_micro_batches: int = 1,
+) -> LayerCosts:
+    """Of one layer.
+
+    Bytes are of what autograd saves in a pass over tensors without data, with the kernels that torch chooses for
+    `device`; it must be of a kind that this torch was built for.
+
+    Args:
+        dtype: of the pass.
+        num_micro_batches: whose activations exist at a time: all of a step's where passes are layer-major, else 1.
+    """
+    tokens, hidden = batch_size * seq_len, config.hidden_size
+    always = _saved_bytes(config, dtype, batch_size, seq_len, device, alpha=0.0)
+    everything = _saved_bytes(config, dtype, batch_size, seq_len, device, alpha=1.0)
+    kv_width = config.num_kv_heads * config.head_dim
+    # Multiplications and additions of the products. The last one of a layer, down, has only its input computed again.
+    again = 2.0 * tokens * (2 * hidden * hidden + 2 * hidden * kv_width + 2 * hidden * config.intermediate_size)
+    down = 2.0 * tokens * hidden * config.intermediate_size
+    attention = 2.0 * tokens * seq_len * hidden  # half of the products of all pairs: it is causal
+    input_bytes = tokens * hidden * dtype.itemsize
+    return LayerCosts(
+        input_bytes=num_micro_batches * input_bytes,
+        attention_bytes=num_micro_batches * (always - input_bytes),
+        rest_bytes=num_micro_batches * (everything - always),
+        forward_flops=num_micro_batches * (again + down + attention),
+        rest_flops=num_micro_batches * again,
+    )
+
+
+def _saved_bytes(
+    config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, alpha: float
+) -> int:
+    """Of the storages that autograd saves of a layer, but for its weights and their copies in `dtype`."""
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage._cdata] = storage
+        return tensor.detach()
+
+    with FakeTensorMode(), device:
+        # Weights of the pass's dtype: copies in it are not kept (see `windlass.offload.saved.Cast`).
+        block = _with_default_dtype(dtype, lambda: Block(config))
+        block.alpha = alpha
+        x = torch.empty(batch_size, seq_len, config.hidden_size, dtype=dtype, requires_grad=True)
+        rope = rope_angles(seq_len, config.head_dim, config.rope_theta, device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block(x.view_as(x), rope, None)
+        for constant in (rope, *block.parameters()):
+            saved.pop(constant.untyped_storage()._cdata, None)
+        return sum(storage.nbytes() for storage in saved.values())
+
+
+def _with_default_dtype(dtype: torch.dtype, make: Callable[[], Block]) -> Block:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return make()
+    finally:
+        torch.set_default_dtype(before)
