@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.offloaded import is_pinned
 from support.ranks import run_ranks
 from support.stored import are_sound
 from support.toy import Layout, build, digest, train_steps, whole_weights
@@ -121,11 +122,6 @@ def test_replicas_share_what_there_is_to_save(tmp_path: Path, layout: Layout, nu
     assert len(linked) >= 4, "files are pinned, of all ranks, and none is said twice"
     names = [path.stat().st_ino for path in linked]
     assert len(names) == len(set(names))
-
-
-def is_pinned(chunk: Path) -> bool:
-    with chunk.open("rb") as file:
-        return int.from_bytes(file.read(8), "little") == HEADER_BYTES - 8
 
 
 def fail_on_one_rank(layout: Layout, root: Path) -> tuple[str, list[int]]:

@@ -12,7 +12,7 @@ from torch import nn
 from windlass.checkpoint.manager import Checkpointer
 from windlass.offload.direct_io import Engine
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.tier_file import TierFolder
+from windlass.offload.tier_file import HEADER_BYTES, TierFolder
 from windlass.optim import Apollo, GaLore
 from windlass.parallel.mesh import Mesh
 
@@ -109,6 +109,12 @@ class Offloaded:
     def close(self) -> None:
         if isinstance(self.optimizer, OffloadedOptimizer):
             self.optimizer.close()
+
+
+def is_pinned(chunk: Path) -> bool:
+    """Whether a chunk was a file of the tier: its header is as long as they leave room for."""
+    with chunk.open("rb") as file:
+        return int.from_bytes(file.read(8), "little") == HEADER_BYTES - 8
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
