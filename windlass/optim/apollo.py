@@ -12,7 +12,7 @@ from torch import Tensor
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch, matrix_squares, of_each, row_squares
+from windlass.optim.batch import Batch, matrix_squares, row_squares
 from windlass.optim.config import Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
@@ -166,5 +166,5 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _sums(matrices: Tensor) -> Tensor:
-    """Of the elements of each of [k, rows, columns]: [k]."""
-    return of_each(lambda matrix: matrix.sum((1, 2)), matrices)
+    """Of the elements of each of [k, rows, columns]: [k]. One by one, as threads share a sum that is alone."""
+    return torch.stack([matrix.sum() for matrix in matrices.unbind(0)])

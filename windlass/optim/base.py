@@ -45,6 +45,12 @@ class MatrixOptimizer(torch.optim.Optimizer):
     State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
     tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none), and
     must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
+
+    On CPUs a step on some of the parameters gives each the bits that a step on all at once gives it, whatever its size,
+    the other parameters and the places of tensors in memory, with the same number of threads. Parameters may so be
+    updated a few at a time, in any order. Over three or more ranks that holds but for the last bit of what an
+    all-reduce adds up (APOLLO, Natural GaLore, SGD-SaI's first step), as its order of adding depends on the place in
+    the buffer. On GPUs it is not promised.
     """
 
     matrix_keys: Mapping[str, Any] = {}

@@ -30,7 +30,7 @@ class Cosmos(WholeMatrixOptimizer):
     State of an (a, b) matrix, with r = min(rank, a, b): `momentum_buffer` (a, b), cut as the matrix is; `exp_avg_sq`
     (a, r), `basis` (b, r) and `covariance` (r, r), cut along dim 0; and `step`. All float32. Cut over N ranks, a step
     sends (3 a b + 2 (a r + b r + r^2)) (N-1)/N elements of a matrix, to its owner and back, in float32. Its owner
-    computes what one rank would; how matrices lie in memory may change the last bit.
+    computes what one rank would, on CPUs to the bit.
 
     Args:
         params: parameters or param groups, plain tensors or DTensors cut along one dim.
