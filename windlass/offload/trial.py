@@ -28,7 +28,8 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         return [empty_state(parameter) for parameter in parameters]
     gradients = {parameter: parameter.grad for parameter in _all_parameters(optimizer)}
     weights = [local_tensor(parameter).clone() for parameter in parameters]
-    settings = [copy.deepcopy(_settings(group)) for group in optimizer.param_groups]
+    given = [_settings(group) for group in optimizer.param_groups]
+    settings = copy.deepcopy(given)
     rng_state = torch.get_rng_state()
     device_rng_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
@@ -48,8 +49,8 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
             parameter.grad = gradient
         for parameter, weight in zip(parameters, weights, strict=True):
             local_tensor(parameter).copy_(weight)
-        for group, before in zip(optimizer.param_groups, settings, strict=True):
-            group.update(before)
+        for group, values, before in zip(optimizer.param_groups, given, settings, strict=True):
+            _put_back(group, values, before)
         torch.set_rng_state(rng_state)
         if device_rng_state is not None:
             torch.cuda.set_rng_state(device_rng_state)
@@ -61,6 +62,14 @@ def _all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _put_back(group: dict[str, Any], given: dict[str, Any], before: dict[str, Any]) -> None:
+    """Gives a group the settings that it had: the tensors among them themselves, as others may hold them too."""
+    for key in _settings(group).keys() - given.keys():
+        del group[key]
+    for key, value in given.items():
+        group[key] = value.copy_(before[key]) if isinstance(value, Tensor) else before[key]
 
 
 def _check_settings(optimizer: torch.optim.Optimizer, before: list[dict[str, Any]]) -> None:
