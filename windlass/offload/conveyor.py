@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,22 +85,28 @@ class Conveyor:
         self.stall_s += time.perf_counter() - begin
         return held.copy
 
-    def blank(self, load: Load) -> Tensor:
-        """Memory on the device to make the next bytes of `load` in, whatever is there; for `take_back`.
+    def blank(self, loads: Sequence[Load]) -> list[Tensor]:
+        """Memory on the device to make the next bytes of each of `loads` in, whatever is there; for `take_back`.
 
         Raises:
             OffloadError: an earlier write failed.
         """
         begin = time.perf_counter()
-        assert load not in self._held, "what is brought is changed where it is"
-        while not self._fetch(load, reads=False):
-            self._make_room(load)
-        held = self._held[load]
-        host = load.home if held.buffer is None else held.buffer.data
-        assert isinstance(host, Tensor)
-        held.copy, held.is_used = self._staging.blank_like(host), True
+        assert not any(load in self._held for load in loads), "what is brought is changed where it is"
+        while (blocked := next((load for load in loads if not self._fetch(load, reads=False)), None)) is not None:
+            for load in loads:  # where they are they may cut the room in two
+                if load in self._held:
+                    self.drop(load)
+            self._make_room(blocked)
+        found = []
+        for load in loads:
+            held = self._held[load]
+            host = load.home if held.buffer is None else held.buffer.data
+            assert isinstance(host, Tensor)
+            held.copy, held.is_used = self._staging.blank_like(host), True
+            found.append(held.copy)
         self.stall_s += time.perf_counter() - begin
-        return held.copy
+        return found
 
     def look_ahead(self, loads: Iterable[Load]) -> None:
         """Begins to bring `loads`, the first first, as far as there is room."""
@@ -132,6 +138,8 @@ class Conveyor:
         held = self._held.pop(load)
         if held.reading is not None:
             held.reading.settle()
+        if held.arrived is not None:
+            held.arrived.synchronize()  # the device may still be copying from the buffer
         if held.buffer is not None:
             held.buffer.release()
 

@@ -182,8 +182,10 @@ class Weights:
     def _write(self, group: _Group) -> None:
         """Sends home what is in memory, which must be whole."""
         assert group.is_whole
-        passing = self._conveyor.blank(group.passing).view(torch.bfloat16 if self.in_halves else torch.float32)
-        rest = None if group.rest is None else self._conveyor.blank(group.rest).view(torch.int16)
+        loads = [group.passing] if group.rest is None else [group.passing, group.rest]
+        blanks = self._conveyor.blank(loads)
+        passing = blanks[0].view(torch.bfloat16 if self.in_halves else torch.float32)
+        rest = None if group.rest is None else blanks[1].view(torch.int16)
         group.lowered, begin = [], 0
         for parameter in group.parameters:
             local = local_tensor(parameter)
@@ -193,9 +195,8 @@ class Weights:
             else:
                 group.lowered.append(split(local, passing[part], rest[part]))
             begin += local.numel()
-        self._conveyor.take_back(group.passing)
-        if group.rest is not None:
-            self._conveyor.take_back(group.rest)
+        for load in loads:
+            self._conveyor.take_back(load)
 
 
 def most_bytes(runs: Iterable[Sequence[Tensor]]) -> int:
