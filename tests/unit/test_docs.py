@@ -36,7 +36,7 @@ def test_a_script_runs_as_its_first_line_says(script: str, tmp_path: Path) -> No
 
 
 def test_the_page_has_its_examples() -> None:
-    assert (len(EXAMPLES), len(SCRIPTS)) == (7, 1)
+    assert (len(EXAMPLES), len(SCRIPTS)) == (8, 1)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
