@@ -41,7 +41,7 @@ def written(folder: TierFolder, count: int) -> list[Load]:
     loads = [Load(folder.create(SIZE)) for _ in range(count)]
     conveyor, _ = conveyor_of(count)
     for number, load in enumerate(loads, start=1):
-        conveyor.blank(load).fill_(number)
+        conveyor.blank([load])[0].fill_(number)
         conveyor.take_back(load)
     conveyor.drain()
     return loads
@@ -144,12 +144,31 @@ def test_a_blank_is_not_read(folder: TierFolder) -> None:
     (load,) = written(folder, 1)
     conveyor, _ = conveyor_of(1)
     for value in (7, 8):
-        conveyor.blank(load).fill_(value)  # the second waits until the first is home
+        conveyor.blank([load])[0].fill_(value)  # the second waits until the first is home
         conveyor.take_back(load)
     assert reads(folder) == 0
     assert holds(conveyor.bring(load), 8)
     with pytest.raises(AssertionError, match="what is brought is changed where it is"):
-        conveyor.blank(load)
+        conveyor.blank([load])
+
+
+def test_blanks_that_are_asked_for_together_find_room_together(folder: TierFolder) -> None:
+    """What was brought ahead leaves a gap for the first, which would cut the room for the second in two."""
+    early, gap, late = (Load(folder.create(size * PAGE_BYTES)) for size in (1, 3, 2))
+    conveyor = Conveyor(Arena(6 * PAGE_BYTES), Staging(CPU))
+    for load in (early, gap, late):
+        conveyor.blank([load])
+        conveyor.take_back(load)
+    conveyor.drain()
+    conveyor.look_ahead([early, gap, late])
+    conveyor.bring(gap)
+    conveyor.drop(gap)
+    halves = [Load(folder.create(SIZE)) for _ in range(2)]
+    for number, data in enumerate(conveyor.blank(halves)):
+        data.fill_(number)
+    for load in halves:
+        conveyor.take_back(load)
+    assert [holds(conveyor.bring(load), number) for number, load in enumerate(halves)] == [True, True]
 
 
 def test_memory_of_the_host_is_used_where_it_is() -> None:
@@ -163,7 +182,7 @@ def test_memory_of_the_host_is_used_where_it_is() -> None:
         assert data.data_ptr() == home.data_ptr()
         data.add_(1)
         conveyor.take_back(load)
-        conveyor.blank(load).add_(1)
+        conveyor.blank([load])[0].add_(1)
         conveyor.take_back(load)
     assert arena.free_bytes == SIZE and [int(home[-1]) for home in homes] == [2, 3, 4]
 
@@ -181,7 +200,7 @@ def test_any_use_gives_the_bytes_that_were_taken_back_last(seed: int, folder: Ti
 
     def begin(load: Load) -> None:
         if draw.random() < 0.3 or (load.home is not in_memory and not load.home.has_data):  # type: ignore[union-attr]
-            used[load] = conveyor.blank(load) if load not in conveyor._held else conveyor.bring(load)
+            used[load] = conveyor.blank([load])[0] if load not in conveyor._held else conveyor.bring(load)
             expected[load] = draw.randrange(256)
             used[load].fill_(expected[load])
         else:
@@ -223,7 +242,7 @@ def test_a_write_that_fails_is_told_to_whoever_comes_next(meets_it: str, folder:
     actions = {
         "drain": conveyor.drain,
         "bring": lambda: conveyor.bring(loads[1]),  # it needs the room
-        "blank": lambda: conveyor.blank(loads[0]),
+        "blank": lambda: conveyor.blank(loads[:1]),
         "look_ahead": lambda: conveyor.look_ahead([]),
     }
     with pytest.raises(OffloadError, match="cannot write 12288 bytes at 65536: File too large"):
