@@ -75,13 +75,14 @@ def _report(options: argparse.Namespace) -> int:
 def _add_doctor(verbs: argparse._SubParsersAction) -> None:
     doctor = verbs.add_parser("doctor", help="check this machine: torch, backends, memory, disk")
     doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.add_argument("--measure", action="store_true", help="measure again how fast this machine is, for plans")
     doctor.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace) -> int:
     from windlass.train.doctor import diagnose, render
 
-    checks = diagnose()
+    checks = diagnose(measure=options.measure)
     print(render(checks, as_json=options.json))
     return EXIT_FAILURE if any(check.status == "fail" for check in checks) else EXIT_DONE
 

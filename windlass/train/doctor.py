@@ -28,6 +28,8 @@ from windlass.checkpoint.codec.erasure import Codec
 from windlass.errors import EXIT_DONE, EXIT_FAILURE
 from windlass.train.console import size
 from windlass.train.flops import measured_matmul_flops
+from windlass.train.machine import Machine, load_machine, machine_key, save_machine, ssd_key
+from windlass.train.speed import measure_speed
 
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
@@ -60,11 +62,12 @@ class Check:
     fix: str | None = None
 
 
-def diagnose(folder: Path | None = None) -> list[Check]:
+def diagnose(folder: Path | None = None, measure: bool = False) -> list[Check]:
     """Look the machine over, in well under 8 s. What cannot even be looked at is a `fail`.
 
     Args:
-        folder: whose disk is tried, with up to 64 MiB in a file that is removed again; None is the current folder.
+        folder: whose disk is tried, with up to 256 MiB in a file that is removed again; None is the current folder.
+        measure: measure again what plans know of this machine's speed; else only what has never been measured.
     """
     folder = folder or Path.cwd()
     checks: list[tuple[str, Callable[[], Check]]] = [
@@ -79,6 +82,7 @@ def diagnose(folder: Path | None = None) -> list[Check]:
         ("disk write", lambda: _disk_write(folder)),
         ("direct I/O", lambda: _direct_io(folder)),
         ("matmul", _matmul),
+        ("speed", lambda: _speed(folder, measure)),
         ("erasure codec", _erasure_codec),
         ("limits", _limits),
         ("packages", _packages),
@@ -316,6 +320,21 @@ def _matmul() -> Check:
         fix = "train with train.dtype=float32: bfloat16 is slower here"
         return Check("matmul", Status.warn, detail, fix)
     return Check("matmul", Status.passed, detail)
+
+
+def _speed(folder: Path, measure: bool) -> Check:
+    """What `windlass plan` reckons with."""
+    machine = Machine(machine_key()) if measure else load_machine()
+    measure_speed(machine, folder)
+    save_machine(machine)
+    ssd = machine.ssd[ssd_key(folder)]
+    assert machine.memcpy_bytes_per_s is not None
+    detail = f"SSD here {size(ssd['read_bytes_per_s'])}/s read, {size(ssd['write_bytes_per_s'])}/s written"
+    detail += f"{'' if ssd['is_direct'] else ' through the page cache'}, memory {size(machine.memcpy_bytes_per_s)}/s"
+    if machine.host_to_device_bytes_per_s is not None:
+        detail += f", to the GPU {size(machine.host_to_device_bytes_per_s)}/s"
+        detail += f" and back {size(machine.device_to_host_bytes_per_s)}/s"
+    return Check("speed", Status.passed, f"{detail} (kept for plans; --measure measures again)")
 
 
 def _erasure_codec() -> Check:

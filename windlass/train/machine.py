@@ -26,9 +26,9 @@ class Machine:
 
     key: str
     process_bytes: dict[str, int] = field(default_factory=dict)
-    """By number of ranks ("1" or "many"): host memory of a rank in training that is not for its tensors."""
-    process_end_bytes: int = 0
-    """The same, at the end, when the report is drawn."""
+    """By `process_kind`: host memory of a rank in training that is not for its tensors."""
+    process_end_bytes: dict[str, int] = field(default_factory=dict)
+    """The same at the end, when the report is drawn; of a run of one rank."""
     op_overhead_s: float | None = None
     """What a call of an operator costs besides its kernel: Python, autograd, the dispatcher."""
     op_s: dict[str, float] = field(default_factory=dict)
@@ -64,12 +64,23 @@ def cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def process_kind(num_ranks: int, dtype: str) -> str:
+    """What a process's own memory depends on: whether it talks to others, and whose kernels it runs."""
+    return f"{'one rank' if num_ranks == 1 else 'several ranks'}, {dtype}"
+
+
 def ssd_key(folder: Path) -> str:
-    """The device that `folder`, or the nearest folder above that is there, lies on."""
+    """The device that `folder` lies on."""
+    number = existing_folder(folder).stat().st_dev
+    return f"{os.major(number)}:{os.minor(number)}"
+
+
+def existing_folder(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that is there."""
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    number = folder.stat().st_dev
-    return f"{os.major(number)}:{os.minor(number)}"
+    return folder
 
 
 def load_machine() -> Machine:

@@ -20,7 +20,7 @@ from windlass.train.console import size
 from windlass.train.data.manifest import Manifest
 from windlass.train.data.prepare import prepared_folder
 from windlass.train.data.tokenizer import load_tokenizer
-from windlass.train.machine import Machine
+from windlass.train.machine import Machine, process_kind
 from windlass.train.mock_step import LOW_WATER_FRACTION, host_memory
 from windlass.train.plan_memory import SMALL_OBJECTS, live_peak, replay
 from windlass.train.plan_time import Range, StepTime, step_time
@@ -103,19 +103,24 @@ def forecast(config: Config, num_ranks: int, machine: Machine) -> Plan:
         ConfigError: the configuration cannot run.
     """
     trace = trace_step(config, num_ranks)
-    return judge(config, num_ranks, trace, memory_of(trace, num_ranks, machine), machine)
+    kind = process_kind(num_ranks, config.train.dtype)
+    memory = memory_of(trace, machine.process_bytes[kind], machine.process_end_bytes.get(kind, 0))
+    return judge(config, num_ranks, trace, memory, machine)
 
 
-def memory_of(trace: Trace, num_ranks: int, machine: Machine) -> Memory:
-    """What a rank holds that does what `trace` says."""
+def memory_of(trace: Trace, process: int, process_at_end: int = 0) -> Memory:
+    """What a rank holds that does what `trace` says.
+
+    Args:
+        process: bytes of the process without tensors, and `process_at_end` while the report is drawn.
+    """
     live, heap = live_peak(trace.memory), replay(trace.memory)
-    process = machine.process_bytes["1" if num_ranks == 1 else "many"]
-    at_end = heap.held_bytes + machine.process_end_bytes
-    expected = max(heap.high_water_bytes + process, at_end)
+    persistent = trace.weights_bytes + trace.optimizer_bytes
+    # The report is drawn in memory that steps have left free.
+    expected = max(heap.high_water_bytes + process, persistent + process_at_end)
     tight = replay(trace.memory, small_objects=0).high_water_bytes
     loose = replay(trace.memory, MANY_SMALL_OBJECTS).high_water_bytes
     spread = PROCESS_SPREAD * process
-    persistent = trace.weights_bytes + trace.optimizer_bytes
     return Memory(
         weights=trace.weights_bytes,
         gradients=trace.gradient_bytes,

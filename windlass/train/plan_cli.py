@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from windlass.errors import EXIT_DONE, require
@@ -13,6 +14,7 @@ from windlass.errors import EXIT_DONE, require
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
     from windlass.train.plan import Plan
+    from windlass.train.plan_fixes import Fix
 
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
@@ -29,17 +31,23 @@ def add_parser(verbs: SubParsers) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """Prints the plan of `config`."""
-    from windlass.train.machine import load_machine, save_machine
+    from windlass.train.machine import existing_folder, load_machine, save_machine
     from windlass.train.plan import forecast, resolve_vocabulary
+    from windlass.train.plan_fixes import cheapest_fix
     from windlass.train.plan_measure import measure_machine
 
     resolve_vocabulary(config)
     num_ranks = _num_ranks(options, config)
     machine = load_machine()
-    measure_machine(machine, num_ranks)
+    measure_machine(machine, num_ranks, config.train.dtype, existing_folder(Path(config.run_dir)))
     plan = forecast(config, num_ranks, machine)
+    fix = None if plan.fits else cheapest_fix(config, num_ranks, machine)
     save_machine(machine)
-    sys.stdout.write((json.dumps(asdict(plan), indent=2) if options.json else render(plan)) + "\n")
+    if options.json:
+        document = asdict(plan) | {"is_close": plan.is_close, "fix": None if fix is None else asdict(fix)}
+        sys.stdout.write(json.dumps(document, indent=2) + "\n")
+    else:
+        sys.stdout.write(render(plan, fix) + "\n")
     return EXIT_DONE
 
 
@@ -50,8 +58,12 @@ def _num_ranks(options: argparse.Namespace, config: Config) -> int:
     return config.launch.nproc_per_node or 1
 
 
-def render(plan: Plan) -> str:
-    """The plan as text."""
+def render(plan: Plan, fix: Fix | None) -> str:
+    """The plan as text.
+
+    Args:
+        fix: what makes it fit, where it does not.
+    """
     from windlass.train.console import size
 
     memory, time = plan.memory, plan.time
@@ -82,4 +94,11 @@ def render(plan: Plan) -> str:
         "",
         *plan.reasons,
     ]
+    if fix is not None:
+        lines.append(f"cheapest way to make it fit: {' '.join(fix.overrides)}")
+        lines.append(f"  with that {size(fix.peak_bytes)} a rank and {fix.step_s:.3f} s a step")
+        if not fix.keeps_result:
+            lines.append("  this changes what training comes to: nothing that keeps it fits")
+    elif not plan.fits:
+        lines.append("nothing that windlass could change makes it fit: choose a smaller model, or a larger machine")
     return "\n".join(lines)

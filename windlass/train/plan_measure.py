@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.errors import DoesNotFit
-from windlass.train.config import ModelConfig
-from windlass.train.machine import Machine, save_machine
+from windlass.train.config import DType, ModelConfig
+from windlass.train.machine import Machine, process_kind, save_machine
 from windlass.train.metrics import METRICS_FILE
 from windlass.train.model import Llama
+from windlass.train.speed import measure_speed
 
 _NOTHING = ("model=tiny", "model.vocab_size=320", "model.hidden_size=16", "model.num_layers=1", "model.num_heads=2")
 """A model that takes no memory to speak of, so that all that its process holds is the process's own."""
@@ -30,32 +31,42 @@ _GLOO_TIMEOUT = timedelta(seconds=30)
 _OVERHEAD_STEPS = 20
 
 
-def measure_machine(machine: Machine, num_ranks: int) -> None:
-    """Adds what is missing for plans of `num_ranks` ranks to `machine`, and keeps it.
+def measure_machine(machine: Machine, num_ranks: int, dtype: DType, folder: Path) -> None:
+    """Adds what is missing for plans of `num_ranks` ranks that compute in `dtype` to `machine`, and keeps it.
+
+    Args:
+        folder: whose disk is measured.
 
     Raises:
-        DoesNotFit: not even a model of no size trains here.
+        DoesNotFit: not even a model of no size trains here. OffloadError: the folder cannot be written to.
     """
-    kind = "1" if num_ranks == 1 else "many"
+    kind = process_kind(num_ranks, dtype)
     if kind not in machine.process_bytes:
-        machine.process_bytes[kind], end_bytes = _process_bytes(num_ranks=1 if num_ranks == 1 else 2)
+        machine.process_bytes[kind], end_bytes = _process_bytes(min(2, num_ranks), dtype)
         if num_ranks == 1:
-            machine.process_end_bytes = end_bytes
+            machine.process_end_bytes[kind] = end_bytes
     if machine.op_overhead_s is None:
         machine.op_overhead_s = _op_overhead_s()
     if machine.gloo_bytes_per_s is None:
         machine.gloo_bytes_per_s = _gloo_bytes_per_s()
+    measure_speed(machine, folder)
     save_machine(machine)
 
 
-def _process_bytes(num_ranks: int) -> tuple[int, int]:
+def _process_bytes(num_ranks: int, dtype: DType) -> tuple[int, int]:
     """Resident memory of a rank while it trains, and at most, of a run that is made for this."""
     with tempfile.TemporaryDirectory(prefix="windlass-plan-") as folder:
         text = Path(folder) / "text.jsonl"
         text.write_text((json.dumps({"text": "The anchor holds. " * 64}) + "\n") * 64)
         command = [sys.executable, "-m", "windlass.cli", "train", *_NOTHING, "data=text", f"data.path={text}"]
         command += [f"data.cache_dir={folder}/cache", f"run_dir={folder}/run", "checkpoint=none"]
-        command += ["train.steps=4", "train.log_every=1", "train.batch_size=1", "train.seq_len=16"]
+        command += [
+            f"train.dtype={dtype}",
+            "train.steps=4",
+            "train.log_every=1",
+            "train.batch_size=1",
+            "train.seq_len=16",
+        ]
         command += ["train.eval_every=0", "train.eval_samples=1", "metrics.console=plain", "metrics.peak_flops=1e12"]
         if num_ranks > 1:
             command += ["launch=torchrun", f"launch.nproc_per_node={num_ranks}", "parallel=zero3"]

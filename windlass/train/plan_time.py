@@ -80,19 +80,12 @@ def _call_s(op: Op, machine: Machine, threads: int) -> float:
         return 0.0  # whoever writes to it first pays for its pages
     makes_much = op.num_bytes > MAX_REPLAY_BYTES and not _bytes((op.args, op.kwargs))
     if not op.can_replay or makes_much:
-        return op.num_bytes / memcpy_rate(machine)
+        assert machine.memcpy_bytes_per_s is not None
+        return op.num_bytes / machine.memcpy_bytes_per_s
     kept = f"{threads} {op.key}"
     if kept not in machine.op_s:
         machine.op_s[kept] = measure(op)
     return machine.op_s[kept]
-
-
-def memcpy_rate(machine: Machine) -> float:
-    """Bytes a second, read and written ones together, of copies into fresh memory."""
-    if machine.memcpy_bytes_per_s is None:
-        source = torch.ones(MAX_REPLAY_BYTES // 2, dtype=torch.uint8)
-        machine.memcpy_bytes_per_s = 2 * source.nbytes / _best_s(source.clone)
-    return machine.memcpy_bytes_per_s
 
 
 def measure(op: Op) -> float:

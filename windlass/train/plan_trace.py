@@ -33,7 +33,7 @@ from windlass.parallel.random import CHUNK_ELEMENTS
 from windlass.parallel.zero import Sharder
 from windlass.train.config import ActivationCheckpoint, Borders
 from windlass.train.data.loader import Batch
-from windlass.train.loss import forward_loss_sum
+from windlass.train.layer_major import forward_loss_sums
 from windlass.train.model import Llama, count_parameters
 
 if TYPE_CHECKING:
@@ -44,10 +44,12 @@ _NAMESPACES_WITHOUT_WORK = frozenset({"prim", "profiler"})
 
 MAX_MICRO_STEPS = 3
 """The first makes gradients, those between add to them, the last may reduce them: more are like the second."""
-NORMALS_BYTES = 4
-"""What an element of a chunk takes while first weights are drawn: the largest piece of `fill_normal_`."""
-NUM_STEPS = 2
-"""The first makes the optimizer's state, the second finds it there."""
+START_BYTES = 32 << 20
+"""The largest piece that a process gives back before there is a model, at least: libraries and data are read."""
+NORMALS_BYTES, NUM_NORMALS_PIECES = 4, 6
+"""What an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
+NUM_STEPS = 3
+"""The first makes the optimizer's state, the second finds it there, the third finds memory as the second left it."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,11 @@ class Trace:
     """Calls a step, by `Op.key`."""
     op_of: dict[str, Op] = field(default_factory=dict)
     memory: list[MemoryEvent] = field(default_factory=list)
-    """From the weights to the end of the second step."""
+    """From the start to the end of the last step."""
 
 
 def trace_step(config: Config, num_ranks: int) -> Trace:
-    """Traces two steps of rank 0 of `num_ranks`, on tensors of a CPU.
+    """Traces the first steps of rank 0 of `num_ranks`, on tensors of a CPU.
 
     Args:
         config: with a `model.vocab_size`.
@@ -141,10 +143,13 @@ def _trace(config: Config, mesh: Mesh) -> Trace:
     optimizer = config.optim.build(model)
     in_backward = config.optim.build_in_backward(optimizer, train.max_norm, mesh.shard_group)
     recorder = Recorder(trace)
-    for parameter in model.parameters():
-        recorder.take(local_tensor(parameter))
-        trace.weights_bytes += local_tensor(parameter).nbytes
-    recorder.pass_by(NORMALS_BYTES * min(CHUNK_ELEMENTS, max(tensor.numel() for tensor in model.parameters())))
+    recorder.pass_by(START_BYTES)
+    weights = [local_tensor(parameter) for parameter in model.parameters()]
+    for weight in weights:
+        recorder.take(weight)
+        trace.weights_bytes += weight.nbytes
+    for weight in weights:
+        recorder.pass_by(*(NORMALS_BYTES * min(CHUNK_ELEMENTS, weight.numel()) for _ in range(NUM_NORMALS_PIECES)))
     with recorder:
         if train.mock_step:
             _step(config, mesh, model, sharder, optimizer, in_backward, batch, recorder)
@@ -177,9 +182,9 @@ def _step(
             in_backward.begin_micro_step(is_last)
         stands_for = config.train.grad_accum_steps - num_micro_steps + 1 if 0 < i < num_micro_steps - 1 else 1
         with recorder.repeated(stands_for):
-            loss_sum = forward_loss_sum(model, batch, config.data.borders == Borders.attention)
-            (loss_sum / batch.labels.numel()).backward()
-        del loss_sum
+            loss_sums = forward_loss_sums(model, [batch], config.data.borders == Borders.attention)
+            torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
+        del loss_sums
     recorder.trace.gradient_bytes = sum(
         local_tensor(parameter.grad).nbytes for parameter in model.parameters() if parameter.grad is not None
     )
@@ -251,11 +256,13 @@ class Recorder(TorchDispatchMode):
         """Counts the memory of `tensor`, unless another one has it already."""
         self._take_storage(tensor.untyped_storage())
 
-    def pass_by(self, num_bytes: int) -> None:
-        """Counts memory that is taken and given back at once."""
+    def pass_by(self, *pieces: int) -> None:
+        """Counts pieces of memory, in bytes, that are taken and then all given back."""
+        blocks = range(self._num_blocks, self._num_blocks + len(pieces))
         for is_free in (False, True):
-            self.trace.memory.append(MemoryEvent(self._num_blocks, num_bytes, is_free))
-        self._num_blocks += 1
+            for block, num_bytes in zip(blocks, pieces, strict=True):
+                self.trace.memory.append(MemoryEvent(block, num_bytes, is_free))
+        self._num_blocks += len(pieces)
 
     def _take_storage(self, storage: torch.UntypedStorage) -> None:
         identity, num_bytes = id(storage), storage.nbytes()

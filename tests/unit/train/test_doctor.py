@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from windlass.train import doctor
+from windlass.train import doctor, speed
 from windlass.train.doctor import (
     Check,
     Status,
@@ -26,17 +26,31 @@ from windlass.train.doctor import (
     exit_status,
     render,
 )
+from windlass.train.machine import Machine, ssd_key
 
 Usage = namedtuple("Usage", "total used free")
+
+
+def _made_up(machine: Machine, folder: Path) -> None:
+    machine.memcpy_bytes_per_s = 1e9
+    machine.ssd[ssd_key(folder)] = {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9, "is_direct": True}
 
 
 def only(name: str, folder: Path) -> Check:
     return next(check for check in diagnose(folder) if check.name == name)
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements of tests are not for plans."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(speed, "SSD_BYTES", 32 << 20)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out what takes long and is not asked about."""
+    monkeypatch.setattr(doctor, "measure_speed", _made_up)
     monkeypatch.setattr(doctor, "_WRITE_BYTES", 1 << 20)
     monkeypatch.setattr(doctor, "_WRITE_CHUNK_BYTES", 1 << 20)
     monkeypatch.setattr(doctor, "measured_matmul_flops", lambda device, dtype: 1e9)
@@ -47,7 +61,7 @@ def test_this_machine_is_looked_over_in_time_and_left_as_it_was(tmp_path: Path) 
     checks = diagnose(tmp_path)
     assert time.perf_counter() - begin < 8.0
     names = [check.name for check in checks]
-    assert len(set(names)) == len(names) == 14
+    assert len(set(names)) == len(names) == 15
     by_name = {check.name: check for check in checks}
     for name in ("python", "torch", "gloo", "disk write"):
         assert by_name[name].status is not Status.fail, by_name[name].detail
