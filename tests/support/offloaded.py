@@ -92,6 +92,8 @@ class Offloaded:
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
+            if isinstance(self.optimizer, OffloadedOptimizer):
+                self.optimizer.update(self.model.parameters())  # as a forward pass does
             self.model(torch.randn(8, WIDTH)).square().mean().backward()
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -101,10 +103,11 @@ class Offloaded:
 
     def bits(self) -> dict[str, Any]:
         """All that training mutates, but the generators."""
+        optimizer = self.optimizer.state_dict()  # makes updates that were put off
         state: dict[str, Any] = {f"model.{name}": value.clone() for name, value in self.model.state_dict().items()}
-        for index, entries in self.optimizer.state_dict()["state"].items():
+        for index, entries in optimizer["state"].items():
             state |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}
-        return {**state, "groups": self.optimizer.state_dict()["param_groups"]}
+        return {**state, "groups": optimizer["param_groups"]}
 
     def close(self) -> None:
         if isinstance(self.optimizer, OffloadedOptimizer):

@@ -1,7 +1,8 @@
 """Checkpoints of state on a disk: its files are pinned as they are, and read, named and committed behind the training.
 
 Nothing of them is copied where they can be linked: the next step writes to other files. What has to be read is read for
-its SHA-256, which is a chunk's name and says later that its bytes are those that were written.
+its SHA-256, which is a chunk's name and says later that its bytes are those that were written. Where a step's updates
+are put off until the next forward pass, so are the pins: until just before the step after it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,11 +41,14 @@ class _Save:
     generation: int
     keep: int
     objects: dict[str, Any]
+    copies: dict[str, torch.Tensor]
+    """By name, of what not only the optimizer's step changes."""
     began: float
-    pins: list[tuple[Pin, tuple[Entry, ...]]]
-    behind: list[PieceGroup]
+    is_put_off: bool
+    pins: list[tuple[Pin, tuple[Entry, ...]]] = field(default_factory=list)
+    behind: list[PieceGroup] = field(default_factory=list)
     """What is in memory, and is written behind the training."""
-    written: list[WrittenChunk]
+    written: list[WrittenChunk] = field(default_factory=list)
 
 
 class SavesBehind:
@@ -53,7 +57,7 @@ class SavesBehind:
     Args:
         is_lazy: also what is in memory is written behind the training, `wait_staged` must be called before weights
             change, a snapshot is skipped while the one before is under way, and a failure is told and ends nothing.
-            Else what is in memory is written before `take` returns, and a failure is raised by the next call.
+            Else what is in memory is written while training waits, and a failure is raised by the next call.
     """
 
     def __init__(self, store: DurableStore, objects: CheckpointedObjects, mesh: Mesh, is_lazy: bool) -> None:
@@ -62,11 +66,14 @@ class SavesBehind:
         """The newest that was committed here."""
         self._mesh_behind: Mesh | None = None
         self._thread: threading.Thread | None = None
+        self._put_off: _Save | None = None
         self._under_way: int | None = None
         self._failure: Exception | None = None
         self._staged = threading.Event()
         self._staged.set()
         self._events: list[dict[str, Any]] = []
+        for optimizer in objects.out_of_core:
+            optimizer.before_step.append(self.wait_staged)
 
     def take(self, step: int, generation: int, keep: int) -> bool:
         """Begins a checkpoint of `step`; False where `is_lazy` and the one before is under way.
@@ -78,7 +85,7 @@ class SavesBehind:
             self._events.append({"kind": "snapshot_skipped", "step": step})
             return False
         self.finish()
-        self._begin(step, generation, keep)
+        self._take(step, generation, keep)
         return True
 
     def save(self, step: int, generation: int, keep: int) -> None:
@@ -90,7 +97,7 @@ class SavesBehind:
         is_under_way = self._under_way == step
         self.finish()
         if not (is_under_way and self.committed_step == step):
-            self._begin(step, generation, keep)
+            self._take(step, generation, keep)
             self._join()
             self._raise_failure()
 
@@ -106,7 +113,8 @@ class SavesBehind:
         self._raise_failure()
 
     def wait_staged(self) -> None:
-        """Returns when weights may change. Not collective."""
+        """Returns when weights may change."""
+        self._begin_put_off()
         self._staged.wait()
 
     def poll(self) -> list[dict[str, Any]]:
@@ -116,13 +124,23 @@ class SavesBehind:
 
     @property
     def is_busy(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        return self._put_off is not None or (self._thread is not None and self._thread.is_alive())
 
     def forget(self) -> None:
         """What was committed is not what is in memory any more: another state was restored."""
         self.committed_step = None
 
+    def close(self) -> None:
+        """As `finish`, for good."""
+        try:
+            self.finish()
+        finally:
+            for optimizer in self.objects.out_of_core:
+                if self.wait_staged in optimizer.before_step:
+                    optimizer.before_step.remove(self.wait_staged)
+
     def _join(self) -> None:
+        self._begin_put_off()
         if self._thread is not None:
             self._thread.join()
         self._thread = self._under_way = None
@@ -132,7 +150,23 @@ class SavesBehind:
         if failure is not None:
             raise failure
 
-    def _begin(self, step: int, generation: int, keep: int) -> None:
+    def _take(self, step: int, generation: int, keep: int) -> None:
+        has_pending = [optimizer.has_pending for optimizer in self.objects.out_of_core]
+        is_put_off = any(all_gather_object(any(has_pending), self.mesh.group))
+        objects, copies = self.objects.json_state(), self.objects.that_anything_changes()
+        save = _Save(step, generation, keep, objects, copies, time.perf_counter(), is_put_off)
+        self._under_way = step
+        if is_put_off:
+            self._put_off = save
+        else:
+            self._begin(save)
+
+    def _begin_put_off(self) -> None:
+        save, self._put_off = self._put_off, None
+        if save is not None:
+            self._begin(save)
+
+    def _begin(self, save: _Save) -> None:
         if self._mesh_behind is None:
             # Training's collectives and these must not meet in one group.
             self._mesh_behind = self.mesh
@@ -140,16 +174,18 @@ class SavesBehind:
                 group = dist.new_group(backend="gloo")
                 assert isinstance(group, dist.ProcessGroup), "every rank is in it"
                 self._mesh_behind = replace(self.mesh, group=group)
-        began = time.perf_counter()
         self.objects.settle()
-        save = _Save(step, generation, keep, self.objects.json_state(), began, [], [], [])
+        self.objects.refresh_numbers(save.objects)
         try:
             self.mesh.agree(lambda: self._prepare(save))
-        except BaseException:
+        except BaseException as error:
             _release(save)
-            raise
-        self._under_way = step
-        if save.behind:
+            self._under_way = None
+            if not (self.is_lazy and isinstance(error, Exception)):
+                raise
+            self._fail(save, error)
+            return
+        if save.behind and not save.is_put_off:
             self._staged.clear()
         # A program that ends waits for it, so that no checkpoint is lost that was begun.
         self._thread = threading.Thread(target=self._run, args=(save,), name="windlass-checkpoint")
@@ -157,15 +193,17 @@ class SavesBehind:
 
     def _prepare(self, save: _Save) -> None:
         """Pins what can be, and writes, or leaves for later, the rest."""
-        groups = list(self.objects.groups())
+        groups = [_with_copies(group, save.copies) for group in self.objects.groups()]
         _check_space([group.in_file.file for group in groups if group.in_file is not None])
         rest = [group for group in groups if not _pin(group, save)]
         in_memory = [group for group in rest if group.load is None]
         now = [group for group in rest if group.load is not None]
-        if self.is_lazy:
-            save.behind = [_copied_where_it_changes(group) for group in in_memory]
-        else:
+        if not self.is_lazy:
             now = in_memory + now
+        elif save.is_put_off:  # the step comes at once
+            save.behind = [_copied(group) for group in in_memory]
+        else:
+            save.behind = in_memory
         save.written = put_groups(self.store, now)
 
     def _run(self, save: _Save) -> None:
@@ -182,12 +220,15 @@ class SavesBehind:
             if mesh.rank == 0:
                 with contextlib.suppress(RunFolderError):  # the first error says more
                     self.store.remove_leftovers()
-            logger.warning("the checkpoint of step %d failed: %s", save.step, error)
-            self._events.append({"kind": "persist_failed", "step": save.step, "reason": str(error)})
-            self._failure = error
+            self._fail(save, error)
         finally:
             self._staged.set()
             _release(save)
+
+    def _fail(self, save: _Save, error: Exception) -> None:
+        logger.warning("the checkpoint of step %d failed: %s", save.step, error)
+        self._events.append({"kind": "persist_failed", "step": save.step, "reason": str(error)})
+        self._failure = error
 
     def _put(self, save: _Save) -> list[WrittenChunk]:
         if self.mesh.device.type == "cuda":
@@ -240,14 +281,15 @@ def _check_space(files: Sequence[PinnableFile]) -> None:
             )
 
 
-def _copied_where_it_changes(group: PieceGroup) -> PieceGroup:
-    """The group, with copies of what not only the optimizer's step changes."""
+def _with_copies(group: PieceGroup, copies: dict[str, torch.Tensor]) -> PieceGroup:
     return replace(
         group,
-        pieces=[
-            piece if piece.owner is not None else replace(piece, tensor=piece.tensor.clone()) for piece in group.pieces
-        ],
+        pieces=[replace(piece, tensor=copies.get(piece.fragment.name, piece.tensor)) for piece in group.pieces],
     )
+
+
+def _copied(group: PieceGroup) -> PieceGroup:
+    return replace(group, pieces=[replace(piece, tensor=piece.tensor.clone()) for piece in group.pieces])
 
 
 def _persisted(save: _Save, written: list[WrittenChunk]) -> dict[str, Any]:

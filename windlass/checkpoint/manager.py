@@ -270,7 +270,7 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
         if self.behind is not None:
-            self.behind.finish()
+            self.behind.close()
         if self.snapshots is not None:
             self.snapshots.close()
             self.snapshots = self.agents = None

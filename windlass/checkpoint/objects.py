@@ -116,6 +116,20 @@ class CheckpointedObjects:
         objects |= {name: state.hyperparameters() for name, state in self.optimizers.items()}
         return {**objects, "info": self.info}
 
+    def refresh_numbers(self, objects: dict[str, Any]) -> None:
+        """Has a `json_state` say what updates that it was too early for have changed."""
+        for name, state in self.optimizers.items():
+            objects[name]["numbers"] = state.numbers()
+
+    def that_anything_changes(self) -> dict[str, torch.Tensor]:
+        """Copies, by name, of what not only the optimizer's step changes."""
+        return {
+            piece.fragment.name: piece.tensor.clone()
+            for group in self.groups()
+            for piece in group.pieces
+            if piece.owner is None
+        }
+
     @torch.no_grad()
     def read(self, reader: CheckpointReader) -> None:
         """Restores everything; `check_compatible` must have passed."""

@@ -91,17 +91,21 @@ class OptimizerState:
     def hyperparameters(self) -> dict[str, Any]:
         """The JSON part: the kind of optimizer, its param groups by name, and state that is not tensors."""
         groups = []
-        numbers: dict[str, dict[str, Any]] = {}
         names = iter(self.names)
         for group in self.optimizer.param_groups:
             plain = {key: _plain(value) for key, value in group.items() if key not in ("params", "param_names")}
             groups.append({**plain, "names": [next(names) for _ in group["params"]]})
+        return {"class": type(self.inner).__name__, "param_groups": groups, "numbers": self.numbers()}
+
+    def numbers(self) -> dict[str, dict[str, Any]]:
+        """By the parameter's name, state that is not tensors."""
+        found = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             state = self.optimizer.state.get(parameter, {})
             others = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
             if others:
-                numbers[name] = others
-        return {"class": type(self.inner).__name__, "param_groups": groups, "numbers": numbers}
+                found[name] = others
+        return found
 
     def differences(self, manifest: Manifest) -> list[str]:
         """Why the state in the checkpoint does not fit this optimizer, what explains the most first."""

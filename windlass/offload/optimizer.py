@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from windlass.offload.arena import Arena
-from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_elsewhere, is_stowed, on_meta
+from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_elsewhere, is_stowed, on_meta, spread
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Engine
@@ -29,15 +29,13 @@ from windlass.parallel.out_of_core import StateAtRest, StatePlace
 if TYPE_CHECKING:
     from windlass.offload.weights import Weights
 
-NUM_VERSIONS = 2
-"""Files that a bucket may need: what a checkpoint has pinned, and what the steps after it write."""
-
 
 def offload_optimizer(
     optimizer: torch.optim.Optimizer,
     tier: OffloadKind | str = OffloadKind.ssd,
     dir: Path | str | None = None,
     *,
+    max_device_bytes: int = 0,
     max_host_bytes: int | None = None,
     buffer_bytes: int = BUFFER_BYTES,
 ) -> OffloadedOptimizer:
@@ -52,6 +50,7 @@ def offload_optimizer(
         tier: `ssd`, or `cpu` for host memory (of use where the parameters are on a GPU).
         dir: for `ssd`, a folder on a local disk. Files of this process go into a folder of their own there, which is
             removed at the end (`close`), or by the next that uses `dir` if this process is killed.
+        max_device_bytes: of the state that stays where the parameters are.
         max_host_bytes: of the state that stays in host memory; the rest is on the disk. None: all for `cpu`, nothing
             for `ssd`.
         buffer_bytes: host memory for state on its way; raised to the largest parameter's state if that is more.
@@ -66,7 +65,13 @@ def offload_optimizer(
     if max_host_bytes is None and kind == OffloadKind.ssd:
         max_host_bytes = 0
     folder = None if dir is None else TierFolder(Path(dir), Engine(), "optimizer")
-    offloaded = OffloadedOptimizer(optimizer, folder, max_host_bytes=max_host_bytes, buffer_bytes=buffer_bytes)
+    offloaded = OffloadedOptimizer(
+        optimizer,
+        folder,
+        max_device_bytes=max_device_bytes,
+        max_host_bytes=max_host_bytes,
+        buffer_bytes=buffer_bytes,
+    )
     offloaded.owns_folder = True
     return offloaded
 
@@ -86,6 +91,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     Args:
         folder: where files go; None keeps all state in host memory.
+        num_versions: files of a bucket that there must be room for. A checkpoint pins one while steps write the other.
         order: parameters in the order in which they are updated, in runs that may share a bucket (e.g. those of a
             layer); those that it does not name come last. None: as the optimizer has them.
         weights: those of the parameters that are not in memory all the time.
@@ -96,8 +102,10 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         inner: torch.optim.Optimizer,
         folder: TierFolder | None,
         *,
+        max_device_bytes: int = 0,
         max_host_bytes: int | None = None,
         buffer_bytes: int = BUFFER_BYTES,
+        num_versions: int = 2,
         order: Sequence[Sequence[Tensor]] | None = None,
         weights: Weights | None = None,
     ) -> None:
@@ -107,9 +115,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self._order = order
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state
-        self.max_host_bytes, self.buffer_bytes = max_host_bytes, buffer_bytes
+        self.max_device_bytes, self.max_host_bytes, self.buffer_bytes = max_device_bytes, max_host_bytes, buffer_bytes
+        self._num_versions = num_versions
         self._conveyor: Conveyor | None = None
         self._is_reserved = False
+        self.before_step: list[Callable[[], None]] = []
+        """Called before a step changes anything, but after the updates that the one before has put off."""
         self.is_deferring = False
         """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
         self._pending: dict[_Bucket, dict[Tensor, Tensor]] = {}
@@ -182,32 +193,23 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         ]
 
     def _place(self) -> None:
-        """Decides which buckets have their home in host memory, and makes the homes of all."""
-        total = sum(bucket.layout.num_bytes for bucket in self._buckets)
+        """Decides which buckets stay on the device and which go to host memory, and makes the homes of all others."""
         device = next((p.device for bucket in self._buckets for p in bucket.parameters), torch.device("cpu"))
-        share = (
-            1.0 if self.folder is None or self.max_host_bytes is None else min(1.0, self.max_host_bytes / max(1, total))
-        )
-        in_host, passed = 0, 0
+        max_host_bytes = None if self.folder is None else self.max_host_bytes
+        places = spread([bucket.layout.num_bytes for bucket in self._buckets], [self.max_device_bytes, max_host_bytes])
         on_disk: list[_Bucket] = []
-        for bucket in self._buckets:
-            size = bucket.layout.num_bytes
-            if size == 0:
-                continue
-            passed += size
-            # Spread evenly, so that the disk's share of the work is the same all through a step.
-            if share == 1.0 or in_host + size <= share * passed:
-                in_host += size
-                memory = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        for bucket, place in zip(self._buckets, places, strict=True):
+            if place == 1:
+                memory = torch.empty(bucket.layout.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
                 bucket.load = Load(memory)
-            else:
+            elif place == 2:
                 on_disk.append(bucket)
         largest = max((bucket.layout.num_bytes for bucket in on_disk), default=1)
         arena = Arena(max(self.buffer_bytes if on_disk else 1, largest), pin=device.type == "cuda")
         self._conveyor = Conveyor(arena, Staging(device))
         if on_disk:
             assert self.folder is not None
-            self.folder.reserve(NUM_VERSIONS * sum(bucket.layout.num_bytes for bucket in on_disk))
+            self.folder.reserve(self._num_versions * sum(bucket.layout.num_bytes for bucket in on_disk))
             for bucket in on_disk:
                 bucket.load = Load(self.folder.create(bucket.layout.num_bytes))
 
@@ -226,6 +228,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         self.reserve()
         self.settle()
+        for callback in self.before_step:
+            callback()
         gradients: dict[_Bucket, dict[Tensor, Tensor]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -244,20 +248,32 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def settle(self) -> None:
         """Makes every update that was put off."""
-        for bucket in self._in_sequence(self._pending):
-            self._update_pending(bucket)
+        self._update_pending(self._in_sequence(self._pending))
 
     def update(self, parameters: Iterable[Tensor]) -> None:
         """Makes the updates that were put off of the buckets that `parameters` are in."""
         if self._pending:
-            for bucket in dict.fromkeys(self._bucket_of[p] for p in parameters if p in self._bucket_of):
-                if bucket in self._pending:
-                    self._update_pending(bucket)
+            buckets = dict.fromkeys(self._bucket_of[p] for p in parameters if p in self._bucket_of)
+            self._update_pending([bucket for bucket in buckets if bucket in self._pending])
 
     @torch.no_grad()
-    def _update_pending(self, bucket: _Bucket) -> None:
-        with self._settings_of_step():
-            self._update(bucket, self._pending.pop(bucket))
+    def _update_pending(self, buckets: Sequence[_Bucket]) -> None:
+        if buckets:
+            with self._gradients_aside(), self._settings_of_step():
+                for bucket in buckets:
+                    self._update(bucket, self._pending.pop(bucket))
+
+    @contextlib.contextmanager
+    def _gradients_aside(self) -> Iterator[None]:
+        """The next step's gradients, as far as they are there, are not those of the step whose updates are made."""
+        found = {p: p.grad for group in self.param_groups for p in group["params"] if p.grad is not None}
+        for parameter in found:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in found.items():
+                parameter.grad = gradient
 
     @contextlib.contextmanager
     def _settings_of_step(self) -> Iterator[None]:

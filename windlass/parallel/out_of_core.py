@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,10 +89,17 @@ class OutOfCore(Protocol):
 
     inner: torch.optim.Optimizer
     """The optimizer that computes the updates."""
+    before_step: list[Callable[[], None]]
+    """Called before a step changes anything, but after the updates that the one before has put off."""
 
     @property
     def uses_disk(self) -> bool:
         """Whether some of it may be on a disk."""
+        ...
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether updates are put off. They are made before the next step, most of them in the next forward pass."""
         ...
 
     def settle(self) -> None:

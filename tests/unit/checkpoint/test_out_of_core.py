@@ -184,23 +184,59 @@ def test_state_in_host_memory_is_saved_from_where_it_is(kind: str, tmp_path: Pat
         assert_same(other.bits(), calm.bits())
 
 
-def test_updates_that_were_put_off_are_made_before_a_checkpoint(tmp_path: Path, mesh: Mesh) -> None:
-    calm = Offloaded(None)
+@pytest.mark.parametrize("kind", ["durable", "lazy"])
+@pytest.mark.parametrize("optimizer", ["adamw_fused", "third_party"])
+def test_a_checkpoint_waits_for_updates_that_are_put_off_and_not_the_other_way_round(
+    kind: str, optimizer: str, tmp_path: Path, mesh: Mesh
+) -> None:
+    calm = Offloaded(None, optimizer)
     calm.run(4)
+    generator = torch.get_rng_state()
+    calm.run(3)
+    run = Offloaded(tmp_path / "tier", optimizer)
+    assert isinstance(run.optimizer, OffloadedOptimizer)
+    run.optimizer.is_deferring = True
+    checkpointer = run.checkpointer(tmp_path / "checkpoints", mesh, kind=kind, keep=0)
+    for step in range(1, 7):
+        checkpointer.wait_staged()
+        run.run(1)
+        assert run.optimizer.has_pending
+        if step in (2, 4, 6):
+            assert checkpointer.snapshot(step)
+            assert run.optimizer.has_pending, "the updates are still made when the next forward wants them"
+            assert checkpointer.store.steps() == [done for done in (2, 4) if done < step]
+        else:
+            assert checkpointer.behind is not None
+            while checkpointer.behind.is_busy:
+                time.sleep(0.01)  # a lazy one would else be skipped
+    checkpointer.save(6)
+    assert checkpointer.store.steps() == [2, 4, 6] and are_sound(tmp_path / "checkpoints")
+    run.run(1)  # its updates must not be made on what is restored
+    assert run.optimizer.has_pending
+    checkpointer.restore(step_folder(tmp_path / "checkpoints", 4))
+    assert torch.equal(torch.get_rng_state(), generator), "and what is not the optimizer's is that of the snapshot"
+    run.run(3)
+    assert_same(run.bits(), calm.bits())
+    checkpointer.close()
+    run.close()
+
+
+def test_a_step_that_nobody_announced_waits_as_well(tmp_path: Path, mesh: Mesh) -> None:
+    """`wait_staged` is for loops that want to know how long it took."""
     run = Offloaded(tmp_path / "tier")
     assert isinstance(run.optimizer, OffloadedOptimizer)
     run.optimizer.is_deferring = True
-    checkpointer = run.checkpointer(tmp_path / "checkpoints", mesh)
-    for _ in range(3):
-        run.run(1)
-        assert run.optimizer.has_pending
-        run.optimizer.update(run.model.parameters())  # as the next forward does
-    run.run(1)
-    checkpointer.save(4)
-    run.run(1)  # its updates must not be made on what is restored
-    checkpointer.restore_latest()
-    assert_same(run.bits(), calm.bits())
+    checkpointer = run.checkpointer(tmp_path / "checkpoints", mesh, kind="lazy")
+    run.run(2)
+    checkpointer.snapshot(2)
+    expected = Offloaded(None)
+    expected.run(2)
+    run.run(3)
     checkpointer.close()
+    other = Offloaded(None, seed=3)
+    other.checkpointer(tmp_path / "checkpoints", mesh).restore_latest()
+    assert_same(other.bits(), expected.bits())
+    assert run.optimizer.before_step == []
     run.close()
 
 
