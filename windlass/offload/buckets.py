@@ -109,3 +109,23 @@ def divide(parameters: Sequence[Tensor], max_numel: int = BUCKET_NUMEL) -> list[
         runs[-1].append(parameter)
         filled += numel
     return runs
+
+
+def spread(sizes: Sequence[int], budgets: Sequence[int | None]) -> list[int]:
+    """Which place each thing goes to: place i takes up to `budgets[i]` bytes (None: any); the rest goes after the last.
+
+    A place's share is spread evenly over `sizes`, so that a step uses the slowest one all through.
+    """
+    total = sum(sizes)
+    known = [total if budget is None else budget for budget in budgets]
+    used, passed, places = [0] * len(known), 0, []
+    for size in sizes:
+        passed += size
+        for place, budget in enumerate(known):
+            if sum(known[: place + 1]) >= total or used[place] + size <= budget * passed / total:
+                used[place] += size
+                places.append(place)
+                break
+        else:
+            places.append(len(budgets))
+    return places

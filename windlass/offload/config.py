@@ -42,8 +42,10 @@ class OffloadConfig:
 
     name: OffloadKind = OffloadKind.none
     dir: str | None = None
-    """`ssd`: a folder on a local disk, best a fast one; null is `offload/` in the run folder. Several runs may share it:
-    each rank has a folder of its own there, which it removes at its end."""
+    """`ssd`: a folder on a local disk, best a fast one; null is `offload/` in the run folder. Several runs may share
+    it: each rank has a folder of its own there, which it removes at its end."""
+    max_device_bytes: int = 0
+    """Of the optimizer state so much stays on the device; for GPUs."""
     max_host_bytes: int | None = None
     """Host memory for state that would else be on the disk; null is as much as there is for `cpu`, none for `ssd`."""
     buffer_bytes: int = BUFFER_BYTES
@@ -56,7 +58,7 @@ class OffloadConfig:
     """Transfers that a rank has under way: the depth of the disk's queue."""
 
     def __post_init__(self) -> None:
-        for key in ("max_host_bytes", "max_activation_bytes"):
+        for key in ("max_device_bytes", "max_host_bytes", "max_activation_bytes"):
             value = getattr(self, key)
             require(value is None or value >= 0, f"offload.{key}", value, "must not be negative", "leave it null")
         for key in ("dir", "max_activation_bytes"):
@@ -90,7 +92,9 @@ class OffloadConfig:
             return None
         return run_dir / "offload" if self.dir is None else Path(self.dir)
 
-    def build(self, run_dir: Path, rank: int, device: torch.device, computes_in_bfloat16: bool) -> Tiers | None:
+    def build(
+        self, run_dir: Path, rank: int, device: torch.device, *, computes_in_bfloat16: bool, is_checkpointed: bool
+    ) -> Tiers | None:
         """The tiers of a rank; None where nothing is offloaded.
 
         Raises:
@@ -108,4 +112,11 @@ class OffloadConfig:
             )
         from windlass.offload.tiers import Tiers
 
-        return Tiers(self, self.folder(run_dir), rank, device, computes_in_bfloat16)
+        return Tiers(
+            self,
+            self.folder(run_dir),
+            rank,
+            device,
+            computes_in_bfloat16=computes_in_bfloat16,
+            is_checkpointed=is_checkpointed,
+        )

@@ -63,6 +63,8 @@ class Conveyor:
         self._arena, self._staging = arena, staging
         self._held: dict[Load, _Held] = {}  # in the order in which they were asked for
         self._leaving: deque[_Leaving] = deque()
+        self._fading: deque[tuple[Buffer, torch.cuda.Event | None]] = deque()
+        """Buffers that are wanted no more, but that a device may still be copying from."""
         self.stall_s = 0.0
         """Seconds that the training has waited here so far."""
 
@@ -126,9 +128,7 @@ class Conveyor:
         assert held.copy is not None
         if held.buffer is None:
             assert isinstance(load.home, Tensor)
-            arrived = self._staging.to_host(held.copy, load.home)
-            if arrived is not None:
-                arrived.synchronize()
+            self._staging.to_host(held.copy, load.home)  # the next copy to the device comes after it
             return
         self._leaving.append(_Leaving(load, held.buffer, self._staging.to_host(held.copy, held.buffer.data)))
         self._advance()
@@ -138,13 +138,16 @@ class Conveyor:
         held = self._held.pop(load)
         if held.reading is not None:
             held.reading.settle()
-        if held.arrived is not None:
-            held.arrived.synchronize()  # the device may still be copying from the buffer
         if held.buffer is not None:
-            held.buffer.release()
+            self._fading.append((held.buffer, held.arrived))
+            self._release_faded()
 
     def begin_writes(self) -> None:
-        """Has the writing of everything that was taken back begin, and waits for the device if need be."""
+        """Has the writing of everything that was taken back begin, and waits for the device if need be.
+
+        What has its home in host memory is there then.
+        """
+        self._staging.synchronize()
         for leaving in self._leaving:
             if leaving.writing is None:
                 assert leaving.arrived is not None
@@ -157,6 +160,7 @@ class Conveyor:
         Raises:
             OffloadError: a write failed.
         """
+        self._staging.synchronize()
         while self._leaving:
             self._end_oldest()
 
@@ -169,6 +173,8 @@ class Conveyor:
                 leaving.writing.settle()
             leaving.buffer.release()
         self._leaving.clear()
+        while self._fading:
+            self._release_faded(wait=True)
 
     def _fetch(self, load: Load, reads: bool = True) -> bool:
         """Gets `load` a buffer and begins to read it; False if there is no room, or it is still on its way back."""
@@ -195,6 +201,9 @@ class Conveyor:
 
     def _make_room(self, load: Load) -> None:
         """Waits for what leaves, or lets go of what was brought too early."""
+        if self._fading:
+            self._release_faded(wait=True)
+            return
         if self._leaving:
             self._end_oldest()
             return
@@ -202,8 +211,21 @@ class Conveyor:
         assert early is not None, f"the arena has no room for {load.num_bytes} bytes beside what is in use"
         self.drop(early)
 
+    def _release_faded(self, wait: bool = False) -> None:
+        """Frees the buffers that the device has read; with `wait` at least one, if there is any."""
+        while self._fading:
+            buffer, arrived = self._fading[0]
+            if arrived is not None and not arrived.query():
+                if not wait:
+                    return
+                arrived.synchronize()
+            buffer.release()
+            self._fading.popleft()
+            wait = False
+
     def _advance(self) -> None:
         """Does what can be done for those that leave without waiting."""
+        self._release_faded()
         for leaving in self._leaving:
             if leaving.writing is None and (leaving.arrived is None or leaving.arrived.query()):
                 self._begin_write(leaving)

@@ -181,14 +181,11 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _first_state(self, bucket: _Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
-        existing = [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters]
-        if any(state for _, state in existing):
-            return existing
         with self._weights_in(bucket.parameters):
             states = trial_state(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.
         return [
-            (parameter, {key: _shape_of(value) for key, value in state.items()})
+            (parameter, self.state.get(parameter) or {key: _shape_of(value) for key, value in state.items()})
             for parameter, state in zip(bucket.parameters, states, strict=True)
         ]
 
@@ -483,7 +480,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.settle()
         self.inner.load_state_dict(state_dict)
         self.param_groups, self.state = self.inner.param_groups, self.inner.state
-        self.reserve()
+        if not self._is_reserved:
+            self.reserve()  # sends home what there is
+            return
         for bucket in self._buckets:
             if any(self.state.get(parameter) for parameter in bucket.parameters):
                 self._stow(bucket)

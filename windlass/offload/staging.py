@@ -37,6 +37,11 @@ class Staging:
             current.wait_event(arrived)
             copy.record_stream(current)
 
+    def synchronize(self) -> None:
+        """Returns when every copy that was begun has ended."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
     def to_host(self, copy: Tensor, host: Tensor) -> torch.cuda.Event | None:
         """Begins to bring back into `host` what the computations so far have made of `copy`; the event is its end."""
         if self._stream is None:

@@ -43,12 +43,21 @@ class Tiers:
     """Args:
     folder: below which the rank's files go; None keeps everything in host memory.
     computes_in_bfloat16: streamed weights are kept in halves then (`windlass.offload.hilo`).
+    is_checkpointed: checkpoints will pin files while steps write others.
     """
 
     def __init__(
-        self, config: OffloadConfig, folder: Path | None, rank: int, device: torch.device, computes_in_bfloat16: bool
+        self,
+        config: OffloadConfig,
+        folder: Path | None,
+        rank: int,
+        device: torch.device,
+        *,
+        computes_in_bfloat16: bool,
+        is_checkpointed: bool,
     ) -> None:
         self.config, self.device = config, device
+        self._num_versions = 2 if is_checkpointed else 1
         self.engine = Engine(config.num_threads)
         self.folder = None if folder is None else TierFolder(folder, self.engine, f"rank{rank}")
         self._host_bytes_left = config.max_host_bytes
@@ -95,7 +104,9 @@ class Tiers:
         self.optimizer = OffloadedOptimizer(
             optimizer,
             self.folder,
+            max_device_bytes=self.config.max_device_bytes,
             max_host_bytes=self._host_bytes_left,
+            num_versions=self._num_versions,
             buffer_bytes=self.config.buffer_bytes // (1 if self.weights is None else 2),
             order=[[parameter for module in unit for parameter in module.parameters()] for unit in units],
             weights=self.weights,

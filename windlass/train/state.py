@@ -194,8 +194,13 @@ def resolve_vocabulary(config: Config, dataset: TokenDataset) -> None:
 
 
 def build_tiers(config: Config, mesh: Mesh) -> Tiers | None:
-    computes_in_bfloat16 = config.train.dtype == DType.bfloat16
-    return config.offload.build(Path(config.run_dir), mesh.rank, mesh.device, computes_in_bfloat16)
+    return config.offload.build(
+        Path(config.run_dir),
+        mesh.rank,
+        mesh.device,
+        computes_in_bfloat16=config.train.dtype == DType.bfloat16,
+        is_checkpointed=config.checkpoint.name != CheckpointKind.none,
+    )
 
 
 def build_model(config: Config, mesh: Mesh, tiers: Tiers | None = None) -> tuple[Llama, Sharder]:
