@@ -14,7 +14,7 @@ from windlass.parallel.fragment import local_tensor
 
 @torch.no_grad()
 def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The state that `parameters`, which have none, will have after their first step; its values mean nothing.
+    """The state that `parameters` will have after their first step, or their next one; its values mean nothing.
 
     An optimizer that says it itself (`empty_state`, as windlass's do) is asked. Any other makes a step on these
     parameters with gradients of zero at a learning rate of zero, and everything is put back.
@@ -28,6 +28,7 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
         return [empty_state(parameter) for parameter in parameters]
     gradients = {parameter: parameter.grad for parameter in _all_parameters(optimizer)}
     weights = [local_tensor(parameter).clone() for parameter in parameters]
+    states = {p: _copy(optimizer.state[p]) for p in parameters if p in optimizer.state}
     given = [_settings(group) for group in optimizer.param_groups]
     settings = copy.deepcopy(given)
     rng_state = torch.get_rng_state()
@@ -45,6 +46,7 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
     finally:
         for parameter in parameters:
             optimizer.state.pop(parameter, None)
+        optimizer.state.update(states)
         for parameter, gradient in gradients.items():
             parameter.grad = gradient
         for parameter, weight in zip(parameters, weights, strict=True):
@@ -62,6 +64,10 @@ def _all_parameters(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
+
+
+def _copy(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value) for key, value in state.items()}
 
 
 def _put_back(group: dict[str, Any], given: dict[str, Any], before: dict[str, Any]) -> None:

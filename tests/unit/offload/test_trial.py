@@ -65,6 +65,24 @@ def test_it_is_the_state_of_the_first_step_and_leaves_no_trace(name: str) -> Non
     assert [shapes_of(state) for state in found] == [shapes_of(optimizer.state[parameter]) for parameter in params[:2]]
 
 
+@pytest.mark.parametrize("kind", [torch.optim.Adagrad, torch.optim.AdamW])
+def test_state_that_is_there_already_stays(kind: type[torch.optim.Optimizer]) -> None:
+    """Adagrad makes its state when it is made, and cannot step without."""
+    params = parameters_of(SHAPES)
+    optimizer = kind(params)
+    if kind is torch.optim.AdamW:
+        params[0].grad = torch.ones_like(params[0])
+        optimizer.step()
+    before = {
+        parameter: {key: value.clone() for key, value in optimizer.state[parameter].items()} for parameter in params
+    }
+    found = trial_state(optimizer, params)
+    assert all(found) and [state.keys() for state in found] == [found[0].keys()] * len(params)
+    for parameter, state in before.items():
+        assert optimizer.state[parameter].keys() == state.keys()
+        assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
+
+
 def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     """Whoever holds it too may set it."""
     params, lr = parameters_of([(24, 32)]), torch.tensor(0.1)
