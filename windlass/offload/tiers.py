@@ -17,11 +17,16 @@ from windlass.offload.config import OffloadConfig, WeightsPlace
 from windlass.offload.conveyor import Conveyor
 from windlass.offload.cut_passes import CutPasses
 from windlass.offload.direct_io import Engine
+from windlass.offload.malloc import free_to_system
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.passes import Passes
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 from windlass.offload.weights import Weights, most_bytes
+
+
+STREAMED_MIN_BYTES = 8 << 20
+"""Streamed weights of this size leave the process when they go; what is smaller is soon needed for the next ones."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,8 @@ class Tiers:
         if self.config.weights == WeightsPlace.streamed:
             parameters = [[parameter for module in unit for parameter in module.parameters()] for unit in units]
             num_bytes = max(self.config.buffer_bytes // 3, most_bytes(parameters))
+            if self.device.type == "cpu":
+                free_to_system(STREAMED_MIN_BYTES)
             conveyor = Conveyor(self._arena(num_bytes), Staging(self.device))
             self.weights = Weights(conveyor, self._make_home, self._in_halves)
         return self.weights
