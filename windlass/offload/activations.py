@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from windlass.offload.arena import Arena, Buffer
+from windlass.offload.malloc import free_to_system
 from windlass.offload.saved import Block, Cast, Pack, Packer, View, storage_bytes
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
@@ -56,6 +57,9 @@ class ActivationOffload:
     of other devices and subclasses. A parameter's copy in another dtype (as of float32 weights in a bfloat16 pass) is
     neither kept nor moved, but made again. A tensor larger than the arena stays too.
 
+    On a CPU the process's malloc gives back to the system what is freed from now on, or moving would not make it any
+    smaller: see `free_to_system`.
+
     As with autograd itself, a saved tensor must not be written to before the backward pass has used it.
 
     Args:
@@ -80,6 +84,8 @@ class ActivationOffload:
         self._device, self._near_limit = device, near_bytes
         self._packer = Packer(device, min_bytes)
         self._arena, self._folder = arena, folder
+        if device.type == "cpu":
+            free_to_system(min_bytes)
         self._staging = Staging(device)
         # On a CPU the arena holds only what is on its way to the disk, or back.
         self._unwritten_limit = arena.num_bytes // 2 if device.type != "cpu" else 0

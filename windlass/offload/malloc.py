@@ -1,0 +1,25 @@
+"""The C library's memory: what is freed goes back to the system.
+
+By default glibc keeps what a program has freed, in pieces up to 32 MiB, for the program's next allocations. What is
+moved to a disk would then free nothing that anybody else could use: the process stays as large as without moving.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+
+_M_MMAP_THRESHOLD = -3
+
+logger = logging.getLogger(__name__)
+
+
+def free_to_system(min_bytes: int) -> None:
+    """From now on each allocation of this process of `min_bytes` or more is mapped, and unmapped when it is freed.
+
+    That costs page faults: a step with many short-lived tensors of this size takes somewhat longer. Where the C library
+    is not glibc nothing is changed, and the reason logged.
+    """
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version") or library.mallopt(_M_MMAP_THRESHOLD, min_bytes) != 1:
+        logger.warning("this system's malloc is not glibc's: memory of what is moved to the disk may stay taken")
