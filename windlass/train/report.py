@@ -176,12 +176,25 @@ def _summary(run: Run) -> list[tuple[str, str]]:
         ("Tokens/s, median", number(median(rates) if rates else None, ",.0f")),
         ("MFU, median", f"{100 * median(mfus):.1f} %" if mfus else "-"),
         ("Checkpoint stalls", f"{math.fsum(stalls):.2f} s" if stalls else "-"),
+        *_offloading(run),
         ("Host memory, peak", size(max(run.values("memory/host_rss_bytes"), default=None))),
         *([("Device memory, peak", size(max(device)))] if device else []),
         ("Restarts", str(len(run.of_kind("restart")))),
         ("Recoveries", f"{len(recoveries)}" + (f" ({', '.join(sources)})" if sources else "")),
         ("Skipped steps", str(len({event.get("step") for event in run.of_kind("skipped_step")}))),
         ("Replayed steps", _replay_text(len(run.replays), differ)),
+    ]
+
+
+def _offloading(run: Run) -> list[tuple[str, str]]:
+    """What the tiers have cost; nothing where there were none."""
+    stalls = run.values("offload/stall_s")
+    if not stalls:
+        return []
+    read, written = (math.fsum(run.values(f"offload/{kind}_bytes")) for kind in ("read", "write"))
+    return [
+        ("Offload stalls", f"{math.fsum(stalls):.2f} s"),
+        ("Offload traffic", f"{size(read)} read, {size(written)} written"),
     ]
 
 
