@@ -195,7 +195,13 @@ class SavesBehind:
         """Pins what can be, and writes, or leaves for later, the rest."""
         groups = [_with_copies(group, save.copies) for group in self.objects.groups()]
         _check_space([group.in_file.file for group in groups if group.in_file is not None])
-        rest = [group for group in groups if not _pin(group, save)]
+        rest = []
+        for group in groups:
+            found = pinned(group)
+            if found is None:
+                rest.append(group)
+            else:
+                save.pins.append(found)
         in_memory = [group for group in rest if group.load is None]
         now = [group for group in rest if group.load is not None]
         if not self.is_lazy:
@@ -246,22 +252,21 @@ class SavesBehind:
         self.store.commit(save.step, save.generation, self.mesh.world_size, save.objects, written)
 
 
-def _pin(group: PieceGroup, save: _Save) -> bool:
-    """Whether the group is a file that could be pinned."""
+def pinned(group: PieceGroup) -> tuple[Pin, tuple[Entry, ...]] | None:
+    """The group's file as a chunk that stays as it is, with the blocks in it; None where that cannot be."""
     if group.in_file is None:
-        return False
+        return None
     file = group.in_file.file
     found = zip(group.pieces, group.in_file.begins, strict=True)
     entries = sorted((Entry(block_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
     header = preamble_of_length(entries, file.file_bytes - file.header_bytes, file.header_bytes)
     if header is None:
-        return False  # so many small tensors that their names do not fit
+        return None  # so many small tensors that their names do not fit
     try:
         pin = file.pin(header)
     except ValueError:
-        return False  # another checkpoint has it under other names
-    save.pins.append((pin, tuple(replace(entry, begin=entry.begin + file.header_bytes) for entry in entries)))
-    return True
+        return None  # another checkpoint has it under other names
+    return pin, tuple(replace(entry, begin=entry.begin + file.header_bytes) for entry in entries)
 
 
 def _check_space(files: Sequence[PinnableFile]) -> None:

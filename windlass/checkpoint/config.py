@@ -11,9 +11,10 @@ from windlass.errors import require
 class CheckpointKind(StrEnum):
     none = "none"
     durable = "durable"
-    """Written while training waits."""
+    """Written while training waits; state that is on a disk is pinned there, and committed behind the training."""
     lazy = "lazy"
-    """Copied behind the training into the memory of a snapshot agent, which writes it."""
+    """Copied behind the training into the memory of a snapshot agent, which writes it; with state on a disk as durable,
+    and weights are written behind the training, too."""
     erasure = "erasure"
     """As lazy, and in between kept in memory alone, with parity on other nodes."""
 

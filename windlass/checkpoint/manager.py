@@ -65,7 +65,8 @@ class Checkpointer:
         mesh: the ranks that save together; None is torch's process group, or this process where there is none.
         kind: `durable` writes while training waits; `lazy` copies behind the training into the memory of a snapshot
             agent, which writes; `erasure` keeps snapshots there, with parity on other nodes. None: `erasure` with
-            parity shards, `durable` without.
+            parity shards, `durable` without. Where an optimizer's state is on a disk its files are pinned, and
+            committed behind the training, with `durable` and `lazy`; `lazy` then writes weights behind it, too.
         snapshot_every: steps between snapshots in memory, for `due`; of `erasure` only.
         persist_every: steps between durable checkpoints, for `due`.
         keep: newest durable checkpoints to keep; 0 keeps all.
@@ -189,7 +190,9 @@ class Checkpointer:
             for it.
 
         Raises:
-            RunFolderError: as `save`, for `kind="durable"`, which does the same here.
+            RunFolderError: as `save`, for `kind="durable"`, which does the same here. Where state is on a disk that
+                returns before the commit: what fails after it is raised by the next call of `snapshot`, `save` or
+                `close`.
         """
         if self.is_durable_only:
             self.save(step)
@@ -234,6 +237,7 @@ class Checkpointer:
 
         Raises:
             RunFolderError: the disk is full or refuses; earlier checkpoints are intact.
+            OffloadError: so does the disk that state is on.
         """
         self._begin_if_new()
         exists = self.mesh.decide(lambda: step in self.store.steps())
