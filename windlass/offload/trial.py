@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from windlass.parallel.autograd_shim import preserving_version
 from windlass.parallel.fragment import local_tensor
 
 
@@ -17,7 +19,8 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
     """The state that `parameters` will have after their first step, or their next one; its values mean nothing.
 
     An optimizer that says it itself (`empty_state`, as windlass's do) is asked. Any other makes a step on these
-    parameters with gradients of zero at a learning rate of zero, and everything is put back.
+    parameters with gradients of zero at a learning rate of zero, and everything is put back, so that it may happen in
+    the middle of a backward pass.
 
     Raises:
         ValueError: the optimizer keeps something for all parameters together in its param groups, which every step on
@@ -26,6 +29,13 @@ def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) 
     empty_state = getattr(optimizer, "empty_state", None)
     if empty_state is not None:
         return [empty_state(parameter) for parameter in parameters]
+    with contextlib.ExitStack() as stack:
+        for parameter in parameters:
+            stack.enter_context(preserving_version(parameter))
+        return _step_without_effect(optimizer, parameters)
+
+
+def _step_without_effect(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
     gradients = {parameter: parameter.grad for parameter in _all_parameters(optimizer)}
     weights = [local_tensor(parameter).clone() for parameter in parameters]
     states = {p: _copy(optimizer.state[p]) for p in parameters if p in optimizer.state}

@@ -83,6 +83,16 @@ def test_state_that_is_there_already_stays(kind: type[torch.optim.Optimizer]) ->
         assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in state.items())
 
 
+def test_it_may_be_asked_for_in_the_middle_of_a_backward_pass() -> None:
+    """Where the first step is made there, autograd still needs the weights that come later."""
+    params = parameters_of([(24, 24)] * 3)
+    optimizer = torch.optim.AdamW(params)
+    found = []
+    params[2].register_post_accumulate_grad_hook(lambda _: found.extend(trial_state(optimizer, params)))
+    (torch.ones(2, 24) @ params[0] @ params[1] @ params[2]).sum().backward()
+    assert all(parameter.grad is not None for parameter in params) and len(found) == 3
+
+
 def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     """Whoever holds it too may set it."""
     params, lr = parameters_of([(24, 32)]), torch.tensor(0.1)
