@@ -13,13 +13,15 @@ from safetensors.torch import load_file
 from windlass.checkpoint import image
 from windlass.checkpoint.durable.chunk_file import (
     DTYPE_CODES,
+    FILLER,
     chunk_name,
     chunk_of,
     chunks_named_in,
     open_chunk,
     preamble,
+    preamble_of_length,
 )
-from windlass.checkpoint.durable.stage import stage_chunks
+from windlass.checkpoint.durable.stage import block_of, stage_chunks
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import DTYPE_BYTES, PAGE_BYTES, Block, Chunk, Entry, lay_out
 from windlass.parallel.fragment import Fragment, fragment_of
@@ -51,6 +53,26 @@ def test_the_safetensors_library_reads_every_dtype_and_shape(tmp_path: Path) -> 
     assert loaded.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert bits_of(loaded[name]) == bits_of(tensor), name
+
+
+def test_a_header_of_a_given_length_makes_a_file_of_data_a_chunk(tmp_path: Path) -> None:
+    """With bytes between and after the tensors that mean nothing."""
+    tensors = {"one": torch.arange(5, dtype=torch.int64), "two": torch.rand(3, 7), "three": torch.rand(2).half()}
+    places, data = [], bytearray(b"\xee" * 4096)
+    for (name, tensor), begin in zip(tensors.items(), (0, 40, 200), strict=True):
+        entry = Entry(block_of(fragment_of(name, tensor)), begin)
+        data[entry.begin : entry.end] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        places.append(entry)
+    head = preamble_of_length(places, len(data), 8192)
+    assert head is not None and len(head) == 8192
+    (tmp_path / "file").write_bytes(head + data)
+    loaded = load_file(tmp_path / "file")
+    fillers = {name: value for name, value in loaded.items() if name.startswith(FILLER)}
+    assert [value.numel() for value in fillers.values()] == [200 - 40 - 84, 4096 - 204]
+    assert {name: bits_of(value) for name, value in loaded.items() if name not in fillers} == {
+        name: bits_of(value) for name, value in tensors.items()
+    }
+    assert preamble_of_length(places, len(data), 256) is None
 
 
 def test_entries_say_where_the_bytes_are_in_the_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from support.agents import shared_memory
 from support.files import flip
-from support.offloaded import OPTIMIZERS, WIDTH, Offloaded, assert_same, net
+from support.offloaded import OPTIMIZERS, WIDTH, Offloaded, assert_same, is_pinned, net
 from support.stored import are_sound
 
 from windlass.checkpoint.durable.chunk_file import FILLER, chunk_name
@@ -157,6 +157,34 @@ def test_where_files_cannot_be_linked_they_are_copied(place: str, tmp_path: Path
         assert other.checkpointer(checkpoints, mesh).restore_latest() is not None
         other.run(1)
         assert_same(other.bits(), calm.bits())
+
+
+def test_names_that_do_not_fit_before_the_data_have_them_copied(tmp_path: Path, mesh: Mesh) -> None:
+    def build() -> tuple[torch.nn.ParameterDict, torch.optim.Optimizer]:
+        names = [f"{number}_{'long' * 30}" for number in range(400)]
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.full((8200,), 0.5)) for name in names})
+        return model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def step(model: torch.nn.ParameterDict, optimizer: torch.optim.Optimizer) -> None:
+        for number, parameter in enumerate(model.values()):
+            parameter.grad = torch.full_like(parameter, float(number))
+        optimizer.step()
+
+    plain, plain_optimizer = build()
+    model, inner = build()
+    optimizer = offload_optimizer(inner, dir=tmp_path / "tier")
+    step(plain, plain_optimizer)
+    step(model, optimizer)
+    checkpointer = Checkpointer({"model": model, "optimizer": optimizer}, tmp_path / "checkpoints", mesh)
+    checkpointer.save(1)
+    checkpointer.close()
+    assert not any(is_pinned(path) for path in chunk_files(tmp_path / "checkpoints", 1))
+    other, other_inner = build()
+    other_optimizer = offload_optimizer(other_inner, dir=tmp_path / "tier")
+    Checkpointer({"model": other, "optimizer": other_optimizer}, tmp_path / "checkpoints", mesh).restore_latest()
+    step(plain, plain_optimizer)
+    step(other, other_optimizer)
+    assert_same(dict(other.items()), dict(plain.items()))
 
 
 def test_erasure_is_refused_where_state_is_on_a_disk(tmp_path: Path, mesh: Mesh) -> None:
@@ -412,11 +440,12 @@ class Counting(torch.optim.Optimizer):
                 parameter.add_(1)
 
 
+@pytest.mark.parametrize("is_deferring", [False, True])
 @pytest.mark.parametrize("kind", ["durable", "lazy"])
 def test_no_tensor_is_torn_however_slow_disk_and_hash(
-    kind: str, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+    kind: str, is_deferring: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 checkpoints each, training goes on at once."""
+    """50 checkpoints each, training goes on at once."""
     randomness = random.Random(kind)
     delay_s = [0.0, 0.0, 0.0, 0.0005, 0.002, 0.01]
 
@@ -437,12 +466,14 @@ def test_no_tensor_is_torn_however_slow_disk_and_hash(
     optimizer = OffloadedOptimizer(
         Counting(model.parameters()), folder, order=order, buffer_bytes=1 << 20, max_host_bytes=0
     )
+    optimizer.is_deferring = is_deferring
     checkpointer = Checkpointer({"model": model, "optimizer": optimizer}, tmp_path / "c", mesh, kind=kind, keep=0)
     taken, step = [], 0
-    while len(taken) < 100:
+    while len(taken) < 50:
         for _ in range(randomness.randrange(1, 3)):
             step += 1
             for parameter in model:
+                optimizer.update([parameter])
                 parameter.grad = torch.ones_like(parameter)
             checkpointer.wait_staged()
             optimizer.step()

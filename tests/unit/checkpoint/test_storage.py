@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from support.agents import shared_memory
 from support.files import disk_full_after, snapshot_of
 
 from windlass.checkpoint.durable import local_storage, object_storage
@@ -39,6 +40,40 @@ def test_what_is_written_is_read_in_any_way(storage: Storage) -> None:
     assert storage.size("folder/name") == 6
     storage.write("folder/name", [b"new"])
     assert storage.read("folder/name") == b"new"
+
+
+def test_a_file_of_another_name_is_adopted_or_refused(storage: Storage, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"new")
+    file.chmod(0o600)
+    storage.write("folder/name", [b"old"])
+    if isinstance(storage, FsspecStorage):
+        assert not storage.adopt("folder/name", file)
+        assert storage.read("folder/name") == b"old"
+        return
+    for _ in range(2):  # the second finds it there
+        assert storage.adopt("folder/name", file)
+        assert storage.read("folder/name") == b"new"
+    assert isinstance(storage, LocalStorage)
+    path = storage.location / "folder" / "name"
+    assert path.samefile(file) and storage.list("folder") == ["folder/name"]
+    storage.write("folder/other", [b"x"])
+    assert path.stat().st_mode == (path.parent / "other").stat().st_mode, "others may read it, as any file here"
+    file.unlink()
+    with pytest.raises(FileNotFoundError):
+        storage.adopt("folder/name", file)
+    assert storage.read("folder/name") == b"new" and storage.list("folder") == ["folder/name", "folder/other"]
+
+
+def test_a_file_of_another_file_system_is_not_adopted(tmp_path: Path) -> None:
+    storage = LocalStorage(tmp_path / "place")
+    storage.make()
+    with shared_memory() as shm:
+        (shm / "file").write_bytes(b"there")
+        if (shm / "file").stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("shared memory is on the disk of the tests")
+        assert not storage.adopt("name", shm / "file")
+    assert storage.list() == []
 
 
 def test_nothing_is_a_value_too(storage: Storage) -> None:

@@ -83,6 +83,14 @@ def test_ranks_share_what_they_all_hold_by_its_bytes() -> None:
     assert included[0] == [True, False, False, False, True], "as many bytes each as can be, small ones apart"
 
 
+def test_what_is_said_together_counts_together() -> None:
+    first, second = ReplicaShare(0, 2), ReplicaShare(1, 2)
+    small = torch.zeros(2000)
+    assert first.includes(small, num_bytes=10**6) and not second.includes(small, num_bytes=10**6)
+    for _ in range(3):
+        assert second.includes(small) and not first.includes(small), "until it has as much to say"
+
+
 def test_an_empty_like_has_the_shape_and_another_dtype() -> None:
     like = empty_like_global(torch.nn.Parameter(torch.zeros(2, 3)), torch.bfloat16)
     assert (like.shape, like.dtype, like.requires_grad) == ((2, 3), torch.bfloat16, False)
