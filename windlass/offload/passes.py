@@ -102,6 +102,9 @@ class Passes:
             self._passed = []
 
     def _before_backward(self, number: int) -> None:
+        # Of a frozen unit no gradient says that its backward is over; that another's begins does.
+        ended = [other for other, missing in self._missing.items() if missing == 0]
+        self._let_go([other for other in ended if other not in (number, self._root)])
         self._acquire(number)
         if number not in self._missing:
             self._missing[number] = sum(parameter.requires_grad for parameter in self._units[number])
