@@ -163,7 +163,7 @@ def run(settings: Settings, variant: Variant, reference: Path) -> Outcome:
         model.zero_grad(set_to_none=False)
         begin = time.perf_counter()
         with offload.offloaded() if offload is not None else contextlib.nullcontext():
-            [loss_sum] = forward_loss_sums(model, [batch], mask_documents=False)
+            [loss_sum] = forward_loss_sums(model, [batch], mask_documents=False, keep_logits=False)
         loss = loss_sum / settings.seq_len
         loss.backward()
         pass_s.append(time.perf_counter() - begin)

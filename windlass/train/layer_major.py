@@ -46,22 +46,26 @@ def over_slices(run: Callable[..., torch.Tensor], first: Slices, *others: Any) -
     return cast("Slices", outputs)
 
 
-def forward_loss_sums(model: nn.Module, batches: Sequence[Batch], mask_documents: bool) -> list[torch.Tensor]:
+def forward_loss_sums(
+    model: nn.Module, batches: Sequence[Batch], mask_documents: bool, keep_logits: bool = True
+) -> list[torch.Tensor]:
     """`forward_loss_sum` of each micro-batch, in one layer-major pass.
 
-    Of several, only one micro-batch's logits exist at a time: backward computes them again.
+    Of several, only one micro-batch's logits exist at a time: backward computes those of the others again.
 
     Args:
         model: a `Llama`, cut or whole.
-        batches: the micro-batches of a step, on the model's device.
+        batches: the micro-batches of a step, or some of them, on the model's device.
         mask_documents: no token attends across a border between documents.
+        keep_logits: those of the first micro-batch, with which backward begins, until then; else they too are computed
+            again.
 
     Returns:
         A sum a micro-batch, float32, 0-dim. One backward pass must be of all of them:
         `torch.autograd.backward([loss_sum / num_tokens for loss_sum in loss_sums])`.
     """
-    if len(batches) == 1:
+    if len(batches) == 1 and keep_logits:
         return [forward_loss_sum(model, batches[0], mask_documents)]
     input_ids = [batch.input_ids for batch in batches]
     document_ids = [batch.document_ids for batch in batches] if mask_documents else None
-    return model(input_ids, document_ids, [batch.labels for batch in batches])
+    return model(input_ids, document_ids, [batch.labels for batch in batches], keep_logits)

@@ -11,6 +11,7 @@ a pass, so that hooks on modules gather or stream its weights once.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,10 @@ class Embedding(nn.Embedding):
 
 
 class Head(Linear):
-    """The projection on the vocabulary, see `logits_or_loss_sum`."""
+    """The projection on the vocabulary, see `run_head`."""
 
-    def forward(self, input: Slices, labels: Slices | None = None) -> Slices:
-        return over_slices(logits_or_loss_sum, input, self.weight, labels)
+    def forward(self, input: Slices, labels: Slices | None = None, keep_logits: bool = True) -> Slices:
+        return run_head(input, self.weight, labels, keep_logits)
 
 
 class RMSNorm(nn.Module):
@@ -192,17 +193,23 @@ class Llama(nn.Module):
         with torch.device("meta"):
             return Llama(config)
 
-    def forward(self, input_ids: Slices, document_ids: Slices | None = None, labels: Slices | None = None) -> Slices:
+    def forward(
+        self,
+        input_ids: Slices,
+        document_ids: Slices | None = None,
+        labels: Slices | None = None,
+        keep_logits: bool = True,
+    ) -> Slices:
         """Logits of the next token, or the summed loss. Lists of micro-batches give the list of theirs.
 
         Args:
             input_ids: int64 (batch, seq_len).
             document_ids: int (batch, seq_len); a token attends only to those of its own document. None: to all before.
-            labels: int64 (batch, seq_len), `IGNORE_INDEX` does not count. Without their logits are what is wanted.
+            labels: int64 (batch, seq_len), `IGNORE_INDEX` does not count. Without them logits are what is wanted.
+            keep_logits: see `run_head`.
 
         Returns:
-            (batch, seq_len, vocab_size) in `compute_dtype`; with `labels` what `cross_entropy_sum` makes of it, without
-            that logits stay in memory.
+            (batch, seq_len, vocab_size) in `compute_dtype`; with `labels` what `cross_entropy_sum` makes of it.
         """
         ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
         rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
@@ -219,7 +226,9 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, mask)
         x = self.norm(x)
-        return over_slices(logits_or_loss_sum, x, weight, labels) if self.lm_head is None else self.lm_head(x, labels)
+        if self.lm_head is None:
+            return run_head(x, weight, labels, keep_logits)
+        return self.lm_head(x, labels, keep_logits)
 
     def units(self) -> list[Unit]:
         """What to gather and free together when the model is cut; what no unit names goes with the model itself."""
@@ -293,11 +302,24 @@ class Llama(nn.Module):
                 filled(list(parameters.values()))
 
 
-def logits_or_loss_sum(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """Logits; or, with `labels`, their summed cross-entropy, whose backward pass computes the logits again."""
+def run_head(x: Slices, weight: Any, labels: Slices | None, keep_logits: bool) -> Slices:
+    """Logits of `x`; or, with `labels`, their summed cross-entropy.
+
+    Args:
+        weight: one, or a list of as many as there are slices.
+        keep_logits: until backward, where there are `labels`; of several micro-batches those of the first, which is the
+            last to run forward and the first backward. The others' are computed again.
+    """
     if labels is None:
-        return F.linear(x, weight.to(x.dtype))
-    if torch.is_grad_enabled():
+        return over_slices(lambda part, own: F.linear(part, own.to(part.dtype)), x, weight)
+    recompute = not keep_logits if isinstance(x, torch.Tensor) else [not keep_logits, *(True for _ in x[1:])]
+    return over_slices(_loss_sum_or_checkpoint, x, weight, labels, recompute)
+
+
+def _loss_sum_or_checkpoint(
+    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, recompute: bool
+) -> torch.Tensor:
+    if recompute and torch.is_grad_enabled():
         return checkpoint(_loss_sum, x, weight, labels, use_reentrant=False, preserve_rng_state=False)
     return _loss_sum(x, weight, labels)
 

@@ -127,22 +127,35 @@ def test_each_unit_is_called_once_a_pass() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_no_logits_are_saved(tied: bool) -> None:
-    saved: list[torch.Size] = []
+def test_logits_of_one_micro_batch_at_most_are_saved(tied: bool) -> None:
+    saved: set[int] = set()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        saved.append(tensor.shape)
+        if tensor.shape == (2 * SEQ_LEN, VOCAB):
+            saved.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     model, batches = build(tied=tied), make_batches(3)
-    weights = {parameter.shape for parameter in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward_loss_sums(model, batches, mask_documents=False)
-        is_layer_major = [shape for shape in saved if VOCAB in shape and shape not in weights]
+
+    def count_logits(keep_logits: bool, num_slices: int) -> int:
         saved.clear()
-        forward_loss_sum(model, batches[0], mask_documents=False)
-    assert not is_layer_major
-    assert [shape for shape in saved if VOCAB in shape and shape not in weights], "of a single batch they are"
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss_sums = forward_loss_sums(model, batches[:num_slices], mask_documents=False, keep_logits=keep_logits)
+        assert len(loss_sums) == num_slices  # and they keep what was saved alive until here
+        return len(saved)
+
+    assert [count_logits(True, num_slices) for num_slices in (1, 3)] == [1, 1]
+    assert [count_logits(False, num_slices) for num_slices in (1, 3)] == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_that_are_computed_again_have_the_same_bits(tied: bool) -> None:
+    batches = make_batches(3)
+    _, expected = layer_major(build(tied=tied), batches, masked=True)
+    model = build(tied=tied)
+    loss_sums = forward_loss_sums(model, batches, mask_documents=True, keep_logits=False)
+    torch.autograd.backward([loss_sum / count_tokens(batches) for loss_sum in loss_sums])
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients_of(model).items())
 
 
 def test_without_gradients_it_is_the_loss_of_each_batch() -> None:
