@@ -8,6 +8,7 @@ are put off until the next forward pass, so are the pins: until just before the 
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import threading
@@ -153,7 +154,8 @@ class SavesBehind:
     def _take(self, step: int, generation: int, keep: int) -> None:
         has_pending = [optimizer.has_pending for optimizer in self.objects.out_of_core]
         is_put_off = any(all_gather_object(any(has_pending), self.mesh.group))
-        objects, copies = self.objects.json_state(), self.objects.that_anything_changes()
+        objects = copy.deepcopy(self.objects.json_state())  # it is written while what it is of goes on
+        copies = self.objects.that_anything_changes()
         save = _Save(step, generation, keep, objects, copies, time.perf_counter(), is_put_off)
         self._under_way = step
         if is_put_off:
@@ -181,6 +183,7 @@ class SavesBehind:
         except BaseException as error:
             _release(save)
             self._under_way = None
+            self._remove_leftovers()
             if not (self.is_lazy and isinstance(error, Exception)):
                 raise
             self._fail(save, error)
@@ -223,13 +226,16 @@ class SavesBehind:
             self._events.append(_persisted(save, written))
             mesh.decide(lambda: self.store.retain(save.keep))
         except Exception as error:  # told or raised in the thread that trains
-            if mesh.rank == 0:
-                with contextlib.suppress(RunFolderError):  # the first error says more
-                    self.store.remove_leftovers()
+            self._remove_leftovers()
             self._fail(save, error)
         finally:
             self._staged.set()
             _release(save)
+
+    def _remove_leftovers(self) -> None:
+        if self.mesh.rank == 0:
+            with contextlib.suppress(RunFolderError):  # the error before says more
+                self.store.remove_leftovers()
 
     def _fail(self, save: _Save, error: Exception) -> None:
         logger.warning("the checkpoint of step %d failed: %s", save.step, error)

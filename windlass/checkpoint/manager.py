@@ -204,7 +204,8 @@ class Checkpointer:
         return self.snapshots.take(step, persist=step % self.persist_every == 0)
 
     def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
-        """Returns when the weights may change: the copy of the last snapshot has ended. Not collective.
+        """Returns when the weights may change: the copy of the last snapshot has ended. Not collective, but for state
+        on a disk whose updates are put off: the snapshot, put off with them, is then taken here.
 
         Args:
             parameters: those that are about to change; None: all.

@@ -24,6 +24,7 @@ from windlass.checkpoint.durable.manifest import Manifest, step_folder
 from windlass.checkpoint.durable.reader import open_checkpoint
 from windlass.checkpoint.durable.store import DurableStore
 from windlass.checkpoint.manager import Checkpointer
+from windlass.checkpoint.pieces import put_groups
 from windlass.errors import ConfigError, OffloadError, RunFolderError
 from windlass.offload import offload_optimizer
 from windlass.offload.arena import Arena
@@ -135,6 +136,28 @@ def test_disk_space_is_given_back_with_the_checkpoint(tmp_path: Path, mesh: Mesh
     assert max(sizes[1:]) <= sizes[1] * 1.05
     checkpointer.close()
     run.close()
+
+
+def test_each_file_is_read_once_to_be_copied_and_written_once_to_be_restored(tmp_path: Path, mesh: Mesh) -> None:
+    run = Offloaded(tmp_path / "tier")
+    run.run(1)
+    checkpointer = run.checkpointer(tmp_path / "checkpoints", mesh)
+    checkpointer.save(1)
+    assert isinstance(run.optimizer, OffloadedOptimizer) and run.optimizer.folder is not None
+    state_bytes = sum(run.optimizer.state_bytes().values())
+    assert state_bytes == 3 * 2 * 4 * WIDTH * WIDTH
+    figures = run.optimizer.folder.engine.figures
+    before = figures.read_bytes
+    put_groups(checkpointer.store, [group for group in checkpointer.objects.groups() if group.load is not None])
+    assert state_bytes <= figures.read_bytes - before <= state_bytes + 3 * 4096
+
+    other = Offloaded(tmp_path / "tier", seed=5)
+    assert isinstance(other.optimizer, OffloadedOptimizer) and other.optimizer.folder is not None
+    other.checkpointer(tmp_path / "checkpoints", mesh).restore_latest()
+    other.optimizer.state_at_rest()
+    other.optimizer.state_dict()
+    figures = other.optimizer.folder.engine.figures
+    assert state_bytes <= figures.write_bytes <= state_bytes + 3 * 4096
 
 
 @pytest.mark.parametrize("place", ["/dev/shm", "memory://"])
@@ -265,6 +288,43 @@ def test_a_step_that_nobody_announced_waits_as_well(tmp_path: Path, mesh: Mesh) 
     other.checkpointer(tmp_path / "checkpoints", mesh).restore_latest()
     assert_same(other.bits(), expected.bits())
     assert run.optimizer.before_step == []
+    run.close()
+
+
+class Live:
+    """A `Stateful` that gives out what it changes."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen[:] = state_dict["seen"]
+
+
+@pytest.mark.parametrize("is_deferring", [False, True])
+def test_what_goes_on_changing_is_saved_as_it_was_at_the_snapshot(
+    is_deferring: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, live = Offloaded(tmp_path / "tier"), Live()
+    assert isinstance(run.optimizer, OffloadedOptimizer)
+    run.optimizer.is_deferring = is_deferring
+    commit = DurableStore.commit
+    monkeypatch.setattr(DurableStore, "commit", lambda *args: (time.sleep(0.2), commit(*args))[1])
+    objects = {"model": run.model, "optimizer": run.optimizer, "live": live}
+    checkpointer = Checkpointer(objects, tmp_path / "checkpoints", mesh)
+    run.run(1)
+    live.seen.append(1)
+    checkpointer.snapshot(1)
+    live.seen.append(2)
+    means = run.model[-1].running_mean.clone()
+    run.run(1)
+    checkpointer.close()
+    reader = open_checkpoint(step_folder(tmp_path / "checkpoints", 1))
+    assert reader.manifest.objects["live"] == {"seen": [1]}
+    assert torch.equal(reader.read_whole("model.4.running_mean"), means)
     run.close()
 
 
