@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from windlass.checkpoint.config import CheckpointKind
 from windlass.errors import ConfigError
-from windlass.train.config import PreparedDataConfig, TokensDataConfig
+from windlass.offload.config import OffloadKind
+from windlass.train.config import Device, PreparedDataConfig, TokensDataConfig
 from windlass.train.console import size
 from windlass.train.data.manifest import Manifest
 from windlass.train.data.prepare import prepared_folder
@@ -34,6 +36,16 @@ MANY_SMALL_OBJECTS = 2 * SMALL_OBJECTS
 """For the upper end of the range."""
 PROCESS_SPREAD = 0.1
 """How far a process's own memory may be off, as a share of it."""
+
+
+CHECKPOINT_COPIES = {
+    CheckpointKind.none: 0,
+    CheckpointKind.durable: 1,
+    CheckpointKind.lazy: 2,
+    CheckpointKind.erasure: 5,
+}
+"""How many copies of a rank's state checkpoints may hold in memory at a time: on its way to the disk, of the last two
+snapshots, and what is sent between ranks for their parity."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Plan:
 
     @property
     def is_close(self) -> bool:
-        """Expected to fit, and not certain to."""
+        """Expected to fit, but for checkpoints in memory, and not certain to."""
         return not self.fits and self.num_ranks * self.memory.peak.expected <= self.limit_bytes
 
 
@@ -143,7 +155,9 @@ def judge(config: Config, num_ranks: int, trace: Trace, memory: Memory, machine:
     available, total = host_memory()
     limit = available - int(LOW_WATER_FRACTION * total)
     step_tokens = num_ranks * train.batch_size * train.seq_len * train.grad_accum_steps
-    fits = num_ranks * memory.peak.high <= limit
+    copies = CHECKPOINT_COPIES[config.checkpoint.name]
+    needed = num_ranks * (memory.peak.high + copies * memory.persistent.host)
+    fits = needed <= limit
     return Plan(
         num_parameters=trace.num_parameters,
         num_ranks=num_ranks,
@@ -157,10 +171,26 @@ def judge(config: Config, num_ranks: int, trace: Trace, memory: Memory, machine:
         limit_bytes=limit,
         fits=fits,
         reasons=[
-            f"{num_ranks} x {size(memory.peak.high)}, the upper end of the range, is {'within' if fits else 'above'} "
-            f"{size(limit)}: {size(available)} of {size(total)} are free, and {LOW_WATER_FRACTION:.0%} must stay so",
+            f"{size(needed)} for {num_ranks} at the upper end of the range, with {copies} copies of the state for "
+            f"checkpoint={config.checkpoint.name}, is {'within' if fits else 'above'} {size(limit)}: {size(available)} "
+            f"of {size(total)} are free, and {LOW_WATER_FRACTION:.0%} must stay so",
+            *_assumptions(config),
         ],
     )
+
+
+def _assumptions(config: Config) -> list[str]:
+    """What the run has and the forecast has not."""
+    found = []
+    if config.train.device == Device.cuda or (config.train.device == Device.auto and torch.cuda.is_available()):
+        found.append(
+            "assumed: a CPU computes, in the memory of the host; kernels and memory of a GPU are not known here"
+        )
+    if config.offload.name != OffloadKind.none:
+        found.append(f"assumed: offload=none; what offload={config.offload.name} moves to the disk is not taken off")
+    if config.train.compile:
+        found.append("assumed: train.compile=false")
+    return found
 
 
 def threads_of_rank(num_ranks: int) -> int:

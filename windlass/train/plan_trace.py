@@ -7,6 +7,7 @@ optimizer or torch changes. Nothing is allocated, whatever the size, and no othe
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -125,7 +126,9 @@ def trace_step(config: Config, num_ranks: int) -> Trace:
     Raises:
         ConfigError: such a run could not be built.
     """
-    with _mesh_without_peers(config, num_ranks) as mesh, FakeTensorMode():
+    with _mesh_without_peers(config, num_ranks) as mesh, FakeTensorMode(), warnings.catch_warnings():
+        # Optimizers look where state lies in memory; of fake tensors that is 0, which is aligned, and torch warns.
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         return _trace(config, mesh)
 
 

@@ -1,0 +1,91 @@
+"""The heap that is replayed follows the C library's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from windlass.train.plan_memory import Heap, live_peak, replay
+from windlass.train.plan_trace import MemoryEvent
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def heap() -> Heap:
+    """Of a process that has given back 32 MiB, so that smaller pieces come from the heap."""
+    heap = Heap(small_objects=0)
+    heap.take(-1, 32 * MIB - 4096)
+    heap.free(-1)
+    return heap
+
+
+def test_the_first_large_piece_is_mapped_and_leaves_nothing(heap: Heap) -> None:
+    assert heap.held_bytes == 0
+    assert 32 * MIB - 4096 <= heap.high_water_bytes <= 32 * MIB
+    assert heap.mmap_threshold == heap.high_water_bytes, "pieces up to that size come from the heap from now on"
+
+
+def test_pieces_above_the_limit_are_always_mapped(heap: Heap) -> None:
+    for _ in range(2):
+        heap.take(1, 40 * MIB)
+        assert (heap.end, heap.mapped_bytes // MIB) == (0, 40)
+        heap.free(1)
+        assert heap.held_bytes == 0
+
+
+def test_a_hole_is_used_again_by_what_fits_it_best(heap: Heap) -> None:
+    for block, size in enumerate((4, 1, 2, 1)):
+        heap.take(block, size * MIB)
+    end = heap.end
+    heap.free(0)
+    heap.free(2)
+    heap.take(4, 2 * MIB - 4096)
+    heap.take(5, 4 * MIB - 4096)
+    assert heap.end == end
+
+
+def test_holes_beside_each_other_are_one(heap: Heap) -> None:
+    for block in range(4):
+        heap.take(block, 2 * MIB)
+    end = heap.end
+    heap.free(1)
+    heap.free(0)
+    heap.free(2)
+    heap.take(4, 6 * MIB)
+    assert heap.end == end
+
+
+def test_the_end_is_given_back_when_it_is_long(heap: Heap) -> None:
+    for block in range(5):
+        heap.take(block, 20 * MIB)
+    for block in (4, 3, 2):
+        heap.free(block)
+        assert heap.end >= 100 * MIB, "less than twice the threshold, 64 MiB, is free"
+    heap.free(1)
+    assert 20 * MIB <= heap.end < 21 * MIB
+    assert heap.high_water_bytes >= 100 * MIB
+
+
+@pytest.mark.parametrize("small_objects", [0.0, 2.0])
+def test_small_objects_keep_holes_apart(small_objects: float) -> None:
+    heap = Heap(small_objects)
+    heap.take(-1, 32 * MIB - 4096)
+    heap.free(-1)
+    for block in range(11):
+        heap.take(block, MIB)
+    end = heap.end
+    for block in range(10):
+        heap.free(block)
+    heap.take(99, 5 * MIB)
+    assert (heap.end == end) == (small_objects == 0.0)
+
+
+def test_peaks_of_a_replay() -> None:
+    event: Callable[..., MemoryEvent] = MemoryEvent
+    events = [event(0, MIB, False), event(1, 3 * MIB, False), event(1, 3 * MIB, True), event(2, 2 * MIB, False)]
+    assert live_peak(events) == 4 * MIB
+    heap = replay(events)
+    assert 4 * MIB <= heap.high_water_bytes < 4.2 * MIB
+    assert 3 * MIB <= heap.held_bytes < 4.2 * MIB
