@@ -58,9 +58,13 @@ class OffloadConfig:
     """Transfers that a rank has under way: the depth of the disk's queue."""
 
     def __post_init__(self) -> None:
-        for key in ("max_device_bytes", "max_host_bytes", "max_activation_bytes"):
+        for key, fix in (
+            ("max_device_bytes", "set it to 0"),
+            ("max_host_bytes", "leave it null"),
+            ("max_activation_bytes", "leave it null"),
+        ):
             value = getattr(self, key)
-            require(value is None or value >= 0, f"offload.{key}", value, "must not be negative", "leave it null")
+            require(value is None or value >= 0, f"offload.{key}", value, "must not be negative", fix)
         for key in ("dir", "max_activation_bytes"):
             value = getattr(self, key)
             require(
