@@ -119,13 +119,18 @@ def spread(sizes: Sequence[int], budgets: Sequence[int | None]) -> list[int]:
     total = sum(sizes)
     known = [total if budget is None else budget for budget in budgets]
     used, passed, places = [0] * len(known), 0, []
+
+    def first_with_room(size: int, part: float) -> int:
+        fitting = (place for place, budget in enumerate(known) if used[place] + size <= budget * part)
+        place = next(fitting, len(known))
+        if place < len(known):
+            used[place] += size
+        return place
+
     for size in sizes:
         passed += size
-        for place, budget in enumerate(known):
-            if sum(known[: place + 1]) >= total or used[place] + size <= budget * passed / total:
-                used[place] += size
-                places.append(place)
-                break
-        else:
-            places.append(len(budgets))
-    return places
+        places.append(first_with_room(size, passed / total if total else 1.0))
+    # What room is left, as where two places would have taken the same thing.
+    return [
+        first_with_room(size, 1.0) if place == len(known) else place for size, place in zip(sizes, places, strict=True)
+    ]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from windlass.offload.buckets import Layout, divide, is_elsewhere, is_stowed, on_meta
+from windlass.offload.buckets import Layout, divide, is_elsewhere, is_stowed, on_meta, spread
 from windlass.parallel.fragment import SMALL_BYTES
 
 State = list[tuple[Tensor, dict[str, Any]]]
@@ -112,3 +112,36 @@ def test_a_bucket_has_eight_million_weights_unless_one_parameter_has_more(
     numels: list[int], lengths: list[int]
 ) -> None:
     assert [len(run) for run in divide(parameters(*numels))] == lengths
+
+
+@pytest.mark.parametrize(
+    ("budgets", "places"),
+    [
+        ([0, 0], [2, 2, 2, 2, 2, 2]),
+        ([0, None], [1, 1, 1, 1, 1, 1]),
+        ([None, 0], [0, 0, 0, 0, 0, 0]),
+        ([60, 0], [0, 0, 0, 0, 0, 0]),
+        ([0, 30], [2, 1, 2, 1, 2, 1]),
+        ([20, 0], [2, 2, 0, 2, 2, 0]),
+        ([20, 20], [1, 2, 0, 1, 2, 0]),
+        ([20, 40], [1, 1, 0, 1, 1, 0]),
+        ([9, 0], [2, 2, 2, 2, 2, 2]),
+    ],
+)
+def test_each_place_gets_its_share_all_through_a_step(budgets: list[int | None], places: list[int]) -> None:
+    assert spread([10] * 6, budgets) == places
+
+
+@given(st.lists(st.integers(0, 50), max_size=20), st.lists(st.none() | st.integers(0, 300), min_size=2, max_size=2))
+def test_no_place_gets_more_than_its_budget_and_none_less_than_it_can_hold(
+    sizes: list[int], budgets: list[int | None]
+) -> None:
+    places = spread(sizes, budgets)
+    assert len(places) == len(sizes) and all(0 <= place <= 2 for place in places)
+    on_disk = [size for size, place in zip(sizes, places, strict=True) if place == 2]
+    for number, budget in enumerate(budgets):
+        used = sum(size for size, place in zip(sizes, places, strict=True) if place == number)
+        if budget is None:
+            assert not on_disk
+        else:
+            assert used <= budget and all(used + size > budget for size in on_disk), "nor leaves room unused"
