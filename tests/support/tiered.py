@@ -62,6 +62,7 @@ class TieredRun:
 
     Args:
         frozen: layers that are not trained.
+        device: of the model.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class TieredRun:
         overrides: Sequence[str],
         is_layer_major: bool | None = None,
         frozen: Sequence[int] = (),
+        device: str = "cpu",
     ) -> None:
         self.config: Config = compose([*TOY, f"run_dir={run_dir}", *overrides])
-        self.mesh: Mesh = self.config.parallel.build(torch.device("cpu"))
+        self.mesh: Mesh = self.config.parallel.build(torch.device(device))
         self.tiers: Tiers | None = build_tiers(self.config, self.mesh)
         self.model: Llama
         self.sharder: Sharder
@@ -92,14 +94,15 @@ class TieredRun:
 
     def batches(self) -> list[Batch]:
         count = self.config.train.grad_accum_steps
-        return [rows_of_rank(ragged_batch(self.steps_taken, index, VOCAB), self.mesh) for index in range(count)]
+        batches = [rows_of_rank(ragged_batch(self.steps_taken, index, VOCAB), self.mesh) for index in range(count)]
+        return [batch.to(self.mesh.device) for batch in batches]
 
     def step(self) -> float:
         """One step of the training loop; returns its loss."""
         batches = self.batches()
         num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.group))
         passes = [batches] if self.is_layer_major else [[batch] for batch in batches]
-        total = torch.zeros((), dtype=torch.float64)
+        total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batches in enumerate(passes):
             self.sharder.begin_micro_step(self.model, is_last=number == len(passes) - 1)
             if self.in_backward is not None:
@@ -147,10 +150,14 @@ class TieredRun:
 
 
 def tiered_run(
-    run_dir: Path, overrides: Sequence[str], num_steps: int = 4, is_layer_major: bool | None = None
+    run_dir: Path,
+    overrides: Sequence[str],
+    num_steps: int = 4,
+    is_layer_major: bool | None = None,
+    device: str = "cpu",
 ) -> Outcome:
     """Trains, looks at the validation loss in between, and goes on."""
-    run = TieredRun(run_dir, overrides, is_layer_major)
+    run = TieredRun(run_dir, overrides, is_layer_major, device=device)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1 / (1 + step))
     outcome = Outcome([], [], None)
     for number in range(num_steps):
