@@ -1,4 +1,4 @@
-"""State, weights and activations of a model on a GPU, in host memory and on a disk: the bits are those of the device."""
+"""State, weights and activations of a model on a GPU, in host memory and on a disk: the bits stay."""
 
 from __future__ import annotations
 
