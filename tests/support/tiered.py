@@ -63,6 +63,7 @@ class TieredRun:
     Args:
         frozen: layers that are not trained.
         device: of the model.
+        mesh: None: the ranks join for this run, and part at its end.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class TieredRun:
         is_layer_major: bool | None = None,
         frozen: Sequence[int] = (),
         device: str = "cpu",
+        mesh: Mesh | None = None,
     ) -> None:
         self.config: Config = compose([*TOY, f"run_dir={run_dir}", *overrides])
-        self.mesh: Mesh = self.config.parallel.build(torch.device(device))
+        self.mesh: Mesh = self.config.parallel.build(torch.device(device)) if mesh is None else mesh
+        self._owns_mesh = mesh is None
         self.tiers: Tiers | None = build_tiers(self.config, self.mesh)
         self.model: Llama
         self.sharder: Sharder
@@ -146,7 +149,8 @@ class TieredRun:
     def close(self) -> None:
         if self.tiers is not None:
             self.tiers.close()
-        self.mesh.stop()
+        if self._owns_mesh:
+            self.mesh.stop()
 
 
 def tiered_run(
@@ -155,9 +159,10 @@ def tiered_run(
     num_steps: int = 4,
     is_layer_major: bool | None = None,
     device: str = "cpu",
+    mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains, looks at the validation loss in between, and goes on."""
-    run = TieredRun(run_dir, overrides, is_layer_major, device=device)
+    run = TieredRun(run_dir, overrides, is_layer_major, device=device, mesh=mesh)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1 / (1 + step))
     outcome = Outcome([], [], None)
     for number in range(num_steps):
