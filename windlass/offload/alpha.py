@@ -47,6 +47,10 @@ class LayerCosts:
     forward_flops: float
     rest_flops: float
     """To compute `rest_bytes` again from the layer's input and the attention's output."""
+    forward_touched_bytes: int = 0
+    """Read and written by what is no product: norms, rotations, gates."""
+    rest_touched_bytes: int = 0
+    """Of them, to compute `rest_bytes` again."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Rates:
     """Between a GPU and the host, one way; None on a CPU."""
     copy_bytes_per_s: float | None = None
     """On a CPU: of the copy between a tensor and a buffer, which the computation waits for. None takes no time."""
+    memory_bytes_per_s: float | None = None
+    """Of kernels that go through memory and hardly compute. None: they take no time."""
     disk_busy_s: tuple[float, float] = (0.0, 0.0)
     """What else uses the disk during a forward and during a backward pass: optimizer state, weights."""
 
@@ -80,7 +86,7 @@ class Choice:
     disk_bytes: int
     """Of these, moved to the disk."""
     reasons: tuple[str, ...] = ()
-    """For people: what weighed, then the choice and the ends of what was tried."""
+    """For people: what weighed, and the times of the choice and of the ends of what was tried."""
 
 
 def choose_alpha(costs: LayerCosts, num_layers: int, rates: Rates, near_bytes: int, host_bytes: int = 0) -> Choice:
@@ -123,13 +129,22 @@ class _Model:
         """None if it has no room."""
         costs = self.costs
         saved = self.num_layers * (costs.input_bytes + costs.attention_bytes + round(alpha * costs.rest_bytes))
-        return self._choice(Activations.alpha if alpha < 1 else Activations.swap, alpha, saved, costs.rest_flops)
+        again_s = (1 - alpha) * self._compute_s(costs.rest_flops, costs.rest_touched_bytes)
+        return self._choice(Activations.alpha if alpha < 1 else Activations.swap, alpha, saved, again_s)
 
     def recompute(self) -> Choice | None:
         saved = self.num_layers * self.costs.input_bytes
-        return self._choice(Activations.recompute, 0.0, saved, self.costs.forward_flops)
+        return self._choice(Activations.recompute, 0.0, saved, self._forward_s())
 
-    def _choice(self, activations: Activations, alpha: float, saved: int, again_flops: float) -> Choice | None:
+    def _forward_s(self) -> float:
+        return self._compute_s(self.costs.forward_flops, self.costs.forward_touched_bytes)
+
+    def _compute_s(self, flops: float, touched_bytes: int) -> float:
+        """All layers'."""
+        memory = self.rates.memory_bytes_per_s
+        return self.num_layers * (flops / self.rates.flops_per_s + (touched_bytes / memory if memory else 0.0))
+
+    def _choice(self, activations: Activations, alpha: float, saved: int, again_s: float) -> Choice | None:
         rates = self.rates
         is_on_gpu = rates.host_bytes_per_s is not None
         moved = max(0, saved - self.near_bytes)
@@ -139,8 +154,7 @@ class _Model:
         if activations == Activations.swap and moved == 0:
             activations = Activations.keep
         to_host = moved if is_on_gpu else 0  # what goes to the disk goes by the host
-        forward_s = self.num_layers * self.costs.forward_flops / rates.flops_per_s
-        again_s = self.num_layers * (1 - alpha) * again_flops / rates.flops_per_s
+        forward_s = self._forward_s()
         copy_s = 0.0 if rates.copy_bytes_per_s is None else to_disk / rates.copy_bytes_per_s
         link_s = 0.0 if rates.host_bytes_per_s is None else to_host / rates.host_bytes_per_s
         write_s = to_disk / rates.write_bytes_per_s if rates.write_bytes_per_s else 0.0
@@ -153,16 +167,16 @@ class _Model:
     def reasons(self, best: Choice, possible: list[Choice]) -> tuple[str, ...]:
         costs, layers = self.costs, self.num_layers
         always, rest = costs.input_bytes + costs.attention_bytes, costs.rest_bytes
-        again_s = layers * costs.rest_flops / self.rates.flops_per_s
+        again_s = self._compute_s(costs.rest_flops, costs.rest_touched_bytes)
+        seconds = (
+            f"{_name(choice)} {choice.pass_s:.3g} s" for choice in dict.fromkeys([best, *possible[:2], possible[-1]])
+        )
         return (
             f"{layers} layers save {_mib(layers * always)} for all tokens (inputs and attention) and "
             f"{_mib(layers * rest)} that take {again_s:.3g} s to compute again",
             f"{_mib(self.near_bytes)} may stay; {_mib(best.host_bytes)} go to the host, "
             f"{_mib(best.disk_bytes)} to the disk",
-            *(
-                f"{_name(choice)}: {choice.pass_s:.3g} s forward and backward, {_mib(choice.disk_bytes)} to the disk"
-                for choice in dict.fromkeys([best, *possible[:2], possible[-1]])
-            ),
+            f"modelled, forward and backward: {', '.join(seconds)}",
         )
 
 

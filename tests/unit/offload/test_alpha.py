@@ -79,8 +79,20 @@ def test_copies_that_the_processor_makes_count_against_moving() -> None:
 
 def test_the_reasons_name_the_choice_and_what_it_was_held_against() -> None:
     choice = choose(GPU, near_bytes=GIB // 4, host_bytes=GIB)
-    assert choice.reasons[2].startswith(f"alpha={choice.alpha:.3g}: ")
-    assert [reason.partition(":")[0] for reason in choice.reasons[3:]] == ["recompute", "alpha=0", "swap"]
+    what, _, times = choice.reasons[2].partition(": ")
+    assert what == "modelled, forward and backward"
+    names = [time.split(" ")[0] for time in times.split(", ")]
+    assert names == [f"alpha={choice.alpha:.3g}", "recompute", "alpha=0", "swap"]
+
+
+def test_kernels_that_go_through_memory_take_time_too() -> None:
+    rates = Rates(1e12, memory_bytes_per_s=1e9)
+    costs = dataclasses.replace(COSTS, forward_touched_bytes=2_000_000_000, rest_touched_bytes=1_000_000_000)
+    kept = choose_alpha(costs, LAYERS, rates, near_bytes=4 * GIB)
+    assert kept.pass_s == pytest.approx(3 * LAYERS * (1 + 2))
+    alpha_0 = choose_alpha(costs, LAYERS, rates, near_bytes=LAYERS * (costs.input_bytes + costs.attention_bytes))
+    assert (alpha_0.activations, alpha_0.alpha) == (Activations.alpha, 0)
+    assert alpha_0.pass_s == pytest.approx(LAYERS * (3 * (1 + 2) + 0.6 + 1))
 
 
 rates_of_all_kinds = st.builds(

@@ -67,6 +67,17 @@ def test_costs_are_those_of_a_real_layer(batch_size: int) -> None:
     assert costs.rest_flops == none_backward_flops - all_backward_flops
 
 
+def test_what_is_no_product_is_counted_in_bytes() -> None:
+    costs = layer_costs(config(), torch.float32, 1, SEQ_LEN, CPU)
+    hidden, inner = SEQ_LEN * config().hidden_size, SEQ_LEN * config().intermediate_size
+    keys = hidden // 2
+    residuals, gate = 2 * 3 * hidden, (2 + 3) * inner
+    # A norm reads and writes at least its input; a rotation the queries and the keys.
+    least = 4 * (residuals + gate + 2 * 2 * hidden + 2 * (hidden + keys))
+    assert least < costs.forward_touched_bytes < 3 * least, "and neither weights nor what products read"
+    assert costs.rest_touched_bytes == costs.forward_touched_bytes, "the attention is no part of either"
+
+
 def test_half_the_width_of_numbers_is_about_half_the_bytes() -> None:
     single, half = (layer_costs(config(), dtype, 1, SEQ_LEN, CPU) for dtype in (torch.float32, torch.bfloat16))
     assert half.input_bytes == single.input_bytes // 2
