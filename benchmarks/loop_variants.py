@@ -81,6 +81,7 @@ class Windlass:
             optimizer=optimizer,
             scheduler=config.optim.build_scheduler(optimizer, config.train.steps),
             in_backward=None,
+            tiers=None,
             data=build_loader(config, datasets[0], mesh),
             validation=datasets[1],
             state=TrainState(),

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from windlass.conf.store import load_config, save_config, to_plain
 from windlass.errors import EXIT_DONE, RunFolderError, WindlassError
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
+from windlass.train.activation_choice import Decision, decide, decision_before
+from windlass.train.config import ActivationCheckpoint
 from windlass.train.console import open_console
 from windlass.train.data.shards import TokenDataset
 from windlass.train.flops import model_flops_per_token
@@ -44,6 +47,7 @@ from windlass.train.run_folder import (
 from windlass.train.signals import StopRequest
 from windlass.train.state import (
     Run,
+    StepParts,
     TrainState,
     build_checkpointer,
     build_loader,
@@ -73,14 +77,20 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
     datasets = mesh.agree(lambda: (TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")))
     mesh.agree(lambda: resolve_vocabulary(config, datasets[0]))
     with ExitStack() as stack:
-        changes = mesh.agree(lambda: _open_folder(config, mesh, stack, is_restart=restart_count > 0))
+        is_auto = config.train.activation_checkpoint == ActivationCheckpoint.auto
+        changes, kept = mesh.agree(lambda: _open_folder(config, mesh, stack, is_restart=restart_count > 0))
+        decision = mesh.decide(lambda: kept) if is_auto else None
+        if decision is not None:
+            decision.write_to(config)
         mesh.agree(lambda: stack.enter_context(_logging_to(Path(config.run_dir) / "logs" / f"rank{mesh.rank}.log")))
-        run, restored = _build_run(config, mesh, datasets, stack, is_restart=restart_count > 0)
+        parts = _build_parts(config, mesh, stack)
+        decision = _decide_activations(parts) or decision
+        run, restored = _build_run(parts, datasets, stack, is_restart=restart_count > 0)
         # Only now: a run that was refused leaves the folder's configuration as it is.
         mesh.agree(lambda: _record_config(config, mesh))
         with run.console:
             run.console.start()
-            _say_start(run, datasets[0], restored, restart_count, changes)
+            _say_start(run, datasets[0], restored, restart_count, changes, decision)
             exit_code = train(run, stop)
         if run.checkpoint is not None:
             run.checkpoint.close()
@@ -89,10 +99,16 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
     return exit_code
 
 
-def _open_folder(config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool) -> dict[str, tuple[Any, Any]]:
-    """Locks the run folder and looks at what it holds. On rank 0; returns what differs from the life before."""
+def _open_folder(
+    config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool
+) -> tuple[dict[str, tuple[Any, Any]], Decision | None]:
+    """Locks the run folder and looks at what it holds. On rank 0.
+
+    Returns:
+        What differs from the life before, and what that has decided for this one.
+    """
     if mesh.rank != 0:
-        return {}
+        return {}, None
     folder = stack.enter_context(RunFolder(Path(config.run_dir)))
     checkpoints = checkpoint_dir(config)
     own_folder = isinstance(checkpoints, Path) and config.checkpoint.dir is not None
@@ -111,16 +127,19 @@ def _open_folder(config: Config, mesh: Mesh, stack: ExitStack, is_restart: bool)
             "holds a run, and resume=never begins a new one",
             "choose another run_dir, or leave resume=auto to go on with this one",
         )
-    now = to_plain(config)
     if config_file.exists():
         before, holder = to_plain(load_config(config_file)), folder.path
     elif steps:  # a checkpoint.dir that another run has used
         before, holder = _config_of(step_folder(checkpoints, steps[-1])), checkpoints
     else:
-        return {}
+        return {}, None
+    kept = decision_before(config, before)
+    if kept is not None:
+        kept.write_to(config)
+    now = to_plain(config)
     if config.resume == "auto":
         refuse_another_run(holder, before, now)
-    return changed_keys(before, now)
+    return changed_keys(before, now), kept
 
 
 def _config_of(checkpoint: Location) -> dict[str, Any]:
@@ -136,9 +155,7 @@ def _record_config(config: Config, mesh: Mesh) -> None:
         raise unusable(Path(config.run_dir), error) from error
 
 
-def _build_run(
-    config: Config, mesh: Mesh, datasets: tuple[TokenDataset, TokenDataset], stack: ExitStack, is_restart: bool
-) -> tuple[Run, Restored | None]:
+def _build_parts(config: Config, mesh: Mesh, stack: ExitStack) -> StepParts:
     train_config = config.train
     torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
     torch.use_deterministic_algorithms(train_config.deterministic)
@@ -147,46 +164,60 @@ def _build_run(
         stack.callback(tiers.close)
     model, sharder = build_model(config, mesh, tiers)
     optimizer = build_optimizer(config, model, tiers)
-    scheduler = config.optim.build_scheduler(optimizer, train_config.steps)
     buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
     in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group, buckets)
     if tiers is not None:
         tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
+    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
+
+
+def _decide_activations(parts: StepParts) -> Decision | None:
+    """Resolves `train.activation_checkpoint=auto` on all ranks. None: the user has decided. Collective."""
+    if parts.config.train.activation_checkpoint != ActivationCheckpoint.auto:
+        return None
+    decision = decide(parts, _say_at_once)
+    decision.write_to(parts.config)
+    decision.apply_to(parts)
+    return decision
+
+
+def _say_at_once(text: str) -> None:
+    """For the time before there is a console."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _build_run(
+    parts: StepParts, datasets: tuple[TokenDataset, TokenDataset], stack: ExitStack, is_restart: bool
+) -> tuple[Run, Restored | None]:
+    config, mesh, optimizer, in_backward = parts.config, parts.mesh, parts.optimizer, parts.in_backward
+    scheduler = config.optim.build_scheduler(optimizer, config.train.steps)
     state = TrainState()
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
     stack.callback(data.close)
     plain_config = to_plain(config)
-    checkpoint = build_checkpointer(config, plain_config, mesh, model, optimizer, scheduler, in_backward, data, state)
+    checkpoint = build_checkpointer(
+        config, plain_config, mesh, parts.model, optimizer, scheduler, in_backward, data, state
+    )
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
         if in_backward is not None:
             in_backward.before_update = checkpoint.wait_staged
     peak_flops = total_peak_flops(config, mesh)
-    metrics = mesh.agree(
-        lambda: Metrics(
-            Path(config.run_dir),
-            config.metrics,
-            rank=mesh.rank,
-            total_steps=train_config.steps,
-            log_every=train_config.log_every,
-            flops_per_token=model_flops_per_token(config.model, config.model.vocab_size or 0, train_config.seq_len),
-            peak_flops=peak_flops,
-            run_config=plain_config,
-        )
-    )
+    metrics = mesh.agree(lambda: _open_metrics(config, plain_config, mesh.rank, peak_flops))
     stack.enter_context(metrics)
     console = open_console(
-        config.metrics.console, rank=mesh.rank, total_steps=train_config.steps, title=str(config.run_dir)
+        config.metrics.console, rank=mesh.rank, total_steps=config.train.steps, title=str(config.run_dir)
     )
     run = Run(
         config=config,
         mesh=mesh,
-        model=model,
-        sharder=sharder,
+        model=parts.model,
+        sharder=parts.sharder,
         optimizer=optimizer,
         scheduler=scheduler,
         in_backward=in_backward,
-        tiers=tiers,
+        tiers=parts.tiers,
         data=data,
         validation=datasets[1],
         state=state,
@@ -194,7 +225,7 @@ def _build_run(
         metrics=metrics,
         console=console,
     )
-    state_bytes = mock_step(run) if train_config.mock_step else 0
+    state_bytes = mock_step(run).optimizer_bytes if config.train.mock_step else 0
     begin = time.perf_counter()
     restored = restore(config, checkpoint, is_restart)
     if checkpoint is not None:
@@ -213,12 +244,26 @@ def _build_run(
     return run, restored
 
 
+def _open_metrics(config: Config, plain_config: dict[str, Any], rank: int, peak_flops: float) -> Metrics:
+    return Metrics(
+        Path(config.run_dir),
+        config.metrics,
+        rank=rank,
+        total_steps=config.train.steps,
+        log_every=config.train.log_every,
+        flops_per_token=model_flops_per_token(config.model, config.model.vocab_size or 0, config.train.seq_len),
+        peak_flops=peak_flops,
+        run_config=plain_config,
+    )
+
+
 def _say_start(
     run: Run,
     dataset: TokenDataset,
     restored: Restored | None,
     restart_count: int,
     changes: dict[str, tuple[Any, Any]],
+    decision: Decision | None,
 ) -> None:
     config, mesh, say = run.config, run.mesh, run.console.message
     num_parameters = count_parameters(run.model)
@@ -234,6 +279,7 @@ def _say_start(
         num_parameters=num_parameters,
         unigram_entropy_nats=dataset.unigram_entropy_nats,
         data_fingerprint=dataset.fingerprint,
+        activations=None if decision is None else asdict(decision),
         versions={
             "windlass": windlass.__version__,
             "torch": torch.__version__,
@@ -248,6 +294,8 @@ def _say_start(
         f"data    {config.data.name}, {dataset.num_tokens:,} tokens of {dataset.num_documents:,} documents, "
         f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token"
     )
+    for number, reason in enumerate(() if decision is None else decision.reasons):
+        say(f"{'' if number else 'saved':<8}{reason}")
     say(f"run     {config.run_dir}")
     for key, (before, now) in changes.items():
         say(f"changed {key}: {before} -> {now}")

@@ -24,7 +24,6 @@ from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 from windlass.offload.weights import Weights, most_bytes
 
-
 STREAMED_MIN_BYTES = 8 << 20
 """Streamed weights of this size leave the process when they go; what is smaller is soon needed for the next ones."""
 
@@ -72,12 +71,23 @@ class Tiers:
         self.weights: Weights | None = None
         self.activations: ActivationOffload | None = None
         if config.max_activation_bytes is not None:
-            arena = self._arena(config.buffer_bytes // 3)
-            self.activations = ActivationOffload(device, config.max_activation_bytes, arena, self.folder)
+            self.limit_activations(config.max_activation_bytes)
         self.optimizer: OffloadedOptimizer | None = None
 
     def _arena(self, num_bytes: int) -> Arena:
         return Arena(num_bytes, pin=self.device.type == "cuda")
+
+    @property
+    def activation_buffer_bytes(self) -> int:
+        """Host memory that moving activations takes, once it is asked for."""
+        return self.config.buffer_bytes // 3
+
+    def limit_activations(self, num_bytes: int) -> None:
+        """Moves what autograd saves beyond `num_bytes` from now on. To be called once at most."""
+        assert self.activations is None
+        self.activations = ActivationOffload(
+            self.device, num_bytes, self._arena(self.activation_buffer_bytes), self.folder
+        )
 
     def _make_home(self, num_bytes: int) -> TierFile | Tensor:
         """In host memory as long as there is room, then on the disk."""

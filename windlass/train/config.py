@@ -20,8 +20,17 @@ class DType(StrEnum):
 
 
 class ActivationCheckpoint(StrEnum):
+    """What becomes of a layer's activations between its forward and its backward pass."""
+
     none = "none"
+    """They are saved."""
+    fraction = "fraction"
+    """Those of `train.activation_fraction` of the tokens are saved, the others' computed again; the layer's input and
+    the attention's output are saved for all."""
     full = "full"
+    """The layer's input is saved, the rest computed again."""
+    auto = "auto"
+    """One of the above, whichever is expected to be fastest with the memory that is free; a run keeps it."""
 
 
 class Device(StrEnum):
@@ -212,6 +221,9 @@ class TrainConfig:
     """Largest global gradient norm; null does not clip."""
     dtype: DType = DType.float32
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
+    activation_fraction: float | None = None
+    """`activation_checkpoint=fraction`: of the tokens whose activations are saved. Results of different fractions agree
+    to rounding."""
     compile: bool = False
     """Compile each block with `torch.compile`."""
     eval_every: int = 100
@@ -236,6 +248,32 @@ class TrainConfig:
             self.max_norm,
             "must be above 0",
             "set train.max_norm=null to leave gradients as they are",
+        )
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        kind, fraction = self.activation_checkpoint, self.activation_fraction
+        needs_fraction = kind == ActivationCheckpoint.fraction
+        require(
+            needs_fraction or fraction is None,
+            "train.activation_fraction",
+            fraction,
+            f"is a setting of train.activation_checkpoint=fraction, not of {kind}",
+            "leave it out, or set train.activation_checkpoint=fraction",
+        )
+        require(
+            not needs_fraction or (fraction is not None and 0 <= fraction <= 1),
+            "train.activation_fraction",
+            fraction,
+            "must be between 0 and 1 with train.activation_checkpoint=fraction",
+            "set train.activation_fraction=0.5, or train.activation_checkpoint=auto to have it chosen",
+        )
+        require(
+            not self.compile or kind in (ActivationCheckpoint.none, ActivationCheckpoint.full),
+            "train.compile",
+            self.compile,
+            f"cannot be combined with train.activation_checkpoint={kind}: the compiler takes a layer as one piece",
+            "set train.compile=false, or train.activation_checkpoint to none or full",
         )
 
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from windlass.train.layer_major import forward_loss_sums
 from windlass.train.outcome import report_outcome
 
 if TYPE_CHECKING:
-    from windlass.train.state import Run
+    from windlass.train.state import StepParts
 
 LOW_WATER_FRACTION = 0.02
 """Host memory that a step must leave free; below it Linux may kill any process without a word."""
@@ -31,11 +32,18 @@ FIXES = (
 )
 
 
-def mock_step(run: Run) -> int:
-    """Runs forward, backward and optimizer at full size, and leaves weights, state and generators as they were.
+@dataclass(frozen=True)
+class StepMemory:
+    """What a step needs, of this rank."""
 
-    Returns:
-        The bytes of optimizer state that this rank will hold.
+    optimizer_bytes: int
+    """Of optimizer state in memory."""
+    free_bytes: int
+    """Of the device's memory, the least that there was. On a CPU that is the host's, which its ranks share."""
+
+
+def mock_step(run: StepParts) -> StepMemory:
+    """Runs forward, backward and optimizer at full size, and leaves weights, state and generators as they were.
 
     Raises:
         DoesNotFit: a device ran out of memory. (Where the host runs out, the process prints the same message and
@@ -47,15 +55,21 @@ def mock_step(run: Run) -> int:
     batch = Batch(ids, ids.clone(), torch.zeros(shape, dtype=torch.int32)).to(run.mesh.device)
     rng_state = torch.get_rng_state()
     device_rng_state = torch.cuda.get_rng_state() if run.mesh.device.type == "cuda" else None
+    discarding = nullcontext() if run.in_backward is None else run.in_backward.discarding()
+    # From the second pass on gradients are there, and more are like it.
+    num_micro_batches = train.grad_accum_steps if run.is_layer_major else min(2, train.grad_accum_steps)
+    if device_rng_state is not None:
+        torch.cuda.reset_peak_memory_stats()
     try:
-        with _host_memory_watched(), nullcontext() if run.in_backward is None else run.in_backward.discarding():
-            passes = run.passes([batch] * min(2, train.grad_accum_steps))
+        with _host_memory_watched() as watch, discarding:
+            passes = run.passes([batch] * num_micro_batches)
             for i, batches in enumerate(passes):
                 run.sharder.begin_micro_step(run.model, is_last=i == len(passes) - 1)
                 with run.activations_offloaded():
                     loss_sums = forward_loss_sums(run.model, batches, run.mask_documents)
                 torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
-            return _step_without_effect(run.optimizer)
+            optimizer_bytes = _step_without_effect(run.optimizer)
+        return StepMemory(optimizer_bytes, watch.free_bytes if device_rng_state is None else _free_device_bytes())
     except torch.OutOfMemoryError as error:
         total = torch.cuda.get_device_properties(run.mesh.device).total_memory
         raise DoesNotFit(
@@ -94,14 +108,28 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> int:
     return num_bytes
 
 
+def _free_device_bytes() -> int:
+    """Of the GPU's memory, the least that there was since its peak was reset."""
+    free, _ = torch.cuda.mem_get_info()
+    return free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
+
+
+@dataclass
+class _Watch:
+    free_bytes: int
+    """Of the host, the least that was seen."""
+
+
 @contextmanager
-def _host_memory_watched() -> Iterator[None]:
+def _host_memory_watched() -> Iterator[_Watch]:
     """Ends the process with a message when the host is about to run out of memory."""
     done = threading.Event()
+    seen = _Watch(host_memory()[0])
 
     def watch() -> None:
         while not done.wait(0.02):
             free, total = host_memory()
+            seen.free_bytes = min(seen.free_bytes, free)
             if free < LOW_WATER_FRACTION * total:
                 rss = psutil.Process().memory_info().rss
                 error = DoesNotFit(
@@ -119,7 +147,7 @@ def _host_memory_watched() -> Iterator[None]:
     watcher = threading.Thread(target=watch, name="windlass-memory-watch", daemon=True)
     watcher.start()
     try:
-        yield
+        yield seen
     finally:
         done.set()
         watcher.join()

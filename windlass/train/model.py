@@ -254,15 +254,20 @@ class Llama(nn.Module):
                 alpha is None or not value,
                 key,
                 "full" if value is recompute else value,
-                f"cannot be combined with offload.activation_alpha={alpha}",
+                f"cannot be combined with train.activation_fraction={alpha}",
                 f"leave {key} at its default",
             )
         self.compute_dtype = dtype
+        self.save_activations(recompute, alpha)
+        if compile_blocks:
+            for layer in self.layers:
+                layer.compile()
+
+    def save_activations(self, recompute: bool, alpha: float | None) -> None:
+        """Sets what backward keeps, as `prepare` does; between steps, and whether the model is cut or not."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             layer.recompute, layer.alpha = recompute, alpha
-            if compile_blocks:
-                layer.compile()
 
     @torch.no_grad()
     def materialize(

@@ -58,36 +58,32 @@ class TrainState:
 
 
 @dataclass
-class Run:
-    """Everything that the loop uses."""
+class StepParts:
+    """What forward, backward and update of a step are made with."""
 
     config: Config
     mesh: Mesh
     model: Llama
     sharder: Sharder
     optimizer: torch.optim.Optimizer
-    scheduler: WarmupScheduler
     in_backward: StepInBackward | None
     tiers: Tiers | None
-    data: Loader
-    validation: TokenDataset
-    state: TrainState
-    checkpoint: Checkpointer | None
-    metrics: Metrics
-    console: Console
-    last_evaluation: Evaluation | None = None
 
     @property
     def mask_documents(self) -> bool:
         return self.config.data.borders == Borders.attention
 
-    def passes(self, batches: list[Batch]) -> list[list[Batch]]:
-        """The micro-batches of a step by the forward and backward pass that they share.
+    @property
+    def is_layer_major(self) -> bool:
+        """All micro-batches of a step share one pass, layer by layer.
 
-        Where weights are streamed all share one, layer by layer, so that a step reads them twice and not twice each.
+        So it is where weights are streamed: a step reads them twice and not twice each.
         """
-        is_streaming = self.tiers is not None and self.tiers.weights is not None
-        return [batches] if is_streaming else [[batch] for batch in batches]
+        return self.tiers is not None and self.tiers.weights is not None
+
+    def passes(self, batches: list[Batch]) -> list[list[Batch]]:
+        """The micro-batches of a step by the forward and backward pass that they share."""
+        return [batches] if self.is_layer_major else [[batch] for batch in batches]
 
     def activations_offloaded(self) -> AbstractContextManager[None]:
         """What the forward pass saves under it may leave the device's memory."""
@@ -97,6 +93,20 @@ class Run:
     def offload_figures(self) -> OffloadFigures:
         """What offloading has cost so far."""
         return OffloadFigures() if self.tiers is None else self.tiers.figures
+
+
+@dataclass
+class Run(StepParts):
+    """Everything that the loop uses."""
+
+    scheduler: WarmupScheduler
+    data: Loader
+    validation: TokenDataset
+    state: TrainState
+    checkpoint: Checkpointer | None
+    metrics: Metrics
+    console: Console
+    last_evaluation: Evaluation | None = None
 
     def snapshot(self) -> float:
         """Takes a snapshot of this step, in memory or on disk; returns the seconds that training stood still for it."""
@@ -208,7 +218,9 @@ def build_model(config: Config, mesh: Mesh, tiers: Tiers | None = None) -> tuple
     train = config.train
     dtype = getattr(torch, train.dtype.value)
     model = config.model.build()
-    model.prepare(dtype, train.activation_checkpoint == ActivationCheckpoint.full, train.compile)
+    # `auto` is decided once a step has been tried with the least memory.
+    recompute = train.activation_checkpoint in (ActivationCheckpoint.full, ActivationCheckpoint.auto)
+    model.prepare(dtype, recompute, train.compile, train.activation_fraction)
     sharder = Sharder(config.parallel, mesh)
     sharder.shard(model, model.units(), dtype)
     weights = None if tiers is None else tiers.stream_weights(modules_of_units(model))

@@ -6,50 +6,59 @@ import os
 import random
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from windlass.conf.compose import compose
 from windlass.errors import DoesNotFit
-from windlass.optim.config import AdamWConfig, Schedule
-from windlass.parallel.config import ParallelConfig, Sharding
-from windlass.parallel.zero import Sharder
+from windlass.optim.scheduler import WarmupScheduler
 from windlass.train import mock_step as module
-from windlass.train.config import ModelConfig, TrainConfig
 from windlass.train.mock_step import host_memory, mock_step
 from windlass.train.outcome import OUTCOME_FILE
+from windlass.train.state import StepParts, build_model, build_optimizer, build_tiers, modules_of_units
+
+TINY = (
+    "model.vocab_size=32",
+    "model.hidden_size=16",
+    "model.intermediate_size=32",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.dropout=0.1",
+    "train.batch_size=2",
+    "train.seq_len=8",
+    "train.device=cpu",
+    "parallel=none",
+    "checkpoint=none",
+    "optim=adamw",
+)
 
 
-def make_run(grad_accum_steps: int = 1, mask_documents: bool = False) -> SimpleNamespace:
-    """What `mock_step` uses of a run."""
-    parallel = ParallelConfig(name=Sharding.none)
-    mesh = parallel.build(torch.device("cpu"))
-    model = ModelConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=32, num_layers=1, num_heads=2, num_kv_heads=2, dropout=0.1
-    ).build()
-    model.materialize(mesh.device, seed=0)
-    optimizer = AdamWConfig(schedule=Schedule.constant).build(model)
-    scheduler = AdamWConfig().build_scheduler(optimizer, num_steps=10)
-    train = TrainConfig(batch_size=2, seq_len=8, grad_accum_steps=grad_accum_steps)
-    return SimpleNamespace(
-        config=SimpleNamespace(train=train),
-        mesh=mesh,
-        model=model,
-        sharder=Sharder(parallel, mesh),
-        optimizer=optimizer,
-        scheduler=scheduler,
-        mask_documents=mask_documents,
-    )
+def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
+    """What `mock_step` uses of a run, as `windlass.launch.session` builds it."""
+    config = compose([*TINY, *overrides])
+    mesh = config.parallel.build(torch.device("cpu"))
+    tiers = build_tiers(config, mesh)
+    model, sharder = build_model(config, mesh, tiers)
+    optimizer = build_optimizer(config, model, tiers)
+    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, mesh.shard_group, ())
+    if tiers is not None:
+        tiers.attend(model, modules_of_units(model), is_cut=False)
+    scheduler = config.optim.build_scheduler(optimizer, 10)
+    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers), scheduler
 
 
-def all_of(run: SimpleNamespace) -> dict[str, object]:
+def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
     return {
         "weights": {name: value.view(torch.int32).tolist() for name, value in run.model.state_dict().items()},
         "gradients": [parameter.grad for parameter in run.model.parameters()],
         "optimizer": run.optimizer.state_dict(),
-        "scheduler": (run.scheduler.state_dict(), run.scheduler.get_last_lr()),
+        "scheduler": (scheduler.state_dict(), scheduler.get_last_lr()),
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
         "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
@@ -58,17 +67,42 @@ def all_of(run: SimpleNamespace) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 3])
-@pytest.mark.parametrize("mask_documents", [False, True])
-def test_nothing_has_changed(grad_accum_steps: int, mask_documents: bool) -> None:
-    run = make_run(grad_accum_steps, mask_documents)
-    before = all_of(run)
-    mock_step(run)  # type: ignore[arg-type]
-    assert all_of(run) == before
+@pytest.mark.parametrize("borders", ["loss", "attention"])
+@pytest.mark.parametrize("in_backward", ["none", "previous_norm"])
+def test_nothing_has_changed(grad_accum_steps: int, borders: str, in_backward: str) -> None:
+    run, scheduler = make_parts(
+        f"train.grad_accum_steps={grad_accum_steps}", f"data.borders={borders}", f"optim.in_backward={in_backward}"
+    )
+    before = all_of(run, scheduler)
+    mock_step(run)
+    assert all_of(run, scheduler) == before
     assert not run.optimizer.state
 
 
+def test_it_says_what_the_optimizer_takes_and_what_is_left_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    left = iter([9 << 30, 7 << 30, 5 << 30])
+    monkeypatch.setattr(module, "host_memory", lambda: (next(left, 8 << 30), 16 << 30))
+    run, _ = make_parts()
+    run.model.register_forward_hook(lambda *_: time.sleep(0.2))  # as long as several looks at the memory take
+    memory = mock_step(run)
+    numel = sum(parameter.numel() for parameter in run.model.parameters())
+    assert 8 * numel <= memory.optimizer_bytes <= 8 * numel + 4 * len(list(run.model.parameters()))
+    assert memory.free_bytes == 5 << 30
+
+
+def test_where_weights_are_streamed_all_micro_batches_share_a_pass(tmp_path: Path) -> None:
+    overrides = ["offload=ssd", "offload.weights=streamed", "train.grad_accum_steps=5", f"run_dir={tmp_path}"]
+    run, _ = make_parts(*overrides)
+    sizes: list[int] = []
+    run.model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    mock_step(run)
+    assert sizes == [5], "what they save is there at the same time"
+    assert run.tiers is not None
+    run.tiers.close()
+
+
 def test_forward_backward_and_optimizer_run_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run(grad_accum_steps=3)
+    run, _ = make_parts("train.grad_accum_steps=3")
     shapes, states = [], []
     run.model.register_forward_hook(lambda _, inputs, __: shapes.append(tuple(inputs[0].shape)))
     clear = run.optimizer.zero_grad
@@ -80,32 +114,32 @@ def test_forward_backward_and_optimizer_run_at_full_size(monkeypatch: pytest.Mon
     monkeypatch.setattr(run.optimizer, "zero_grad", look)
     stepped = []
     monkeypatch.setattr(torch.optim.AdamW, "step", stepped.append)
-    mock_step(run)  # type: ignore[arg-type]
+    mock_step(run)
     assert shapes == [(2, 8), (2, 8)], "two micro-steps stand for all: from the second on, gradients are there"
     assert stepped == [run.optimizer]
     assert all(states[0])
 
 
 def test_the_scheduler_does_not_think_that_the_optimizer_was_called(recwarn: pytest.WarningsRecorder) -> None:
-    run = make_run()
-    mock_step(run)  # type: ignore[arg-type]
+    run, scheduler = make_parts()
+    mock_step(run)
     run.model(torch.zeros(1, 2, dtype=torch.int64)).sum().backward()
     run.optimizer.step()
-    run.scheduler.step()
+    scheduler.step()
     assert not [warning for warning in recwarn if "lr_scheduler" in str(warning.message)]
 
 
 def test_a_device_without_room_is_said_with_fixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = make_run()
+    run, _ = make_parts()
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(module, "forward_loss_sum", fail)
+    run.model.register_forward_hook(fail)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 << 30))
     state = torch.get_rng_state()
     with pytest.raises(DoesNotFit, match=r"train\.batch_size=2: .*8\.0 GiB.*Fix: lower train\.batch_size"):
-        mock_step(run)  # type: ignore[arg-type]
+        mock_step(run)
     assert torch.equal(torch.get_rng_state(), state)
 
 
