@@ -218,6 +218,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
         Raises:
             OffloadError: the disk failed, or gave back other bytes than were written.
+            ValueError: the optimizer cannot step in parts, or a parameter was frozen when it was offloaded.
         """
         loss = None
         if closure is not None:
@@ -231,7 +232,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    gradients.setdefault(self._bucket_of[parameter], {})[parameter] = parameter.grad
+                    gradients.setdefault(self._bucket_with(parameter), {})[parameter] = parameter.grad
                     parameter.grad = None
         resident = gradients.pop(self._resident, None)
         if resident:
@@ -283,6 +284,15 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         finally:
             for group, settings in zip(self.param_groups, now, strict=True):
                 group.update(settings)
+
+    def _bucket_with(self, parameter: Tensor) -> _Bucket:
+        bucket = self._bucket_of.get(parameter)
+        if bucket is None:
+            raise ValueError(
+                f"a parameter of shape {list(parameter.shape)} was frozen when its optimizer was offloaded, and has a "
+                "gradient now: space is reserved for those that were not; unfreeze it before"
+            )
+        return bucket
 
     def _in_sequence(self, buckets: Mapping[_Bucket, Any]) -> list[_Bucket]:
         return [bucket for bucket in self._sequence if bucket in buckets]

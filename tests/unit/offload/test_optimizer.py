@@ -288,3 +288,14 @@ def test_param_groups_are_added_before(tmp_path: Path) -> None:
         run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
     assert len(run.optimizer.param_groups) == 1
     run.close()
+
+
+def test_parameters_are_unfrozen_before(tmp_path: Path) -> None:
+    model = net()
+    model[2].requires_grad_(False)
+    run = Training(tmp_path, model=model)
+    run.run(1)
+    model[2].requires_grad_(True)
+    with pytest.raises(ValueError, match=r"shape \[96, 104\] was frozen when its optimizer was offloaded.*unfreeze"):
+        run.run(1)
+    run.close()
