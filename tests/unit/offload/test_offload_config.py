@@ -71,9 +71,7 @@ def test_the_tiers_of_a_rank(tmp_path: Path) -> None:
 
 
 def test_weights_are_not_streamed_from_host_memory_to_the_host(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"offload\.weights=streamed: with offload=cpu on a CPU .* Fix: choose"
-    ):
+    with pytest.raises(ConfigError, match=r"offload\.weights=streamed: with offload=cpu on a CPU .* Fix: choose"):
         build(OffloadConfig(OffloadKind.cpu, weights=WeightsPlace.streamed), tmp_path)
 
 
