@@ -47,7 +47,7 @@ class OffloadConfig:
     max_device_bytes: int = 0
     """Of the optimizer state so much stays on the device; for GPUs."""
     max_host_bytes: int | None = None
-    """Host memory for state that would else be on the disk; null is as much as there is for `cpu`, none for `ssd`."""
+    """`ssd`: host memory for state that would else be on the disk; null is none."""
     buffer_bytes: int = BUFFER_BYTES
     """Host memory of a rank for what is on its way to and from the disk; more if the largest tensors need it."""
     weights: WeightsPlace = WeightsPlace.memory
@@ -65,7 +65,7 @@ class OffloadConfig:
         ):
             value = getattr(self, key)
             require(value is None or value >= 0, f"offload.{key}", value, "must not be negative", fix)
-        for key in ("dir", "max_activation_bytes"):
+        for key in ("dir", "max_host_bytes", "max_activation_bytes"):
             value = getattr(self, key)
             require(
                 value is None or self.name == OffloadKind.ssd,

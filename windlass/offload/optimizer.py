@@ -8,6 +8,7 @@ knows an algorithm, and none that a new algorithm needs.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,9 +52,9 @@ def offload_optimizer(
         dir: for `ssd`, a folder on a local disk. Files of this process go into a folder of their own there, which is
             removed at the end (`close`), or by the next that uses `dir` if this process is killed.
         max_device_bytes: of the state that stays where the parameters are.
-        max_host_bytes: of the state that stays in host memory; the rest is on the disk. None: all for `cpu`, nothing
-            for `ssd`.
-        buffer_bytes: host memory for state on its way; raised to the largest parameter's state if that is more.
+        max_host_bytes: for `ssd`, of the state that stays in host memory; the rest is on the disk. None: nothing.
+        buffer_bytes: host memory for state on its way; raised to the state of the largest bucket (64 MiB with AdamW, or
+            that of a larger parameter) if that is more.
 
     Raises:
         ValueError: the arguments do not fit together, or the optimizer cannot step on some parameters at a time.
@@ -62,8 +63,12 @@ def offload_optimizer(
     kind = OffloadKind(tier)
     if kind == OffloadKind.none or (kind == OffloadKind.ssd) != (dir is not None):
         raise ValueError(f'tier="{kind}" with dir={dir}: give tier="ssd" and the folder, or tier="cpu" and no folder')
-    if max_host_bytes is None and kind == OffloadKind.ssd:
-        max_host_bytes = 0
+    if max_host_bytes is not None and kind == OffloadKind.cpu:
+        raise ValueError(
+            f'max_host_bytes={max_host_bytes} with tier="cpu": the rest would have no place; use tier="ssd"'
+        )
+    if kind == OffloadKind.ssd:
+        max_host_bytes = max_host_bytes or 0
     folder = None if dir is None else TierFolder(Path(dir), Engine(), "optimizer")
     offloaded = OffloadedOptimizer(
         optimizer,
@@ -109,6 +114,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         order: Sequence[Sequence[Tensor]] | None = None,
         weights: Weights | None = None,
     ) -> None:
+        closure = inspect.signature(inner.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(
+                f"{type(inner).__name__} computes the loss itself, of all parameters at once, so it cannot step on some of "
+                "them at a time, which offloading does; use an optimizer whose step needs no closure"
+            )
         self.inner, self.folder, self.weights = inner, folder, weights
         self.owns_folder = False
         """Whether `close` removes the folder, or leaves that to another."""

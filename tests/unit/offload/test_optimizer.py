@@ -155,6 +155,16 @@ def test_state_of_another_shape_is_refused(tmp_path: Path) -> None:
         run.optimizer.load_state_dict(other.optimizer.state_dict())
 
 
+def test_a_host_limit_without_a_disk_is_refused() -> None:
+    with pytest.raises(ValueError, match="the rest would have no place"):
+        offload_optimizer(torch.optim.AdamW(net().parameters()), tier="cpu", max_host_bytes=1)
+
+
+def test_an_optimizer_that_needs_a_closure_is_refused() -> None:
+    with pytest.raises(ValueError, match="LBFGS computes the loss itself"):
+        offload_optimizer(torch.optim.LBFGS(net().parameters()), tier="cpu")
+
+
 # --- Learning rates, closures. ---
 
 SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], LRScheduler]] = {
