@@ -4,6 +4,7 @@ import pytest
 
 from windlass.errors import ConfigError
 from windlass.train.config import (
+    ActivationCheckpoint,
     DataConfig,
     ModelConfig,
     StdlibDataConfig,
@@ -24,6 +25,30 @@ from windlass.train.config import (
         ({"seed": -1}, r"train\.seed=-1: must not be negative"),
         ({"eval_every": -1}, r"train\.eval_every=-1: must not be negative"),
         ({"max_norm": 0.0}, r"train\.max_norm=0\.0: must be above 0.*set train\.max_norm=null"),
+        (
+            {"activation_fraction": 0.5},
+            r"train\.activation_fraction=0\.5: is a setting of train\.activation_checkpoint=fraction, not of none",
+        ),
+        (
+            {"activation_checkpoint": ActivationCheckpoint.auto, "activation_fraction": 0.5},
+            r"train\.activation_fraction=0\.5: .*, not of auto",
+        ),
+        (
+            {"activation_checkpoint": ActivationCheckpoint.fraction},
+            r"train\.activation_fraction=None: must be between 0 and 1.*set train\.activation_fraction=0\.5",
+        ),
+        (
+            {"activation_checkpoint": ActivationCheckpoint.fraction, "activation_fraction": 1.5},
+            r"train\.activation_fraction=1\.5: must be between 0 and 1",
+        ),
+        (
+            {"activation_checkpoint": ActivationCheckpoint.fraction, "activation_fraction": 0.5, "compile": True},
+            r"train\.compile=True: cannot be combined with train\.activation_checkpoint=fraction",
+        ),
+        (
+            {"activation_checkpoint": ActivationCheckpoint.auto, "compile": True},
+            r"train\.compile=True: cannot be combined with train\.activation_checkpoint=auto.*to none or full",
+        ),
     ],
 )
 def test_training_settings_that_make_no_sense_are_refused(settings: dict, message: str) -> None:
@@ -33,6 +58,9 @@ def test_training_settings_that_make_no_sense_are_refused(settings: dict, messag
 
 def test_the_least_that_makes_sense_is_accepted() -> None:
     TrainConfig(steps=1, batch_size=1, seq_len=1, eval_every=0, seed=0, max_norm=None)
+    for fraction in (0.0, 1.0):
+        TrainConfig(activation_checkpoint=ActivationCheckpoint.fraction, activation_fraction=fraction)
+    TrainConfig(activation_checkpoint=ActivationCheckpoint.full, compile=True)
     ModelConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1)
 
 
