@@ -52,14 +52,18 @@ def _same_result(config: Config) -> Iterator[tuple[list[str], Config]]:
     while train.batch_size % parts == 0:
         for recompute in sorted(recomputes, reverse=True):
             overrides, changed = [], copy.deepcopy(config)
+            fraction = train.activation_fraction if recompute == train.activation_checkpoint else None
             if recompute != train.activation_checkpoint:
                 overrides.append(f"train.activation_checkpoint={recompute}")
+            if fraction != train.activation_fraction:
+                overrides.append("train.activation_fraction=null")
             if parts > 1:
                 overrides.append(f"train.batch_size={train.batch_size // parts}")
                 overrides.append(f"train.grad_accum_steps={train.grad_accum_steps * parts}")
             changed.train = replace(
                 train,
                 activation_checkpoint=recompute,
+                activation_fraction=fraction,
                 batch_size=train.batch_size // parts,
                 grad_accum_steps=train.grad_accum_steps * parts,
             )
