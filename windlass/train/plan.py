@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -17,17 +19,18 @@ import torch
 
 from windlass.checkpoint.config import CheckpointKind
 from windlass.errors import ConfigError
-from windlass.offload.config import OffloadKind
-from windlass.train.config import Device, PreparedDataConfig, TokensDataConfig
+from windlass.train.config import ActivationCheckpoint, Device, PreparedDataConfig, TokensDataConfig
 from windlass.train.console import size
 from windlass.train.data.manifest import Manifest
 from windlass.train.data.prepare import prepared_folder
 from windlass.train.data.tokenizer import load_tokenizer
-from windlass.train.machine import Machine, process_kind
+from windlass.train.machine import Machine, existing_folder, process_kind, ssd_key
 from windlass.train.mock_step import LOW_WATER_FRACTION, host_memory
+from windlass.train.plan_disk import DiskSpeed
 from windlass.train.plan_memory import SMALL_OBJECTS, live_peak, replay
+from windlass.train.plan_recorder import Trace
 from windlass.train.plan_time import Range, StepTime, step_time
-from windlass.train.plan_trace import Trace, trace_step
+from windlass.train.plan_trace import trace_step
 from windlass.train.state import VOCAB_MULTIPLE
 
 if TYPE_CHECKING:
@@ -41,7 +44,7 @@ COLLECTIVES_SPREAD = 0.35
 """By how much several ranks may need more: buffers of gloo's threads are not traced (up to 0.32 was seen)."""
 PROCESS_SPREAD = 0.1
 """How far a process's own memory may be off, as a share of it."""
-
+SECONDS_A_DAY = 86_400
 
 CHECKPOINT_COPIES = {
     CheckpointKind.none: 0,
@@ -77,8 +80,12 @@ class Memory:
     """Taken from the system and not in use at the peak: what lies between tensors of other sizes."""
     process: int
     """Python, torch and all that is there without a model."""
+    buffers: int
+    """For what is on its way to and from the disk."""
     persistent: Tiers
-    """Between steps."""
+    """Between steps; in host memory without the buffers."""
+    peak_tiers: Tiers
+    """In a step, as expected; on the disk with what checkpoints keep of the step before."""
     peak: Range
     """In a step, of the tier that training computes in."""
 
@@ -99,15 +106,20 @@ class Plan:
     """Of a rank and step."""
     ssd_written_tb_per_day: float
     """By all ranks of this machine together."""
+    bottleneck: str
+    """`disk` or `compute`."""
+    break_even_tokens: int | None
+    """From so many tokens a step on the disk hides behind computing; None where none is used."""
     limit_bytes: int
     """Memory that the ranks of this machine together may take."""
     fits: bool
+    disk_fits: bool
     reasons: list[str] = field(default_factory=list)
 
     @property
     def is_close(self) -> bool:
         """Expected to fit, but for checkpoints in memory, and not certain to."""
-        return not self.fits and self.num_ranks * self.memory.peak.expected <= self.limit_bytes
+        return not self.fits and self.disk_fits and self.num_ranks * self.memory.peak.expected <= self.limit_bytes
 
 
 def forecast(config: Config, num_ranks: int, machine: Machine) -> Plan:
@@ -121,33 +133,40 @@ def forecast(config: Config, num_ranks: int, machine: Machine) -> Plan:
     """
     trace = trace_step(config, num_ranks)
     kind = process_kind(num_ranks, config.train.dtype)
-    memory = memory_of(trace, machine.process_bytes[kind], machine.process_end_bytes.get(kind, 0))
+    num_versions = 1 if config.checkpoint.name == CheckpointKind.none else 2
+    memory = memory_of(trace, machine.process_bytes[kind], machine.process_end_bytes.get(kind, 0), num_versions)
     return judge(config, num_ranks, trace, memory, machine)
 
 
-def memory_of(trace: Trace, process: int, process_at_end: int = 0) -> Memory:
+def memory_of(trace: Trace, process: int, process_at_end: int = 0, num_versions: int = 1) -> Memory:
     """What a rank holds that does what `trace` says.
 
     Args:
         process: bytes of the process without tensors, and `process_at_end` while the report is drawn.
+        num_versions: of what is on the disk that may exist at a time.
     """
     live = live_peak(trace.memory)
-    heap_bytes = round(mean(replay(trace.memory, share).high_water_bytes for share in SHARES_OF_SMALL_OBJECTS))
-    persistent = trace.weights_bytes + trace.optimizer_bytes
+    on_disk = trace.disk_weights_bytes + trace.disk_optimizer_bytes
+    heap_bytes = round(
+        mean(replay(trace.memory, share, trace.mmap_threshold).high_water_bytes for share in SHARES_OF_SMALL_OBJECTS)
+    )
+    persistent = trace.weights_bytes + trace.optimizer_bytes - on_disk
     # The report is drawn in memory that steps have left free.
-    expected = max(heap_bytes + process, persistent + process_at_end)
-    tight = replay(trace.memory, small_objects=0).high_water_bytes
-    loose = replay(trace.memory, MANY_SMALL_OBJECTS).high_water_bytes
+    expected = max(heap_bytes + process, persistent + trace.buffer_bytes + process_at_end)
+    tight = replay(trace.memory, 0, trace.mmap_threshold).high_water_bytes
+    loose = replay(trace.memory, MANY_SMALL_OBJECTS, trace.mmap_threshold).high_water_bytes
     spread = PROCESS_SPREAD * process
     more = COLLECTIVES_SPREAD * expected if trace.comm_bytes else 0.0
     return Memory(
         weights=trace.weights_bytes,
         gradients=trace.gradient_bytes,
         optimizer=trace.optimizer_bytes,
-        activations=live - persistent,
+        activations=live - persistent - trace.buffer_bytes,
         allocator=heap_bytes - live,
         process=process,
-        persistent=Tiers(host=persistent),
+        buffers=trace.buffer_bytes,
+        persistent=Tiers(host=persistent, ssd=on_disk),
+        peak_tiers=Tiers(host=round(expected), ssd=num_versions * trace.disk_file_bytes),
         peak=Range(
             expected, min(expected, tight + process) - spread, max(loose + process, 1.03 * expected) + spread + more
         ),
@@ -157,14 +176,11 @@ def memory_of(trace: Trace, process: int, process_at_end: int = 0) -> Memory:
 def judge(config: Config, num_ranks: int, trace: Trace, memory: Memory, machine: Machine) -> Plan:
     """Adds the time, and says whether it all fits."""
     train = config.train
-    threads = threads_of_rank(num_ranks)
-    time = step_time(trace, machine, threads)
-    available, total = host_memory()
-    limit = available - int(LOW_WATER_FRACTION * total)
+    time = step_time(trace, machine, threads_of_rank(num_ranks), _disk_speed(config, num_ranks, trace, machine))
     step_tokens = num_ranks * train.batch_size * train.seq_len * train.grad_accum_steps
-    copies = CHECKPOINT_COPIES[config.checkpoint.name]
-    needed = num_ranks * (memory.peak.high + copies * memory.persistent.host)
-    fits = needed <= limit
+    written = sum(transfer.num_bytes for transfer in trace.transfers if transfer.is_write)
+    limit, memory_fits, memory_reason = _judge_memory(config, num_ranks, memory)
+    disk_fits, disk_reasons = _judge_disk(config, num_ranks, memory)
     return Plan(
         num_parameters=trace.num_parameters,
         num_ranks=num_ranks,
@@ -172,18 +188,68 @@ def judge(config: Config, num_ranks: int, trace: Trace, memory: Memory, machine:
         time=time,
         tokens_per_s=step_tokens / time.step.expected,
         comm_bytes=trace.comm_bytes,
-        ssd_read_bytes=0,
-        ssd_write_bytes=0,
-        ssd_written_tb_per_day=0.0,
+        ssd_read_bytes=sum(transfer.num_bytes for transfer in trace.transfers if not transfer.is_write),
+        ssd_write_bytes=written,
+        ssd_written_tb_per_day=num_ranks * written * SECONDS_A_DAY / time.step.expected / 1e12,
+        bottleneck=time.bottleneck,
+        break_even_tokens=_break_even_tokens(time, step_tokens),
         limit_bytes=limit,
-        fits=fits,
-        reasons=[
-            f"{size(needed)} for {num_ranks} at the upper end of the range, with {copies} copies of the state for "
-            f"checkpoint={config.checkpoint.name}, is {'within' if fits else 'above'} {size(limit)}: {size(available)} "
-            f"of {size(total)} are free, and {LOW_WATER_FRACTION:.0%} must stay so",
-            *_assumptions(config),
-        ],
+        fits=memory_fits and disk_fits,
+        disk_fits=disk_fits,
+        reasons=[memory_reason, *disk_reasons, *_assumptions(config)],
     )
+
+
+def _judge_memory(config: Config, num_ranks: int, memory: Memory) -> tuple[int, bool, str]:
+    """The limit of all ranks together, whether they stay below it, and why."""
+    available, total = host_memory()
+    limit = available - int(LOW_WATER_FRACTION * total)
+    copies = CHECKPOINT_COPIES[config.checkpoint.name]
+    needed = num_ranks * (memory.peak.high + copies * memory.persistent.host)
+    fits = needed <= limit
+    return (
+        limit,
+        fits,
+        f"{size(needed)} for {num_ranks} at the upper end of the range, with {copies} copies of the state for "
+        f"checkpoint={config.checkpoint.name}, is {'within' if fits else 'above'} {size(limit)}: {size(available)} "
+        f"of {size(total)} are free, and {LOW_WATER_FRACTION:.0%} must stay so",
+    )
+
+
+def _judge_disk(config: Config, num_ranks: int, memory: Memory) -> tuple[bool, list[str]]:
+    """Whether the disk has room for what the ranks put there, and why."""
+    folder = config.offload.folder(Path(config.run_dir))
+    if folder is None:
+        return True, []
+    needed, free = num_ranks * memory.peak_tiers.ssd, free_bytes(folder)
+    if needed <= free:
+        return True, [f"{size(needed)} on the disk of offload.dir={folder} is within {size(free)} that are free"]
+    fix = "free space there, or set offload.dir to a disk with more"
+    if config.checkpoint.name != CheckpointKind.none:
+        fix += "; checkpoints keep a second version of it"
+    return False, [f"{size(needed)} on the disk of offload.dir={folder} is above {size(free)} that are free: {fix}"]
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that `folder` is to lie on."""
+    return shutil.disk_usage(existing_folder(folder)).free
+
+
+def _disk_speed(config: Config, num_ranks: int, trace: Trace, machine: Machine) -> DiskSpeed | None:
+    """A rank's share of the disk; None where it is not used."""
+    folder = config.offload.folder(Path(config.run_dir))
+    if folder is None or not trace.transfers:
+        return None
+    speed = machine.ssd[ssd_key(folder)]
+    return DiskSpeed(speed["read_bytes_per_s"] / num_ranks, speed["write_bytes_per_s"] / num_ranks)
+
+
+def _break_even_tokens(time: StepTime, step_tokens: int) -> int | None:
+    """Tokens of a step that take as long to compute as the disk takes for the step; None where no disk is used."""
+    if not time.disk_s:
+        return None
+    passes = time.kernels_s + time.overhead_s + time.comm_s - time.moving_s
+    return max(1, round(step_tokens * max(0.0, time.disk_s - time.moving_s) / passes))
 
 
 def _assumptions(config: Config) -> list[str]:
@@ -193,8 +259,10 @@ def _assumptions(config: Config) -> list[str]:
         found.append(
             "assumed: a CPU computes, in the memory of the host; kernels and memory of a GPU are not known here"
         )
-    if config.offload.name != OffloadKind.none:
-        found.append(f"assumed: offload=none; what offload={config.offload.name} moves to the disk is not taken off")
+    if config.offload.max_activation_bytes is not None:
+        found.append("assumed: offload.max_activation_bytes=null; what it moves to the disk is not taken off")
+    if config.train.activation_checkpoint == ActivationCheckpoint.auto:
+        found.append("assumed: train.activation_checkpoint=full; auto saves more where there is memory")
     if config.train.compile:
         found.append("assumed: train.compile=false")
     return found

@@ -39,7 +39,12 @@ def run(options: argparse.Namespace, config: Config) -> int:
     resolve_vocabulary(config)
     num_ranks = _num_ranks(options, config)
     machine = load_machine()
-    measure_machine(machine, num_ranks, config.train.dtype, existing_folder(Path(config.run_dir)))
+    measure_machine(
+        machine,
+        num_ranks,
+        config.train.dtype,
+        existing_folder(config.offload.folder(Path(config.run_dir)) or Path(config.run_dir)),
+    )
     plan = forecast(config, num_ranks, machine)
     fix = None if plan.fits else cheapest_fix(config, num_ranks, machine)
     save_machine(machine)
@@ -69,9 +74,9 @@ def render(plan: Plan, fix: Fix | None) -> str:
     memory, time = plan.memory, plan.time
     verdict = "fits" if plan.fits else "may not fit: it is close" if plan.is_close else "DOES NOT FIT"
     rows = [
-        ("weights", memory.weights),
-        ("optimizer state", memory.optimizer),
+        ("weights and optimizer state", memory.persistent.host),
         ("gradients and activations", memory.activations),
+        ("buffers for the disk", memory.buffers),
         ("allocator", memory.allocator),
         ("process", memory.process),
     ]
@@ -79,18 +84,25 @@ def render(plan: Plan, fix: Fix | None) -> str:
         f"{plan.num_parameters:,} parameters, {plan.num_ranks} rank{'s' * (plan.num_ranks > 1)}: {verdict}",
         "",
         "memory of a rank at its peak",
-        *(f"  {name:<26} {size(num_bytes):>10}" for name, num_bytes in rows),
-        f"  {'peak':<26} {size(memory.peak.expected):>10}  ({size(memory.peak.low)} to {size(memory.peak.high)})",
-        f"  {'kept between steps':<26} {size(memory.persistent.host):>10}  weights and optimizer state",
+        *(f"  {name:<27} {size(num_bytes):>10}" for name, num_bytes in rows),
+        f"  {'peak':<27} {size(memory.peak.expected):>10}  ({size(memory.peak.low)} to {size(memory.peak.high)})",
+        "",
+        "kept between steps",
+        f"  {'weights':<27} {size(memory.weights):>10}",
+        f"  {'optimizer state':<27} {size(memory.optimizer):>10}",
+        f"  {'of these in memory':<27} {size(memory.persistent.host):>10}",
+        f"  {'of these on the disk':<27} {size(memory.persistent.ssd):>10}  ({size(memory.peak_tiers.ssd)} at most)",
         "",
         "a step",
-        f"  {'time':<26} {time.step.expected:>8.3f} s  ({time.step.low:.3f} to {time.step.high:.3f})",
-        f"  {'  kernels':<26} {time.kernels_s:>8.3f} s",
-        f"  {'  calling them':<26} {time.overhead_s:>8.3f} s",
-        f"  {'  communication':<26} {time.comm_s:>8.3f} s  {size(plan.comm_bytes)}",
-        f"  {'tokens a second':<26} {plan.tokens_per_s:>8,.0f}",
-        f"  {'SSD read, written':<26} {size(plan.ssd_read_bytes):>10}, {size(plan.ssd_write_bytes)}"
+        f"  {'time':<27} {time.step.expected:>8.3f} s  ({time.step.low:.3f} to {time.step.high:.3f})",
+        f"  {'  kernels':<27} {time.kernels_s:>8.3f} s",
+        f"  {'  calling them':<27} {time.overhead_s:>8.3f} s",
+        f"  {'  communication':<27} {time.comm_s:>8.3f} s  {size(plan.comm_bytes)}",
+        f"  {'  waiting for the disk':<27} {time.stall_s:>8.3f} s  of {time.disk_s:.3f} s that it works",
+        f"  {'tokens a second':<27} {plan.tokens_per_s:>8,.0f}    (bound by {plan.bottleneck})",
+        f"  {'SSD read, written':<27} {size(plan.ssd_read_bytes):>10}, {size(plan.ssd_write_bytes)}"
         f"  ({plan.ssd_written_tb_per_day:.2f} TB a day)",
+        *_break_even(plan),
         "",
         *plan.reasons,
     ]
@@ -102,3 +114,9 @@ def render(plan: Plan, fix: Fix | None) -> str:
     elif not plan.fits:
         lines.append("nothing that windlass could change makes it fit: choose a smaller model, or a larger machine")
     return "\n".join(lines)
+
+
+def _break_even(plan: Plan) -> list[str]:
+    if plan.break_even_tokens is None:
+        return []
+    return [f"  {'break-even':<27} {plan.break_even_tokens:>8,} tokens a step: from there on computing hides the disk"]

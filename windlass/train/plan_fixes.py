@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
+from windlass.offload.config import OffloadKind, WeightsPlace
 from windlass.optim.config import ApolloConfig, InBackward
 from windlass.train.config import ActivationCheckpoint
 from windlass.train.machine import Machine
@@ -14,6 +15,13 @@ from windlass.train.plan import Plan, forecast
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
+
+
+MAX_NORM = 1.0
+"""Where gradients are not clipped yet, and are to be by the norm of the step before."""
+
+Candidate: TypeAlias = "tuple[list[str], Config]"
+"""Overrides, and the configuration with them."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +36,12 @@ class Fix:
 
 
 def cheapest_fix(config: Config, num_ranks: int, machine: Machine) -> Fix | None:
-    """Of the overrides that make a run fit, the ones with the shortest step; None if none does.
+    """Overrides that make a run fit: the ones with the shortest step, of the first kind that has any, or None.
 
-    What changes the result of training is only proposed where nothing else fits.
+    The kinds, from the cheapest on: smaller passes; optimizer state on the disk; weights too. What changes the result
+    of training is only proposed where none of these fits: gradients that are used as they come, then APOLLO.
     """
-    for candidates, keeps_result in ((_same_result(config), True), (_other_result(config), False)):
+    for keeps_result, candidates in _kinds(config):
         plans = ((overrides, forecast(changed, num_ranks, machine)) for overrides, changed in candidates)
         fixes = [_fix(overrides, plan, keeps_result) for overrides, plan in plans if plan.fits]
         if fixes:
@@ -44,13 +53,63 @@ def _fix(overrides: list[str], plan: Plan, keeps_result: bool) -> Fix:
     return Fix(overrides, keeps_result, plan.memory.peak.expected, plan.time.step.expected)
 
 
-def _same_result(config: Config) -> Iterator[tuple[list[str], Config]]:
+def _kinds(config: Config) -> Iterator[tuple[bool, Iterator[Candidate]]]:
+    """Whether it keeps the result, and what to try."""
+    yield True, _smaller_passes(config)
+    for elsewhere in _elsewhere(config):
+        yield True, iter([elsewhere, _leanest(elsewhere)])
+    places = [_leanest(([], config)), *(_leanest(elsewhere) for elsewhere in _elsewhere(config))]
+    if config.optim.in_backward == InBackward.none:
+        yield False, (_in_backward(place) for place in places)
+    if not isinstance(config.optim, ApolloConfig):
+        yield False, (candidate for place in places for candidate in _with_apollo(place))
+
+
+def _elsewhere(config: Config) -> list[Candidate]:
+    """Optimizer state on the disk, then weights too."""
+    found, overrides, changed = [], [], config
+    if changed.offload.name == OffloadKind.none:
+        overrides = ["offload=ssd"]
+        changed = replace(changed, offload=replace(changed.offload, name=OffloadKind.ssd))
+        found.append((overrides, changed))
+    if changed.offload.name == OffloadKind.ssd and changed.offload.weights == WeightsPlace.memory:
+        changed = replace(changed, offload=replace(changed.offload, weights=WeightsPlace.streamed))
+        found.append(([*overrides, "offload.weights=streamed"], changed))
+    return found
+
+
+def _in_backward(candidate: Candidate) -> Candidate:
+    overrides, config = [*candidate[0], f"optim.in_backward={InBackward.previous_norm}"], candidate[1]
+    train = config.train
+    if train.max_norm is None:
+        overrides.append(f"train.max_norm={MAX_NORM}")
+        train = replace(train, max_norm=MAX_NORM)
+    return overrides, replace(config, train=train, optim=replace(config.optim, in_backward=InBackward.previous_norm))
+
+
+def _with_apollo(candidate: Candidate) -> Iterator[Candidate]:
+    overrides, config = candidate
+    optim = ApolloConfig(in_backward=config.optim.in_backward)
+    changed = [*overrides, "optim=apollo"], replace(config, optim=optim)
+    yield changed
+    if optim.in_backward == InBackward.none:
+        yield _in_backward(changed)
+
+
+def _leanest(candidate: Candidate) -> Candidate:
+    """With the smallest passes."""
+    overrides, config = candidate
+    *_, (more, changed) = [([], config), *_smaller_passes(config)]
+    return [*overrides, *more], changed
+
+
+def _smaller_passes(config: Config) -> Iterator[Candidate]:
     """Smaller micro-batches, more of them, and activations that are computed again."""
     train = config.train
     recomputes = {train.activation_checkpoint, ActivationCheckpoint.full}
     parts = 1
     while train.batch_size % parts == 0:
-        for recompute in sorted(recomputes, reverse=True):
+        for recompute in sorted(recomputes, key=lambda kind: kind == ActivationCheckpoint.full):
             overrides, changed = [], copy.deepcopy(config)
             fraction = train.activation_fraction if recompute == train.activation_checkpoint else None
             if recompute != train.activation_checkpoint:
@@ -70,20 +129,3 @@ def _same_result(config: Config) -> Iterator[tuple[list[str], Config]]:
             if overrides:
                 yield overrides, changed
         parts *= 2
-
-
-def _other_result(config: Config) -> Iterator[tuple[list[str], Config]]:
-    """The leanest of the above with less optimizer state, and with gradients that are used as they come."""
-    *_, (overrides, leanest) = _same_result(config)
-    for optim in (config.optim, ApolloConfig()):
-        for in_backward in (config.optim.in_backward, InBackward.previous_norm):
-            changed, more = copy.deepcopy(leanest), []
-            changed.optim = replace(optim, in_backward=in_backward)
-            if optim is not config.optim:
-                more.append("optim=apollo")
-            if in_backward != config.optim.in_backward:
-                if config.train.max_norm is None:
-                    continue
-                more.append(f"optim.in_backward={in_backward}")
-            if more:
-                yield overrides + more, changed

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 
-from windlass.train.plan_trace import MemoryEvent
+from windlass.train.plan_recorder import MemoryEvent
 
 PAGE_BYTES = 4096
 _HEADER_BYTES = 16
@@ -32,10 +32,16 @@ class Heap:
 
     Pieces from `mmap_threshold` on that no hole takes are mapped one by one; the threshold rises to the largest such
     piece that was given back, up to 32 MiB.
+
+    Args:
+        mmap_threshold: a threshold that stays, as `windlass.offload.malloc` sets it in a process that has given back
+            a large piece before.
     """
 
-    def __init__(self, small_objects: float = SMALL_OBJECTS) -> None:
-        self.mmap_threshold = _MMAP_THRESHOLD
+    def __init__(self, small_objects: float = SMALL_OBJECTS, mmap_threshold: int | None = None) -> None:
+        self._is_fixed = mmap_threshold is not None
+        self.mmap_threshold = mmap_threshold or _MMAP_THRESHOLD
+        self._trim_threshold = 2 * (_MMAP_THRESHOLD_MAX if self._is_fixed else _MMAP_THRESHOLD)
         self.end = 0
         """What the heap has taken from the system."""
         self.top = 0
@@ -66,6 +72,11 @@ class Heap:
             self._give_back(self._slivers.popleft(), _SLIVER_BYTES)
         self.high_water_bytes = max(self.high_water_bytes, self.held_bytes)
 
+    def map(self, num_bytes: int) -> None:
+        """Pages of a mapping that is not malloc's, and stays."""
+        self.mapped_bytes += num_bytes
+        self.high_water_bytes = max(self.high_water_bytes, self.held_bytes)
+
     def _find(self, size: int) -> int:
         """The address of `size` bytes that are taken from now on; -1 where they are mapped on their own."""
         index = bisect_left(self._holes, (size, -1))
@@ -88,8 +99,8 @@ class Heap:
             self._give_back(address, size)
             return
         self.mapped_bytes -= size
-        if self.mmap_threshold < size <= _MMAP_THRESHOLD_MAX:
-            self.mmap_threshold = size
+        if self.mmap_threshold < size <= _MMAP_THRESHOLD_MAX and not self._is_fixed:
+            self.mmap_threshold, self._trim_threshold = size, 2 * size
 
     def _give_back(self, address: int, size: int) -> None:
         if address in self._hole_ending_at:
@@ -105,7 +116,7 @@ class Heap:
             self._add_hole(address, size)
             return
         self.top = address
-        if self.end - self.top >= 2 * self.mmap_threshold:
+        if self.end - self.top >= self._trim_threshold:
             self.end = self.top + _TOP_PAD
 
     def _add_hole(self, address: int, size: int) -> None:
@@ -119,11 +130,15 @@ class Heap:
         del self._hole_ending_at[address + size]
 
 
-def replay(events: Iterable[MemoryEvent], small_objects: float = SMALL_OBJECTS) -> Heap:
+def replay(
+    events: Iterable[MemoryEvent], small_objects: float = SMALL_OBJECTS, mmap_threshold: int | None = None
+) -> Heap:
     """The heap after `events`."""
-    heap = Heap(small_objects)
+    heap = Heap(small_objects, mmap_threshold)
     for event in events:
-        if event.is_free:
+        if event.is_mapped:
+            heap.map(event.num_bytes)
+        elif event.is_free:
             heap.free(event.block)
         else:
             heap.take(event.block, event.num_bytes)

@@ -19,7 +19,8 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from windlass.train.machine import Machine
-from windlass.train.plan_trace import Op, TensorSpec, Trace
+from windlass.train.plan_disk import DiskSpeed, DiskUse, play
+from windlass.train.plan_recorder import Calls, Op, TensorSpec, Trace
 
 MAX_REPLAY_BYTES = 96 << 20
 """Tensors of a call are cut to about this much: what is larger than any cache costs in proportion."""
@@ -35,6 +36,8 @@ REPEATS_BUDGET_S = 0.15
 
 TIME_SPREAD = 0.15
 """How far a step's time may be off, as a share of it."""
+STALL_SHARE = 0.05
+"""A step that waits for longer than this share of its time is bound by the disk."""
 
 
 @dataclass(frozen=True)
@@ -55,21 +58,45 @@ class StepTime:
     overhead_s: float
     """Of calling them: Python, autograd, the dispatcher."""
     comm_s: float
+    disk_s: float = 0.0
+    """How long the disk works, most of it beside the above."""
+    stall_s: float = 0.0
+    """Of these, what the step waits for."""
+    moving_s: float = 0.0
+    """Of kernels and calls: updates, and what brings and takes back what is elsewhere; the same for any batch."""
+
+    @property
+    def bottleneck(self) -> str:
+        """What the step would be shorter with more of."""
+        return "disk" if self.stall_s > STALL_SHARE * self.step.expected else "compute"
 
 
-def step_time(trace: Trace, machine: Machine, threads: int) -> StepTime:
-    """How long a step takes on this machine; measures, and puts into `machine`, calls that it has not seen yet."""
+def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | None = None) -> StepTime:
+    """How long a step takes on this machine; measures, and puts into `machine`, calls that it has not seen yet.
+
+    Args:
+        disk: a rank's share of it; not needed where a step moves nothing.
+    """
     assert machine.op_overhead_s is not None and machine.gloo_bytes_per_s is not None, "see plan_measure"
     with _threads(threads):
-        kernels = sum(count * _call_s(trace.op_of[key], machine, threads) for key, count in trace.ops.items())
+        call_s = {key: _call_s(trace.op_of[key], machine, threads) for key in trace.ops}
+    kernels = sum(count * call_s[key] for key, count in trace.ops.items())
     overhead = trace.ops.total() * machine.op_overhead_s
     comm = trace.comm_bytes / machine.gloo_bytes_per_s
-    expected = kernels + overhead + comm
+    cost = {key: seconds + machine.op_overhead_s for key, seconds in call_s.items()}
+    moving = sum(
+        event.times * cost[event.key] for event in trace.timeline if isinstance(event, Calls) and event.is_moving
+    )
+    use = DiskUse() if disk is None else play(trace.timeline, cost, disk)
+    expected = kernels + overhead + comm + use.stall_s
     return StepTime(
         Range(expected, (1 - TIME_SPREAD) * expected, (1 + TIME_SPREAD) * expected),
         kernels,
         overhead,
         comm,
+        use.busy_s,
+        use.stall_s,
+        moving,
     )
 
 
@@ -207,6 +234,8 @@ def _made(leaf: Any, bound: int) -> Any:
     if not isinstance(leaf, TensorSpec):
         return leaf
     made = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype)
-    if leaf.dtype.is_floating_point or leaf.dtype == torch.bool:
+    if leaf.dtype == torch.bool:
+        return made.fill_(0)  # what looks for something finds next to nothing
+    if leaf.dtype.is_floating_point:
         return made.fill_(1)
     return made.copy_(torch.arange(made.numel()).remainder_(bound).view(made.shape))

@@ -8,23 +8,20 @@ optimizer or torch changes. Nothing is allocated, whatever the size, and no othe
 from __future__ import annotations
 
 import warnings
-import weakref
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 from windlass.errors import ConfigError
+from windlass.offload.config import OffloadKind, WeightsPlace
+from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import Sharding
@@ -32,16 +29,16 @@ from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.random import CHUNK_ELEMENTS
 from windlass.parallel.zero import Sharder
-from windlass.train.config import ActivationCheckpoint, Borders
+from windlass.train.config import ActivationCheckpoint, DType
 from windlass.train.data.loader import Batch
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.model import Llama, count_parameters
+from windlass.train.plan_offload import PlannedTiers
+from windlass.train.plan_recorder import Recorder, Trace
+from windlass.train.state import StepParts, build_optimizer, choose_device, modules_of_units
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
-    from windlass.optim.in_backward import StepInBackward
-
-_NAMESPACES_WITHOUT_WORK = frozenset({"prim", "profiler"})
 
 MAX_MICRO_STEPS = 3
 """The first makes gradients, those between add to them, the last may reduce them: more are like the second."""
@@ -51,70 +48,6 @@ NORMALS_BYTES, NUM_NORMALS_PIECES = 4, 6
 """What an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
 NUM_STEPS = 3
 """The first makes the optimizer's state, the second finds it there, the third finds memory as the second left it."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """What a kernel's time depends on of a tensor."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Op:
-    """One call of an operator; `args` and `kwargs` hold a `TensorSpec` for each tensor."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(hash=False)
-    num_bytes: int
-    """Of all tensors that go in and come out."""
-    flops: int
-    """Of matrix products and attention; 0 for others."""
-    is_view: bool
-    """Touches no element."""
-
-    @property
-    def can_replay(self) -> bool:
-        """Collectives and FSDP2's own copies need ranks and buffers that are not in the arguments."""
-        return self.name.startswith("aten.")
-
-    @property
-    def key(self) -> str:
-        return f"{self.name} {self.args} {self.kwargs}" if self.can_replay else f"{self.name} {self.num_bytes}"
-
-
-@dataclass(frozen=True)
-class MemoryEvent:
-    """Memory that is taken, or given back, in the order of the run."""
-
-    block: int
-    num_bytes: int
-    is_free: bool
-
-
-@dataclass
-class Trace:
-    """What one rank does and holds."""
-
-    num_parameters: int = 0
-    """Of the whole model."""
-    weights_bytes: int = 0
-    gradient_bytes: int = 0
-    optimizer_bytes: int = 0
-    comm_bytes: int = 0
-    """Logical bytes a step, as `comm/bytes` counts them."""
-    ops: Counter[str] = field(default_factory=Counter)
-    """Calls a step, by `Op.key`."""
-    op_of: dict[str, Op] = field(default_factory=dict)
-    memory: list[MemoryEvent] = field(default_factory=list)
-    """From the start to the end of the last step."""
 
 
 def trace_step(config: Config, num_ranks: int) -> Trace:
@@ -134,175 +67,134 @@ def trace_step(config: Config, num_ranks: int) -> Trace:
 
 def _trace(config: Config, mesh: Mesh) -> Trace:
     train, trace = config.train, Trace()
-    dtype = getattr(torch, train.dtype.value)
-    with mesh.device:
-        model = Llama(config.model)
-        ids = torch.zeros((train.batch_size, train.seq_len), dtype=torch.int64)
-        batch = Batch(ids, ids.clone(), torch.zeros(ids.shape, dtype=torch.int32))
-    trace.num_parameters = count_parameters(model)
-    model.prepare(dtype, train.activation_checkpoint == ActivationCheckpoint.full, compile_blocks=False)
-    sharder = Sharder(config.parallel, mesh)
-    sharder.shard(model, model.units(), dtype)
-    optimizer = config.optim.build(model)
-    in_backward = config.optim.build_in_backward(optimizer, train.max_norm, mesh.shard_group)
     recorder = Recorder(trace)
     recorder.pass_by(START_BYTES)
-    weights = [local_tensor(parameter) for parameter in model.parameters()]
-    for weight in weights:
-        recorder.take(weight)
-        trace.weights_bytes += weight.nbytes
-    for weight in weights:
-        recorder.pass_by(*(NORMALS_BYTES * min(CHUNK_ELEMENTS, weight.numel()) for _ in range(NUM_NORMALS_PIECES)))
-    with recorder:
-        if train.mock_step:
-            _step(config, mesh, model, sharder, optimizer, in_backward, batch, recorder)
-            optimizer.state.clear()
-        for recorder.step in range(1, NUM_STEPS + 1):
-            trace.ops.clear()
-            comm_bytes = COMM.total_bytes
-            _step(config, mesh, model, sharder, optimizer, in_backward, batch, recorder)
-            trace.comm_bytes = COMM.total_bytes - comm_bytes
-    trace.optimizer_bytes = state_bytes(optimizer)
+    tiers = _tiers(config, recorder)
+    try:
+        parts, batch = _build(config, mesh, tiers, recorder), _batch(config)
+        with recorder:
+            if train.mock_step:
+                _mock_step(parts, batch, recorder)
+            if tiers is not None:
+                tiers.reserve()
+            for recorder.step in range(1, NUM_STEPS + 1):
+                trace.ops.clear()
+                trace.timeline.clear()
+                comm_bytes = COMM.total_bytes
+                _step(parts, batch, recorder)
+                trace.comm_bytes = COMM.total_bytes - comm_bytes
+        trace.optimizer_bytes = state_bytes(parts.optimizer)
+        trace.buffer_bytes = 0 if tiers is None else tiers.buffer_bytes
+    finally:
+        if tiers is not None:
+            tiers.close()
     return trace
 
 
-def _step(
-    config: Config,
-    mesh: Mesh,
-    model: Llama,
-    sharder: Sharder,
-    optimizer: torch.optim.Optimizer,
-    in_backward: StepInBackward | None,
-    batch: Batch,
-    recorder: Recorder,
-) -> None:
+def _tiers(config: Config, recorder: Recorder) -> PlannedTiers | None:
+    if config.offload.name == OffloadKind.none:
+        return None
+    computes_in_bfloat16 = config.train.dtype == DType.bfloat16
+    if config.offload.name == OffloadKind.cpu and config.offload.weights == WeightsPlace.streamed:
+        device = choose_device(config.train.device)
+        if device.type == "cpu":  # says why there is no such run
+            config.offload.build(Path(config.run_dir), 0, device, computes_in_bfloat16=False, is_checkpointed=False)
+    return PlannedTiers(config.offload, recorder, computes_in_bfloat16=computes_in_bfloat16)
+
+
+def _build(config: Config, mesh: Mesh, tiers: PlannedTiers | None, recorder: Recorder) -> StepParts:
+    """The parts of a run as `windlass.launch.session` builds them, with weights that nobody has drawn."""
+    train, trace = config.train, recorder.trace
+    dtype = getattr(torch, train.dtype.value)
+    with mesh.device:
+        model = Llama(config.model)
+    trace.num_parameters = count_parameters(model)
+    recompute = train.activation_checkpoint in (ActivationCheckpoint.full, ActivationCheckpoint.auto)
+    model.prepare(dtype, recompute, compile_blocks=False, alpha=train.activation_fraction)
+    sharder = Sharder(config.parallel, mesh)
+    sharder.shard(model, model.units(), dtype)
+    trace.weights_bytes = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
+    weights = None if tiers is None else tiers.stream_weights(modules_of_units(model))
+    with recorder:
+        for parameters in _in_order(model):
+            _materialize(parameters, recorder)
+            if weights is not None:
+                weights.add(parameters)
+    optimizer = build_optimizer(config, model, tiers)
+    buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
+    in_backward = config.optim.build_in_backward(optimizer, train.max_norm, mesh.shard_group, buckets)
+    if tiers is not None:
+        tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
+    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
+
+
+def _in_order(model: Llama) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters unit by unit, last those of no unit: the order in which `Llama.materialize` fills them."""
+    units = [[p for module in modules for p in module.parameters()] for modules in modules_of_units(model)]
+    named = {parameter for unit in units for parameter in unit}
+    yield from (*units, [parameter for parameter in model.parameters() if parameter not in named])
+
+
+def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -> None:
+    """What first weights take of memory, while they are drawn and after."""
+    weights = [local_tensor(parameter) for parameter in parameters]
+    for weight in weights:
+        recorder.take(weight)
+    for weight in weights:
+        recorder.pass_by(*(NORMALS_BYTES * min(CHUNK_ELEMENTS, weight.numel()) for _ in range(NUM_NORMALS_PIECES)))
+
+
+def _batch(config: Config) -> Batch:
+    ids = torch.zeros((config.train.batch_size, config.train.seq_len), dtype=torch.int64)
+    return Batch(ids, ids.clone(), torch.zeros(ids.shape, dtype=torch.int32))
+
+
+def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
+    """What `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
+    if parts.tiers is None:
+        _step(parts, batch, recorder)
+        parts.optimizer.state.clear()
+        return
+    with nullcontext() if parts.in_backward is None else parts.in_backward.discarding():
+        _passes(parts, batch, recorder)
+    parts.optimizer.zero_grad(set_to_none=True)
+
+
+def _step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
     """What `windlass.train.loop.train` computes in a step."""
-    num_micro_steps = min(config.train.grad_accum_steps, MAX_MICRO_STEPS)
-    for i in range(num_micro_steps):
-        is_last = i == num_micro_steps - 1
-        sharder.begin_micro_step(model, is_last)
-        if in_backward is not None:
-            in_backward.begin_micro_step(is_last)
-        stands_for = config.train.grad_accum_steps - num_micro_steps + 1 if 0 < i < num_micro_steps - 1 else 1
+    _passes(parts, batch, recorder)
+    recorder.trace.gradient_bytes = sum(
+        local_tensor(parameter.grad).nbytes for parameter in parts.model.parameters() if parameter.grad is not None
+    )
+    if parts.in_backward is None:
+        clip_grad_norm_(parts.model.parameters(), parts.config.train.max_norm, parts.mesh)
+    else:
+        parts.in_backward.finish()
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+
+
+def _passes(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
+    """Forward and backward of a step's micro-batches."""
+    num_micro_steps = parts.config.train.grad_accum_steps
+    num_traced = num_micro_steps if parts.is_layer_major else min(num_micro_steps, MAX_MICRO_STEPS)
+    passes = parts.passes([batch] * num_traced)
+    for i, batches in enumerate(passes):
+        is_last = i == len(passes) - 1
+        parts.sharder.begin_micro_step(parts.model, is_last)
+        if parts.in_backward is not None:
+            parts.in_backward.begin_micro_step(is_last)
+        stands_for = num_micro_steps - num_traced + 1 if 0 < i < len(passes) - 1 else 1
         with recorder.repeated(stands_for):
-            loss_sums = forward_loss_sums(model, [batch], config.data.borders == Borders.attention)
+            loss_sums = forward_loss_sums(parts.model, batches, parts.mask_documents)
             torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
         del loss_sums
-    recorder.trace.gradient_bytes = sum(
-        local_tensor(parameter.grad).nbytes for parameter in model.parameters() if parameter.grad is not None
-    )
-    if in_backward is None:
-        clip_grad_norm_(model.parameters(), config.train.max_norm, mesh)
-    else:
-        in_backward.finish()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the optimizer's tensors on this rank."""
     values = [value for state in optimizer.state.values() for value in state.values()]
     return sum(local_tensor(value).nbytes for value in values if isinstance(value, torch.Tensor))
-
-
-class Recorder(TorchDispatchMode):
-    """Writes down operations, and when memory is taken and given back, while it is entered."""
-
-    def __init__(self, trace: Trace) -> None:
-        super().__init__()
-        self.trace = trace
-        self.step = 1
-        """What a number that the host reads off a tensor is: of the optimizer, which counts steps in tensors."""
-        self._blocks: dict[int, tuple[int, int]] = {}  # id of a storage that lives -> (block, bytes)
-        self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
-        self._num_blocks = 0
-        self._repeats = 1
-
-    @contextmanager
-    def repeated(self, times: int) -> Iterator[None]:
-        """Counts each operation inside as `times` of them. What they take in memory is given back in between."""
-        self._repeats = times
-        yield
-        self._repeats = 1
-
-    def __enter__(self) -> Recorder:
-        super().__enter__()
-        self._resize = torch.UntypedStorage.resize_
-        recorder, resize = self, self._resize
-
-        def resized(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
-            result = resize(storage, num_bytes)
-            recorder._freed(id(storage))
-            recorder._take_storage(storage)
-            return result
-
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]  # FSDP2 frees gathered weights by it
-        return self
-
-    def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:
-        torch.UntypedStorage.resize_ = self._resize
-        super().__exit__(exc_type, exc_val, exc_tb)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            return float(self.step) if args[0].is_floating_point() else self.step
-        result = func(*args, **kwargs)
-        if func.namespace not in _NAMESPACES_WITHOUT_WORK:
-            self._count(func, args, kwargs, result)
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor):
-                    self.take(tensor)
-        return result
-
-    def take(self, tensor: torch.Tensor) -> None:
-        """Counts the memory of `tensor`, unless another one has it already."""
-        self._take_storage(tensor.untyped_storage())
-
-    def pass_by(self, *pieces: int) -> None:
-        """Counts pieces of memory, in bytes, that are taken and then all given back."""
-        blocks = range(self._num_blocks, self._num_blocks + len(pieces))
-        for is_free in (False, True):
-            for block, num_bytes in zip(blocks, pieces, strict=True):
-                self.trace.memory.append(MemoryEvent(block, num_bytes, is_free))
-        self._num_blocks += len(pieces)
-
-    def _take_storage(self, storage: torch.UntypedStorage) -> None:
-        identity, num_bytes = id(storage), storage.nbytes()
-        if identity in self._blocks or num_bytes == 0:
-            return
-        self._blocks[identity] = self._num_blocks, num_bytes
-        self._references[identity] = weakref.ref(storage, lambda _: self._freed(identity))
-        self.trace.memory.append(MemoryEvent(self._num_blocks, num_bytes, is_free=False))
-        self._num_blocks += 1
-
-    def _freed(self, identity: int) -> None:
-        if identity not in self._blocks:
-            return
-        block, num_bytes = self._blocks.pop(identity)
-        del self._references[identity]
-        self.trace.memory.append(MemoryEvent(block, num_bytes, is_free=True))
-
-    def _count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        returns = [value.alias_info for value in func._schema.returns]
-        is_view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
-        formula = flop_registry.get(func.overloadpacket)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
-        op = Op(
-            name=str(func),
-            args=tree_map(_spec, args),
-            kwargs=tree_map(_spec, kwargs),
-            num_bytes=0 if is_view else sum({id(tensor): tensor.nbytes for tensor in tensors}.values()),
-            flops=int(formula(*args, **kwargs, out_val=result)) if formula else 0,
-            is_view=is_view,
-        )
-        key = op.key
-        self.trace.op_of.setdefault(key, op)
-        self.trace.ops[key] += self._repeats
-
-
-def _spec(leaf: Any) -> Any:
-    return TensorSpec(tuple(leaf.shape), leaf.stride(), leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from windlass.train.plan_memory import Heap, live_peak, replay
-from windlass.train.plan_trace import MemoryEvent
+from windlass.train.plan_recorder import MemoryEvent
 
 MIB = 1 << 20
 

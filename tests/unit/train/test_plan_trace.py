@@ -19,7 +19,8 @@ from windlass.train.data.loader import Batch
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.model import Llama
 from windlass.train.plan_memory import live_peak
-from windlass.train.plan_trace import NUM_STEPS, Trace, state_bytes, trace_step
+from windlass.train.plan_recorder import Trace
+from windlass.train.plan_trace import NUM_STEPS, state_bytes, trace_step
 
 SMALL = ("model.vocab_size=256", "model.num_layers=2", "train.batch_size=2", "train.seq_len=32", "parallel=none")
 
