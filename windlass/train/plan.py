@@ -27,7 +27,7 @@ from windlass.train.data.tokenizer import load_tokenizer
 from windlass.train.machine import Machine, existing_folder, process_kind, ssd_key
 from windlass.train.mock_step import LOW_WATER_FRACTION, host_memory
 from windlass.train.plan_disk import DiskSpeed
-from windlass.train.plan_memory import SMALL_OBJECTS, live_peak, replay
+from windlass.train.plan_memory import SMALL_OBJECTS, STREAMED_SMALL_OBJECTS, live_peak, replay
 from windlass.train.plan_recorder import Trace
 from windlass.train.plan_time import Range, StepTime, step_time
 from windlass.train.plan_trace import trace_step
@@ -36,9 +36,9 @@ from windlass.train.state import VOCAB_MULTIPLE
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
 
-SHARES_OF_SMALL_OBJECTS = tuple(scale * SMALL_OBJECTS for scale in (0.7, 0.85, 1.0, 1.25, 1.6))
+SCALES_OF_SMALL_OBJECTS = (0.7, 0.85, 1.0, 1.25, 1.6)
 """Best fit is chaotic: a little more here or there moves the peak by several percent. So their mean counts."""
-MANY_SMALL_OBJECTS = 2 * SMALL_OBJECTS
+SCALE_OF_MANY = 2.0
 """For the upper end of the range."""
 COLLECTIVES_SPREAD = 0.35
 """By how much several ranks may need more: buffers of gloo's threads are not traced (up to 0.32 was seen)."""
@@ -145,16 +145,19 @@ def memory_of(trace: Trace, process: int, process_at_end: int = 0, num_versions:
         process: bytes of the process without tensors, and `process_at_end` while the report is drawn.
         num_versions: of what is on the disk that may exist at a time.
     """
+    small_objects = SMALL_OBJECTS if trace.mmap_threshold is None else STREAMED_SMALL_OBJECTS
+
+    def high_water(scale: float) -> int:
+        return replay(trace.memory, scale * small_objects, trace.mmap_threshold).high_water_bytes
+
     live = live_peak(trace.memory)
     on_disk = trace.disk_weights_bytes + trace.disk_optimizer_bytes
-    heap_bytes = round(
-        mean(replay(trace.memory, share, trace.mmap_threshold).high_water_bytes for share in SHARES_OF_SMALL_OBJECTS)
-    )
+    heap_bytes = round(mean(high_water(scale) for scale in SCALES_OF_SMALL_OBJECTS))
     persistent = trace.weights_bytes + trace.optimizer_bytes - on_disk
     # The report is drawn in memory that steps have left free.
     expected = max(heap_bytes + process, persistent + trace.buffer_bytes + process_at_end)
-    tight = replay(trace.memory, 0, trace.mmap_threshold).high_water_bytes
-    loose = replay(trace.memory, MANY_SMALL_OBJECTS, trace.mmap_threshold).high_water_bytes
+    tight = high_water(0)
+    loose = high_water(SCALE_OF_MANY)
     spread = PROCESS_SPREAD * process
     more = COLLECTIVES_SPREAD * expected if trace.comm_bytes else 0.0
     return Memory(

@@ -119,7 +119,6 @@ def test_what_is_assumed_is_said(machine: Machine) -> None:
         return " ".join(plan.reasons)
 
     assert "assumed" not in reasons()
-    assert "assumed: offload=none" in reasons("offload=ssd")
     assert "assumed: a CPU computes" in reasons("train.device=cuda")
     assert "train.compile=false" in reasons("train.compile=true")
 
