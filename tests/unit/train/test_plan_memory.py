@@ -89,3 +89,19 @@ def test_peaks_of_a_replay() -> None:
     heap = replay(events)
     assert 4 * MIB <= heap.high_water_bytes < 4.2 * MIB
     assert 3 * MIB <= heap.held_bytes < 4.2 * MIB
+
+
+def test_a_threshold_that_was_set_stays() -> None:
+    heap = Heap(small_objects=0, mmap_threshold=8 * MIB)
+    for _ in range(2):
+        heap.take(1, 20 * MIB)
+        assert (heap.end, heap.mapped_bytes // MIB) == (0, 20)
+        heap.free(1)
+        assert heap.held_bytes == 0
+    heap.take(2, 4 * MIB)
+    assert heap.end > 4 * MIB and heap.mapped_bytes == 0
+
+
+def test_pages_of_a_mapping_take_no_part_in_the_heap() -> None:
+    heap = replay([MemoryEvent(0, 3 * MIB, is_free=False, is_mapped=True)])
+    assert (heap.end, heap.mapped_bytes, heap.high_water_bytes) == (0, 3 * MIB, 3 * MIB)
