@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import LOOK_AHEAD_UNITS
+from windlass.offload.passes import LOOK_AHEAD_UNITS, parameters_by_unit
 from windlass.offload.weights import Weights
 from windlass.parallel.autograd_shim import is_in_backward
 from windlass.parallel.fsdp_shim import around_unshard
@@ -35,9 +35,7 @@ class CutPasses:
         weights: Weights | None,
     ) -> None:
         self._optimizer, self._weights = optimizer, weights
-        named = {id(parameter) for unit in units for module in unit for parameter in module.parameters()}
-        self._units = [[p for module in unit for p in module.parameters()] for unit in units]
-        self._units.append([parameter for parameter in model.parameters() if id(parameter) not in named])
+        self._units = parameters_by_unit(model, units)
         self._acquired: set[int] = set()
         for number, unit in enumerate([*units, [model]]):
             self._attach(number, unit)

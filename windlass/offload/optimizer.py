@@ -117,8 +117,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         closure = inspect.signature(inner.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(
-                f"{type(inner).__name__} computes the loss itself, of all parameters at once, so it cannot step on some of "
-                "them at a time, which offloading does; use an optimizer whose step needs no closure"
+                f"{type(inner).__name__} computes the loss itself, of all parameters at once, so it cannot step on "
+                "some of them at a time, which offloading does; use an optimizer whose step needs no closure"
             )
         self.inner, self.folder, self.weights = inner, folder, weights
         self.owns_folder = False

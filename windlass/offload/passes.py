@@ -20,6 +20,13 @@ from windlass.parallel.autograd_shim import is_in_backward
 LOOK_AHEAD_UNITS = 2
 
 
+def parameters_by_unit(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> list[list[nn.Parameter]]:
+    """The parameters of each unit; last, those of `model` that are in none."""
+    found = [[parameter for module in unit for parameter in module.parameters()] for unit in units]
+    of_units = {id(parameter) for unit in found for parameter in unit}
+    return [*found, [parameter for parameter in model.parameters() if id(parameter) not in of_units]]
+
+
 class Passes:
     """Hooks on a model that is not cut over ranks.
 
@@ -37,11 +44,8 @@ class Passes:
         weights: Weights | None,
     ) -> None:
         self._optimizer, self._weights = optimizer, weights
-        named = {id(parameter) for unit in units for module in unit for parameter in module.parameters()}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in named]
-        self._units = [[p for module in unit for p in module.parameters()] for unit in units]
-        self._root = len(self._units)
-        self._units.append(rest)
+        self._units = parameters_by_unit(model, units)
+        self._root = len(units)
         self._acquired: set[int] = set()
         self._passed: list[int] = []
         """Units whose forward is over, and whose weights are let go when the next one begins."""

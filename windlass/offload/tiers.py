@@ -19,7 +19,7 @@ from windlass.offload.cut_passes import CutPasses
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import free_to_system
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import Passes
+from windlass.offload.passes import Passes, parameters_by_unit
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 from windlass.offload.weights import Weights, most_bytes
@@ -97,11 +97,13 @@ class Tiers:
             return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return self.folder.create(num_bytes)
 
-    def stream_weights(self, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
-        """What takes the weights of the units' modules, which may be on the meta device yet; None if they stay."""
+    def stream_weights(self, model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
+        """What takes the weights of the model, which may be on the meta device yet; None if they stay.
+
+        They are to be added by unit, those of no unit together.
+        """
         if self.config.weights == WeightsPlace.streamed:
-            parameters = [[parameter for module in unit for parameter in module.parameters()] for unit in units]
-            num_bytes = max(self.config.buffer_bytes // 3, most_bytes(parameters))
+            num_bytes = max(self.config.buffer_bytes // 3, most_bytes(parameters_by_unit(model, units)))
             if self.device.type == "cpu":
                 free_to_system(STREAMED_MIN_BYTES)
             conveyor = Conveyor(self._arena(num_bytes), Staging(self.device))

@@ -17,6 +17,7 @@ from windlass.offload.arena import Arena
 from windlass.offload.config import OffloadConfig, OffloadKind, WeightsPlace
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Transfer, round_to_pages
+from windlass.offload.passes import parameters_by_unit
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder, file_bytes
 from windlass.offload.tiers import STREAMED_MIN_BYTES, Tiers
@@ -170,12 +171,11 @@ class PlannedTiers(Tiers):
         self._conveyors.append(_Conveyor(self._arena(num_bytes), Staging(self.device)))
         return self._conveyors[-1]
 
-    def stream_weights(self, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
+    def stream_weights(self, model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
         # Not the parent's, which would change the malloc of the process that plans.
         if self.config.weights == WeightsPlace.streamed:
-            parameters = [[parameter for module in unit for parameter in module.parameters()] for unit in units]
             self._recorder.trace.mmap_threshold = STREAMED_MIN_BYTES
-            conveyor = self._conveyor(max(self.config.buffer_bytes // 3, most_bytes(parameters)))
+            conveyor = self._conveyor(max(self.config.buffer_bytes // 3, most_bytes(parameters_by_unit(model, units))))
             self.weights = Weights(conveyor, self._make_home, self._in_halves)
         return self.weights
 

@@ -114,7 +114,7 @@ def _build(config: Config, mesh: Mesh, tiers: PlannedTiers | None, recorder: Rec
     sharder = Sharder(config.parallel, mesh)
     sharder.shard(model, model.units(), dtype)
     trace.weights_bytes = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
-    weights = None if tiers is None else tiers.stream_weights(modules_of_units(model))
+    weights = None if tiers is None else tiers.stream_weights(model, modules_of_units(model))
     with recorder:
         for parameters in _in_order(model):
             _materialize(parameters, recorder)

@@ -223,7 +223,7 @@ def build_model(config: Config, mesh: Mesh, tiers: Tiers | None = None) -> tuple
     model.prepare(dtype, recompute, train.compile, train.activation_fraction)
     sharder = Sharder(config.parallel, mesh)
     sharder.shard(model, model.units(), dtype)
-    weights = None if tiers is None else tiers.stream_weights(modules_of_units(model))
+    weights = None if tiers is None else tiers.stream_weights(model, modules_of_units(model))
     model.materialize(mesh.device, train.seed, None if weights is None else weights.add)
     return model, sharder
 

@@ -169,6 +169,13 @@ def test_damage_to_weights_is_met_by_the_pass_that_needs_them(tmp_path: Path) ->
     assert list((tmp_path / "offload").iterdir()) == []
 
 
+def test_a_weight_of_no_unit_may_be_larger_than_the_buffers(tmp_path: Path) -> None:
+    tied = ["model.tie_embeddings=true", "model.vocab_size=4001"]
+    expected = tiered_run(tmp_path, tied, num_steps=2)
+    found = tiered_run(tmp_path, [*tied, *STREAMED], num_steps=2)
+    assert found.losses == expected.losses
+
+
 def test_hooks_come_off(tmp_path: Path) -> None:
     run = TieredRun(tmp_path, ["offload=ssd"])
     optimizer = run.optimizer
