@@ -15,7 +15,7 @@ from windlass.offload.config import BUFFER_BYTES, MIB, OffloadConfig, OffloadKin
 from windlass.offload.tiers import Tiers
 
 RULES = {
-    "offload=cpu offload.max_host_bytes=5": r"offload\.max_host_bytes=5: is a setting of offload=ssd, not of offload=cpu",
+    "offload=cpu offload.max_host_bytes=5": r"offload\.max_host_bytes=5: is a setting of offload=ssd",
     "offload=ssd offload.max_host_bytes=-1": r"offload\.max_host_bytes=-1: must not be negative\. Fix: ",
     "offload=ssd offload.max_device_bytes=-1": r"offload\.max_device_bytes=-1: must not be negative\. Fix: set it to 0",
     "offload=ssd offload.max_activation_bytes=-5": r"offload\.max_activation_bytes=-5: must not be negative\. Fix: ",
