@@ -14,17 +14,16 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import LOOK_AHEAD_UNITS, parameters_by_unit
+from windlass.offload.passes import UnitWeights
 from windlass.offload.weights import Weights
 from windlass.parallel.autograd_shim import is_in_backward
 from windlass.parallel.fsdp_shim import around_unshard
 
 
-class CutPasses:
+class CutPasses(UnitWeights):
     """Hooks on a model that FSDP2 has cut, unit by unit.
 
-    Args:
-        model, units, optimizer, weights: as `Passes` has them.
+    Args: as `UnitWeights`.
     """
 
     def __init__(
@@ -34,9 +33,7 @@ class CutPasses:
         optimizer: OffloadedOptimizer,
         weights: Weights | None,
     ) -> None:
-        self._optimizer, self._weights = optimizer, weights
-        self._units = parameters_by_unit(model, units)
-        self._acquired: set[int] = set()
+        super().__init__(model, units, optimizer, weights)
         for number, unit in enumerate([*units, [model]]):
             self._attach(number, unit)
 
@@ -49,7 +46,7 @@ class CutPasses:
             module.register_forward_pre_hook(before_forward, prepend=True)  # so before FSDP2's
         if self._units[number]:
             around_unshard(
-                cast("FSDPModule", modules[0]), lambda: self._before_gather(number), lambda: self._gathered(number)
+                cast("FSDPModule", modules[0]), lambda: self._before_gather(number), lambda: self._let_go([number])
             )
 
     def _before_forward(self, number: int) -> None:
@@ -58,27 +55,9 @@ class CutPasses:
         if self._optimizer.has_pending:
             self._acquire(number)  # once, for the update and for what FSDP2 reads after it
             self._optimizer.update(self._units[number])
-        self._look_ahead(range(number + 1, number + 1 + LOOK_AHEAD_UNITS), self._optimizer.has_pending)
+        self._look_ahead(number, 1, with_rest=self._optimizer.has_pending)
 
     def _before_gather(self, number: int) -> None:
         self._acquire(number)
         if is_in_backward():
-            following = range(number - 1, number - 1 - LOOK_AHEAD_UNITS, -1)
-            self._look_ahead(following, with_rest=not self._optimizer.is_deferring)
-
-    def _gathered(self, number: int) -> None:
-        if number in self._acquired:
-            self._acquired.remove(number)
-            if self._weights is not None:
-                self._weights.release(self._units[number])
-
-    def _acquire(self, number: int) -> None:
-        if self._weights is not None and number not in self._acquired:
-            self._acquired.add(number)
-            self._weights.acquire(self._units[number])
-
-    def _look_ahead(self, numbers: Sequence[int], with_rest: bool) -> None:
-        if self._weights is not None:
-            near = (number for number in numbers if 0 <= number < len(self._units) - 1)
-            self._weights.look_ahead((p for number in near for p in self._units[number]), with_rest)
-        self._optimizer.look_ahead()
+            self._look_ahead(number, -1, with_rest=not self._optimizer.is_deferring)

@@ -27,11 +27,11 @@ def parameters_by_unit(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -
     return [*found, [parameter for parameter in model.parameters() if id(parameter) not in of_units]]
 
 
-class Passes:
-    """Hooks on a model that is not cut over ranks.
+class UnitWeights:
+    """Which units' weights are in memory, and which come next; the base of what hooks on passes.
 
     Args:
-        model: what no unit names belongs to it as a whole, and is there from its forward to the end of backward.
+        model: what no unit names belongs to it as a whole.
         units: in the order of the forward pass.
         weights: None where they stay in memory.
     """
@@ -46,7 +46,48 @@ class Passes:
         self._optimizer, self._weights = optimizer, weights
         self._units = parameters_by_unit(model, units)
         self._root = len(units)
+        """The number of what no unit names."""
         self._acquired: set[int] = set()
+
+    def _acquire(self, number: int) -> None:
+        if self._weights is not None and number not in self._acquired:
+            self._acquired.add(number)
+            self._weights.acquire(self._units[number])
+
+    def _let_go(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if self._weights is not None and number in self._acquired:
+                self._acquired.remove(number)
+                self._weights.release(self._units[number])
+
+    def _look_ahead(self, number: int, direction: int, with_rest: bool) -> None:
+        """Begins to bring the weights of the units that come after `number`, and state.
+
+        Args:
+            direction: 1 in the forward pass, -1 in backward.
+            with_rest: also the halves that only an update needs.
+        """
+        if self._weights is not None:
+            near = [number + direction * (distance + 1) for distance in range(LOOK_AHEAD_UNITS)]
+            parameters = (p for unit in near if 0 <= unit < self._root for p in self._units[unit])
+            self._weights.look_ahead(parameters, with_rest)
+        self._optimizer.look_ahead()
+
+
+class Passes(UnitWeights):
+    """Hooks on a model that is not cut over ranks. What no unit names is there from forward to the end of backward.
+
+    Args: as `UnitWeights`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        units: Sequence[Sequence[nn.Module]],
+        optimizer: OffloadedOptimizer,
+        weights: Weights | None,
+    ) -> None:
+        super().__init__(model, units, optimizer, weights)
         self._passed: list[int] = []
         """Units whose forward is over, and whose weights are let go when the next one begins."""
         self._missing: dict[int, int] = {}  # unit -> gradients that its backward pass has still to bring
@@ -91,7 +132,7 @@ class Passes:
         self._optimizer.update(self._units[number])
         self._let_go([passed for passed in self._passed if passed != number])
         self._passed = [passed for passed in self._passed if passed == number]
-        self._look_ahead(range(number + 1, min(self._root, number + 1 + LOOK_AHEAD_UNITS)), self._optimizer.has_pending)
+        self._look_ahead(number, 1, with_rest=self._optimizer.has_pending)
 
     def _after_forward(self, number: int, output: Any, is_kept: bool) -> None:
         if is_in_backward():
@@ -112,8 +153,7 @@ class Passes:
         self._acquire(number)
         if number not in self._missing:
             self._missing[number] = sum(parameter.requires_grad for parameter in self._units[number])
-        following = range(number - 1, max(-1, number - 1 - LOOK_AHEAD_UNITS), -1)
-        self._look_ahead(following, with_rest=not self._optimizer.is_deferring)
+        self._look_ahead(number, -1, with_rest=not self._optimizer.is_deferring)
 
     def _arrived(self, number: int) -> None:
         """A gradient of the unit is whole."""
@@ -124,22 +164,6 @@ class Passes:
             del self._missing[number]
             self._let_go([number])
             self._optimizer.look_ahead()
-
-    def _acquire(self, number: int) -> None:
-        if self._weights is not None and number not in self._acquired:
-            self._acquired.add(number)
-            self._weights.acquire(self._units[number])
-
-    def _let_go(self, numbers: Sequence[int]) -> None:
-        for number in numbers:
-            if self._weights is not None and number in self._acquired:
-                self._acquired.remove(number)
-                self._weights.release(self._units[number])
-
-    def _look_ahead(self, numbers: Sequence[int], with_rest: bool) -> None:
-        if self._weights is not None:
-            self._weights.look_ahead((p for number in numbers for p in self._units[number]), with_rest)
-        self._optimizer.look_ahead()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
