@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from windlass.offload.arena import Arena
-from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_elsewhere, is_stowed, on_meta, spread
+from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_stowed, on_meta
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
-from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Engine
-from windlass.offload.staging import Staging
+from windlass.offload.state_store import Bucket, StateStore
 from windlass.offload.tier_file import TierFolder
 from windlass.offload.trial import trial_state
 from windlass.parallel.fragment import Tier, local_tensor
-from windlass.parallel.out_of_core import StateAtRest, StatePlace
+from windlass.parallel.out_of_core import StateAtRest
 
 if TYPE_CHECKING:
     from windlass.offload.weights import Weights
@@ -81,16 +79,6 @@ def offload_optimizer(
     return offloaded
 
 
-class _Bucket:
-    """Parameters that step together, and where their state is."""
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
-        self.layout = Layout(())
-        self.load: Load | None = None
-        """None while the state is where the optimizer puts it: before `reserve`, and if there is none worth moving."""
-
-
 class OffloadedOptimizer(torch.optim.Optimizer):
     """See `offload_optimizer`.
 
@@ -128,17 +116,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.param_groups, self.state = inner.param_groups, inner.state
         self.max_device_bytes, self.max_host_bytes, self.buffer_bytes = max_device_bytes, max_host_bytes, buffer_bytes
         self._num_versions = num_versions
-        self._conveyor: Conveyor | None = None
         self._is_reserved = False
         self.before_step: list[Callable[[], None]] = []
         """Called before a step changes anything, but after the updates that the one before has put off."""
         self.is_deferring = False
         """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
-        self._pending: dict[_Bucket, dict[Tensor, Tensor]] = {}
+        self._pending: dict[Bucket, dict[Tensor, Tensor]] = {}
         self._pending_settings: list[dict[str, Any]] = []
-        self._viewed: tuple[_Bucket, Tensor] | None = None
-        self._is_viewed_new = False
-        """Whether what is viewed is to be sent home, before anything else is done with it."""
         self._divide()
 
     # --- Buckets. ---
@@ -151,11 +135,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         for run in runs:
             for parameter in run:
                 del others[parameter]
-        self._resident = _Bucket(resident)
-        self._buckets = [_Bucket(parameters) for run in (*runs, list(others)) for parameters in divide(run)]
+        self._resident = Bucket(resident)
+        self._buckets = [Bucket(parameters) for run in (*runs, list(others)) for parameters in divide(run)]
         self._bucket_of = {p: bucket for bucket in (self._resident, *self._buckets) for p in bucket.parameters}
+        self.store = StateStore(self.inner, self._buckets)
         self._sequence = list(self._buckets)  # as they were updated last time
-        self._updated: list[_Bucket] = []  # in this step, so far
+        self._updated: list[Bucket] = []  # in this step, so far
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Not after construction: add it to the optimizer before it is offloaded."""
@@ -183,14 +168,16 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             states = {bucket: self._first_state(bucket) for bucket in self._buckets}
             for bucket, state in states.items():
                 bucket.layout = Layout(state)
-            self._place()
+            self.store.place(
+                self.folder, self.max_device_bytes, self.max_host_bytes, self.buffer_bytes, self._num_versions
+            )
             self._is_reserved = True
             for bucket, state in states.items():
                 if any(parameter in self.state for parameter, _ in state):
-                    self._stow(bucket)
+                    self.store.stow(bucket)
         return sum(bucket.layout.num_bytes for bucket in self._buckets)
 
-    def _first_state(self, bucket: _Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
+    def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
         with self._weights_in(bucket.parameters):
             states = trial_state(self.inner, bucket.parameters)
@@ -199,27 +186,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             (parameter, self.state.get(parameter) or {key: _shape_of(value) for key, value in state.items()})
             for parameter, state in zip(bucket.parameters, states, strict=True)
         ]
-
-    def _place(self) -> None:
-        """Decides which buckets stay on the device and which go to host memory, and makes the homes of all others."""
-        device = next((p.device for bucket in self._buckets for p in bucket.parameters), torch.device("cpu"))
-        max_host_bytes = None if self.folder is None else self.max_host_bytes
-        places = spread([bucket.layout.num_bytes for bucket in self._buckets], [self.max_device_bytes, max_host_bytes])
-        on_disk: list[_Bucket] = []
-        for bucket, place in zip(self._buckets, places, strict=True):
-            if place == 1:
-                memory = torch.empty(bucket.layout.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
-                bucket.load = Load(memory)
-            elif place == 2:
-                on_disk.append(bucket)
-        largest = max((bucket.layout.num_bytes for bucket in on_disk), default=1)
-        arena = Arena(max(self.buffer_bytes if on_disk else 1, largest), pin=device.type == "cuda")
-        self._conveyor = Conveyor(arena, Staging(device))
-        if on_disk:
-            assert self.folder is not None
-            self.folder.reserve(self._num_versions * sum(bucket.layout.num_bytes for bucket in on_disk))
-            for bucket in on_disk:
-                bucket.load = Load(self.folder.create(bucket.layout.num_bytes))
 
     # --- Steps. ---
 
@@ -239,7 +205,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.settle()
         for callback in self.before_step:
             callback()
-        gradients: dict[_Bucket, dict[Tensor, Tensor]] = {}
+        gradients: dict[Bucket, dict[Tensor, Tensor]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -266,7 +232,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             self._update_pending([bucket for bucket in buckets if bucket in self._pending])
 
     @torch.no_grad()
-    def _update_pending(self, buckets: Sequence[_Bucket]) -> None:
+    def _update_pending(self, buckets: Sequence[Bucket]) -> None:
         if buckets:
             with self._gradients_aside(), self._settings_of_step():
                 for bucket in buckets:
@@ -296,7 +262,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for group, settings in zip(self.param_groups, now, strict=True):
                 group.update(settings)
 
-    def _bucket_with(self, parameter: Tensor) -> _Bucket:
+    def _bucket_with(self, parameter: Tensor) -> Bucket:
         bucket = self._bucket_of.get(parameter)
         if bucket is None:
             raise ValueError(
@@ -305,20 +271,20 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         return bucket
 
-    def _in_sequence(self, buckets: Mapping[_Bucket, Any]) -> list[_Bucket]:
+    def _in_sequence(self, buckets: Mapping[Bucket, Any]) -> list[Bucket]:
         return [bucket for bucket in self._sequence if bucket in buckets]
 
-    def _update(self, bucket: _Bucket, gradients: dict[Tensor, Tensor]) -> None:
+    def _update(self, bucket: Bucket, gradients: dict[Tensor, Tensor]) -> None:
         """One bucket's step. `gradients` is emptied, so that they are freed before the next comes."""
         self._note(bucket)
-        self._look_away()
+        self.store.look_away()
         with self._weights_in(bucket.parameters, write=True):
             if bucket.load is None:
                 self._step_on(gradients)
             else:
-                data = self._bring(bucket)
+                data = self.store.bring(bucket)
                 self._step_on(gradients)
-                self._leave(bucket, data)
+                self.store.leave(bucket, data)
         gradients.clear()
         self.look_ahead()
 
@@ -332,7 +298,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for parameter in gradients:
                 parameter.grad = None
 
-    def _note(self, bucket: _Bucket) -> None:
+    def _note(self, bucket: Bucket) -> None:
         """Learns the order of updates, to read ahead in it."""
         if bucket in self._updated:  # another step has begun
             missing = [other for other in self._sequence if other not in self._updated]
@@ -341,10 +307,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def look_ahead(self) -> None:
         """Begins to read what will be updated next. Costs little; to be called now and then."""
-        if self._conveyor is not None and self._updated:
+        if self._updated:
             place = self._sequence.index(self._updated[-1]) + 1
-            following = self._sequence[place:] + self._sequence[:place]
-            self._conveyor.look_ahead(bucket.load for bucket in following if bucket.load is not None)
+            self.store.look_ahead(self._sequence[place:] + self._sequence[:place])
 
     @property
     def has_pending(self) -> bool:
@@ -352,49 +317,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         return bool(self._pending)
 
     # --- State in and out. ---
-
-    def _bring(self, bucket: _Bucket) -> Tensor:
-        """Brings the bucket's state into the inner optimizer; returns the bytes that it lies in."""
-        assert self._conveyor is not None and bucket.load is not None
-        data = self._conveyor.bring(bucket.load)
-        for slot in bucket.layout.slots:
-            state = self.state.get(slot.parameter)
-            if state and slot.key in state and is_elsewhere(state[slot.key]):
-                state[slot.key] = slot.tensor(data)
-        return data
-
-    def _leave(self, bucket: _Bucket, data: Tensor) -> None:
-        """Takes the bucket's state out of the inner optimizer and sends it home."""
-        assert self._conveyor is not None and bucket.load is not None
-        self._check_layout(bucket, [(parameter, self.state.get(parameter, {})) for parameter in bucket.parameters])
-        self._pack(bucket, data, bucket.parameters)
-        self._conveyor.take_back(bucket.load)
-
-    def _check_layout(self, bucket: _Bucket, state: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        if not bucket.layout.holds(state):
-            raise ValueError(
-                f"{type(self.inner).__name__} keeps {Layout(state)} where its first step kept {bucket.layout}: state "
-                "that changes its shape cannot be offloaded"
-            )
-
-    def _pack(self, bucket: _Bucket, data: Tensor, parameters: Sequence[Tensor]) -> None:
-        """Leaves shapes in the inner optimizer's state of `parameters`, and the tensors' bytes in `data`."""
-        members = set(parameters)
-        for slot in bucket.layout.slots:
-            state = self.state.get(slot.parameter, {})
-            if slot.parameter not in members or slot.key not in state:
-                continue
-            value, place = local_tensor(state[slot.key]), slot.local(data)
-            if value.data_ptr() != place.data_ptr() or value.stride() != place.stride():
-                place.copy_(value)  # the optimizer has made a new tensor
-            state[slot.key] = slot.like
-
-    def _stow(self, bucket: _Bucket) -> None:
-        """Sends home state that is in the inner optimizer's memory."""
-        if bucket.load is not None:
-            assert self._conveyor is not None
-            self._look_away()
-            self._leave(bucket, self._conveyor.bring(bucket.load))
 
     @property
     def uses_disk(self) -> bool:
@@ -417,19 +339,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         Raises:
             OffloadError: an earlier write failed.
         """
-        self._look_away()
-        if self._conveyor is not None:
-            self._conveyor.begin_writes()
-        found = []
-        for bucket in self._buckets:
-            places = [
-                StatePlace(slot.parameter, slot.key, slot.begin, slot.end)
-                for slot in bucket.layout.slots
-                if is_elsewhere(self.state.get(slot.parameter, {}).get(slot.key))
-            ]
-            if bucket.load is not None and places:
-                found.append(StateAtRest(places, bucket.load.home))
-        return found
+        return self.store.at_rest()
 
     def _weights_in(
         self, parameters: Sequence[Tensor], *, write: bool = False
@@ -439,32 +349,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     @contextlib.contextmanager
     def state_loaded(self, parameter: Tensor) -> Iterator[dict[str, Any]]:
         """While it lasts the parameter's state is in memory, as returned. Not to be changed."""
-        bucket = self._bucket_of.get(parameter)
-        state = dict(self.state.get(parameter, {}))
-        if bucket is not None and any(is_elsewhere(value) for value in state.values()):
-            data = self._look_at(bucket)
-            for key in state:
-                slot = bucket.layout.slot(parameter, key)
-                if slot is not None:
-                    state[key] = slot.tensor(data)
-        yield state
-
-    def _look_at(self, bucket: _Bucket) -> Tensor:
-        """The bytes of the bucket, unchanged until another is looked at or updated: its parameters come in a row."""
-        assert self._conveyor is not None and bucket.load is not None
-        if self._viewed is None or self._viewed[0] is not bucket:
-            self._look_away()
-            self._viewed, self._is_viewed_new = (bucket, self._conveyor.bring(bucket.load)), False
-        return self._viewed[1]
-
-    def _look_away(self) -> None:
-        if self._viewed is not None:
-            assert self._conveyor is not None and self._viewed[0].load is not None
-            load, self._viewed = self._viewed[0].load, None
-            if self._is_viewed_new:
-                self._conveyor.take_back(load)
-            else:
-                self._conveyor.drop(load)
+        yield self.store.loaded(self._bucket_of.get(parameter), parameter)
 
     @torch.no_grad()
     def put_state(self, parameter: Tensor, state: dict[str, Any]) -> None:
@@ -474,13 +359,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if not state:
             self.state.pop(parameter, None)
             return
-        if bucket.load is not None:
-            self._check_layout(bucket, [(parameter, state)])
-        self.state[parameter] = dict(state)
-        if bucket.load is not None:
-            data = self._look_at(bucket)  # and its other parameters come next: it goes home once
-            self._is_viewed_new = True
-            self._pack(bucket, data, [parameter])
+        self.store.put(bucket, parameter, state)
 
     def state_dict(self) -> dict[str, Any]:
         """As the inner optimizer's, with all of the state in memory: for state that fits into it."""
@@ -506,28 +385,22 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             return
         for bucket in self._buckets:
             if any(self.state.get(parameter) for parameter in bucket.parameters):
-                self._stow(bucket)
+                self.store.stow(bucket)
 
     # --- What it costs. ---
 
     @property
     def stall_s(self) -> float:
         """Seconds that training has waited for state so far."""
-        return 0.0 if self._conveyor is None else self._conveyor.stall_s
+        return self.store.stall_s
 
     def state_bytes(self) -> dict[Tier, int]:
         """Bytes of this rank's state in host memory and on the disk; what is too small to move is not counted."""
-        found = {Tier.host: 0, Tier.ssd: 0}
-        for bucket in self._buckets:
-            if bucket.load is not None:
-                found[Tier.host if isinstance(bucket.load.home, Tensor) else Tier.ssd] += bucket.load.num_bytes
-        return found
+        return self.store.num_bytes()
 
     def close(self) -> None:
         """Gives the memory and the disk space back; the optimizer is not to be used any more."""
-        self._viewed = None
-        if self._conveyor is not None:
-            self._conveyor.abandon()
+        self.store.close()
         if self.folder is not None and self.owns_folder:
             self.folder.close()
             self.folder.engine.close()

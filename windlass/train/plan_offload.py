@@ -187,8 +187,9 @@ class PlannedTiers(Tiers):
         optimizer.reserve()
         trace.disk_optimizer_bytes = self._files.num_bytes - trace.disk_weights_bytes
         trace.disk_file_bytes = self._files.file_bytes
-        assert optimizer._conveyor is not None
-        optimizer._conveyor = self._conveyor(optimizer._conveyor._arena.num_bytes)
+        store = optimizer.store
+        assert store.conveyor is not None
+        store.conveyor = self._conveyor(store.conveyor._arena.num_bytes)
 
     @property
     def buffer_bytes(self) -> int:
