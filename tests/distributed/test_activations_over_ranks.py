@@ -45,7 +45,10 @@ def test_ranks_decide_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     auto = config_of(tmp_path, "auto", *moving, "train.activation_checkpoint=auto")
     found = losses(auto)
     train = load_config(Path(auto.run_dir) / "config.yaml").train
-    assert train.activation_checkpoint == ActivationCheckpoint.fraction, "the disk has not time for all"
-    said = (f"train.activation_checkpoint={train.activation_checkpoint}",)
-    explicit = config_of(tmp_path, "explicit", *moving, *said, f"train.activation_fraction={train.activation_fraction}")
+    # Which it is depends on what memory the machine has left.
+    assert train.activation_checkpoint != ActivationCheckpoint.auto
+    said = [f"train.activation_checkpoint={train.activation_checkpoint}"]
+    if train.activation_fraction is not None:
+        said.append(f"train.activation_fraction={train.activation_fraction}")
+    explicit = config_of(tmp_path, "explicit", *moving, *said)
     assert found == losses(explicit)
