@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from windlass.errors import DoesNotFit
+from windlass.offload.direct_io import round_to_pages
 
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all devices of the process."""
@@ -32,7 +33,7 @@ class Buffer:
         """Gives the memory back. Nothing may use `data` any more."""
         assert self._is_held, "a buffer is released once"
         self._is_held = False
-        self._arena._free(self._begin, round_up(self._num_bytes))
+        self._arena._free(self._begin, round_to_pages(self._num_bytes))
 
 
 class Arena:
@@ -52,7 +53,7 @@ class Arena:
             raise ValueError("memory is pinned for CUDA devices, and there is none")
         if num_bytes < 1:
             raise ValueError(f"an arena has at least one byte, not {num_bytes}")
-        self.num_bytes = round_up(num_bytes)
+        self.num_bytes = round_to_pages(num_bytes)
         self._memory = _map(self.num_bytes)
         self._is_pinned = False
         self._is_closed = False
@@ -75,7 +76,7 @@ class Arena:
             ValueError: it is larger than the arena.
             RuntimeError: the arena is closed.
         """
-        if round_up(num_bytes) > self.num_bytes:
+        if round_to_pages(num_bytes) > self.num_bytes:
             raise ValueError(f"a buffer of {num_bytes} bytes does not fit an arena of {self.num_bytes}")
         with self._has_room:
             while (buffer := self._take(num_bytes)) is None:
@@ -105,7 +106,7 @@ class Arena:
     def _take(self, num_bytes: int) -> Buffer | None:
         if self._is_closed:
             raise RuntimeError("the arena is closed")
-        length = round_up(num_bytes)
+        length = round_to_pages(num_bytes)
         fitting = [hole for hole in self._holes if hole[1] - hole[0] >= length]
         if not fitting:
             return None
@@ -127,11 +128,6 @@ class Arena:
                 last, end = place + 1, self._holes[place][1]
             self._holes[first:last] = [(begin, end)]
             self._has_room.notify_all()
-
-
-def round_up(num_bytes: int) -> int:
-    """To whole pages."""
-    return -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def _map(num_bytes: int) -> torch.Tensor:

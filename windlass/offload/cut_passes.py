@@ -13,9 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.passes import UnitWeights
-from windlass.offload.weights import Weights
 from windlass.parallel.autograd_shim import is_in_backward
 from windlass.parallel.fsdp_shim import around_unshard
 
@@ -25,17 +23,6 @@ class CutPasses(UnitWeights):
 
     Args: as `UnitWeights`.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        units: Sequence[Sequence[nn.Module]],
-        optimizer: OffloadedOptimizer,
-        weights: Weights | None,
-    ) -> None:
-        super().__init__(model, units, optimizer, weights)
-        for number, unit in enumerate([*units, [model]]):
-            self._attach(number, unit)
 
     def _attach(self, number: int, modules: Sequence[nn.Module]) -> None:
         @torch.compiler.disable

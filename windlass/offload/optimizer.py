@@ -179,7 +179,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
-        with self._weights_in(bucket.parameters):
+        with self.weights_loaded(bucket.parameters):
             states = trial_state(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.
         return [
@@ -277,8 +277,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
     def _update(self, bucket: Bucket, gradients: dict[Tensor, Tensor]) -> None:
         """One bucket's step. `gradients` is emptied, so that they are freed before the next comes."""
         self._note(bucket)
-        self.store.look_away()
-        with self._weights_in(bucket.parameters, write=True):
+        with self.weights_loaded(bucket.parameters, write=True):
             if bucket.load is None:
                 self._step_on(gradients)
             else:
@@ -331,7 +330,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self, parameters: Sequence[Tensor], *, write: bool = False
     ) -> contextlib.AbstractContextManager[None]:
         """While it lasts the parameters' weights are in their memory; with `write`, what they are then is kept."""
-        return self._weights_in(parameters, write=write)
+        return contextlib.nullcontext() if self.weights is None else self.weights.loaded(parameters, write=write)
 
     def state_at_rest(self) -> list[StateAtRest]:
         """The state that is elsewhere, of the last step. Valid until the next one.
@@ -340,11 +339,6 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             OffloadError: an earlier write failed.
         """
         return self.store.at_rest()
-
-    def _weights_in(
-        self, parameters: Sequence[Tensor], *, write: bool = False
-    ) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.weights is None else self.weights.loaded(parameters, write=write)
 
     @contextlib.contextmanager
     def state_loaded(self, parameter: Tensor) -> Iterator[dict[str, Any]]:

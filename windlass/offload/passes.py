@@ -48,6 +48,12 @@ class UnitWeights:
         self._root = len(units)
         """The number of what no unit names."""
         self._acquired: set[int] = set()
+        for number, unit in enumerate([*units, [model]]):
+            self._attach(number, unit)
+
+    def _attach(self, number: int, modules: Sequence[nn.Module]) -> None:
+        """Hooks on a unit's modules."""
+        raise NotImplementedError
 
     def _acquire(self, number: int) -> None:
         if self._weights is not None and number not in self._acquired:
@@ -87,21 +93,19 @@ class Passes(UnitWeights):
         optimizer: OffloadedOptimizer,
         weights: Weights | None,
     ) -> None:
-        super().__init__(model, units, optimizer, weights)
         self._passed: list[int] = []
         """Units whose forward is over, and whose weights are let go when the next one begins."""
         self._missing: dict[int, int] = {}  # unit -> gradients that its backward pass has still to bring
         self._hooks: list[Any] = []
-        for number, unit in enumerate([*units, [model]]):
-            self._attach(number, unit, is_kept=number >= len(units) - 1)
+        super().__init__(model, units, optimizer, weights)
 
     def remove(self) -> None:
         """Takes the hooks off the model."""
         for hook in self._hooks:
             hook.remove()
 
-    def _attach(self, number: int, modules: Sequence[nn.Module], is_kept: bool) -> None:
-        """`is_kept`: its backward comes right after its forward, or there is no telling."""
+    def _attach(self, number: int, modules: Sequence[nn.Module]) -> None:
+        is_kept = number >= self._root - 1  # backward comes right after its forward, or there is no telling
 
         @torch.compiler.disable
         def before(*_: Any) -> None:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from windlass.offload.arena import round_up
 from windlass.offload.buckets import RESIDENT_NUMEL, divide
 from windlass.offload.conveyor import Conveyor, Load
+from windlass.offload.direct_io import round_to_pages
 from windlass.offload.hilo import add_rest, split
 from windlass.offload.tier_file import TierFile
 from windlass.parallel.autograd_shim import preserving_version
@@ -37,10 +37,6 @@ class _Group:
     num_users: int = 0
     is_whole: bool = False
     """Whether what is in memory is the weights, and not their upper halves."""
-
-    @property
-    def numel(self) -> int:
-        return sum(local_tensor(parameter).numel() for parameter in self.parameters)
 
 
 class Weights:
@@ -202,4 +198,4 @@ class Weights:
 def most_bytes(runs: Iterable[Sequence[Tensor]]) -> int:
     """The room that the conveyor of the weights of `runs`, added one after the other, must have at least."""
     numels = [sum(local_tensor(p).numel() for p in members) for run in runs for members in divide(run)]
-    return round_up(4 * max(numels, default=0)) + round_up(1)  # two halves, each of whole pages
+    return round_to_pages(4 * max(numels, default=0)) + round_to_pages(1)  # two halves, each of whole pages

@@ -33,7 +33,7 @@ class _Transfer(Transfer):
 
     def __init__(self, recorder: Recorder, num_bytes: int, is_write: bool) -> None:
         super().__init__(0)
-        self._recorder, self._is_write = recorder, is_write
+        self._recorder = recorder
         self._number = recorder.transfer(num_bytes, is_write=is_write)
         self._is_done = is_write  # what waits for room waits for the reading that comes after the write
 

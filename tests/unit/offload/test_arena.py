@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from windlass.errors import DoesNotFit
-from windlass.offload.arena import Arena, Buffer, round_up
+from windlass.offload.arena import Arena, Buffer
+from windlass.offload.direct_io import round_to_pages
 
 PAGE = mmap.PAGESIZE
 
@@ -63,7 +64,7 @@ def test_buffers_never_overlap_and_holes_are_closed(seed: int) -> None:
             other, mark = held.pop(randomness.randrange(len(held)))
             assert bool((other.data == mark).all())
             other.release()
-        assert arena.free_bytes == 64 * PAGE - sum(round_up(other.data.nbytes) for other, _ in held)
+        assert arena.free_bytes == 64 * PAGE - sum(round_to_pages(other.data.nbytes) for other, _ in held)
     for buffer, _ in held:
         buffer.release()
     whole = arena.try_allocate(64 * PAGE)

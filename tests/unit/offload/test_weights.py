@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from windlass.offload.arena import Arena, round_up
+from windlass.offload.arena import Arena
 from windlass.offload.buckets import RESIDENT_NUMEL
 from windlass.offload.conveyor import Conveyor
-from windlass.offload.direct_io import Engine
+from windlass.offload.direct_io import Engine, round_to_pages
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 from windlass.offload.weights import Weights, most_bytes
@@ -94,7 +94,7 @@ def test_a_pass_gets_what_it_computes_with(in_halves: bool, folder: TierFolder) 
     folder.engine.figures.read_bytes = 0
     weights.acquire(run[:1])  # those that are moved with it come, too
     numel = sum(torch.Size(shape).numel() for shape in SHAPES)
-    assert folder.engine.figures.read_bytes == round_up((2 if in_halves else 4) * numel)
+    assert folder.engine.figures.read_bytes == round_to_pages((2 if in_halves else 4) * numel)
     for parameter, expected in zip(run[: len(SHAPES)], before, strict=False):
         assert torch.equal(parameter, expected.to(torch.bfloat16).float() if in_halves else expected)
         assert weights.is_elsewhere(parameter) == in_halves, "rounded weights are not the weights"
@@ -168,7 +168,9 @@ def test_looking_ahead_reads_nothing_twice(in_halves: bool, folder: TierFolder) 
     with weights.loaded(runs[1]):
         assert same(copies(runs[1]), before)
     numel = sum(torch.Size(shape).numel() for shape in SHAPES)
-    assert folder.engine.figures.read_bytes == (2 * round_up(2 * numel) if in_halves else round_up(4 * numel))
+    assert folder.engine.figures.read_bytes == (
+        2 * round_to_pages(2 * numel) if in_halves else round_to_pages(4 * numel)
+    )
     weights.look_ahead(runs[0], with_rest=False)
     weights.acquire(runs[0])
     weights.look_ahead(runs[0], with_rest=False)  # it is there
@@ -200,5 +202,5 @@ def test_autograd_finds_what_it_saved(folder: TierFolder) -> None:
 def test_the_least_room_is_for_the_largest_that_move_together() -> None:
     runs = layers(2)
     numel = sum(torch.Size(shape).numel() for shape in (*SHAPES, *SMALL))
-    assert most_bytes(runs) == round_up(4 * numel) + round_up(1)
-    assert most_bytes([]) == round_up(1)
+    assert most_bytes(runs) == round_to_pages(4 * numel) + round_to_pages(1)
+    assert most_bytes([]) == round_to_pages(1)
