@@ -83,14 +83,19 @@ class Arena:
                 self._has_room.wait()
         return buffer
 
-    def try_allocate(self, num_bytes: int) -> Buffer | None:
-        """A buffer if there is room for it now.
+    def try_allocate(self, num_bytes: int, spare_bytes: int = 0) -> Buffer | None:
+        """A buffer if there is room for it now, and beside it for another one of `spare_bytes`.
 
         Raises:
             RuntimeError: the arena is closed.
         """
         with self._has_room:
-            return self._take(num_bytes)
+            buffer = self._take(num_bytes)
+            largest = max((end - begin for begin, end in self._holes), default=0)
+        if buffer is not None and largest < round_to_pages(spare_bytes):
+            buffer.release()
+            return None
+        return buffer
 
     def close(self) -> None:
         """Gives the memory back to the system, when the last tensor on it is gone."""

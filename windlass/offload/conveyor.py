@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,13 +110,18 @@ class Conveyor:
         self.stall_s += time.perf_counter() - begin
         return found
 
-    def look_ahead(self, loads: Iterable[Load]) -> None:
-        """Begins to bring `loads`, the first first, as far as there is room."""
+    def look_ahead(self, loads: Iterable[Load], spare: Mapping[Load, int] | None = None) -> None:
+        """Begins to bring `loads`, the first first, as far as there is room.
+
+        Args:
+            spare: bytes that must stay free beside a load, for what is made before that load is used: it would have to
+                be let go for them, and read again.
+        """
         self._advance()
         for number, load in enumerate(loads):
             if isinstance(load.home, TierFile) and not load.home.has_data:
                 continue
-            if not self._fetch(load):
+            if not self._fetch(load, spare_bytes=0 if spare is None else spare[load]):
                 return
             if number == 0 and (reading := self._held[load].reading) is not None and reading.is_done:
                 reading.wait()
@@ -176,7 +181,7 @@ class Conveyor:
         while self._fading:
             self._release_faded(wait=True)
 
-    def _fetch(self, load: Load, reads: bool = True) -> bool:
+    def _fetch(self, load: Load, reads: bool = True, spare_bytes: int = 0) -> bool:
         """Gets `load` a buffer and begins to read it; False if there is no room, or it is still on its way back."""
         if load in self._held:
             return True
@@ -185,7 +190,7 @@ class Conveyor:
             return True
         if any(leaving.load is load for leaving in self._leaving):
             return False
-        buffer = self._arena.try_allocate(load.num_bytes)
+        buffer = self._arena.try_allocate(load.num_bytes, spare_bytes)
         if buffer is None:
             return False
         reading = load.home.read(buffer.data) if reads and load.home.has_data else None

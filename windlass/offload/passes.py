@@ -71,10 +71,12 @@ class UnitWeights:
 
         Args:
             direction: 1 in the forward pass, -1 in backward.
-            with_rest: also the halves that only an update needs.
+            with_rest: they are updated in this pass.
         """
         if self._weights is not None:
-            near = [number + direction * (distance + 1) for distance in range(LOOK_AHEAD_UNITS)]
+            near = [number + direction * distance for distance in range(LOOK_AHEAD_UNITS + 1)]
+            if direction > 0:
+                del near[0]  # it has been updated; in backward it is about to be
             parameters = (p for unit in near if 0 <= unit < self._root for p in self._units[unit])
             self._weights.look_ahead(parameters, with_rest)
         self._optimizer.look_ahead()

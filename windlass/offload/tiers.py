@@ -127,7 +127,10 @@ class Tiers:
             max_host_bytes=self._host_bytes_left,
             num_versions=self._num_versions,
             buffer_bytes=self.config.buffer_bytes // (1 if self.weights is None else 2),
-            order=[[parameter for module in unit for parameter in module.parameters()] for unit in units],
+            order=[
+                [parameter for module in unit for parameter in module.parameters()]
+                for unit in (reversed(units) if in_backward else units)
+            ],
             weights=self.weights,
         )
         self.optimizer.is_deferring = not in_backward

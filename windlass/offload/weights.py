@@ -38,6 +38,12 @@ class _Group:
     is_whole: bool = False
     """Whether what is in memory is the weights, and not their upper halves."""
 
+    @property
+    def room_bytes(self) -> int:
+        """Of the buffers that the group is written from."""
+        loads = [self.passing] if self.rest is None else [self.passing, self.rest]
+        return sum(round_to_pages(load.num_bytes) for load in loads)
+
 
 class Weights:
     """The weights of float32 parameters, whose home is a tier.
@@ -117,15 +123,19 @@ class Weights:
         """Begins to bring what will be acquired next, as far as there is room.
 
         Args:
-            with_rest: what an update needs, too.
+            parameters: in the order in which they will be acquired.
+            with_rest: they are updated then: bring what that needs too, and leave room for what it makes.
         """
-        loads = []
+        spare: dict[Load, int] = {}
+        made = 0
         for group in self._groups_of(parameters):
             if group.num_users == 0:
-                loads.append(group.passing)
+                spare[group.passing] = made
             if with_rest and group.rest is not None and not group.is_whole:
-                loads.append(group.rest)
-        self._conveyor.look_ahead(loads)
+                spare[group.rest] = made
+            if with_rest:
+                made = max(made, group.room_bytes)
+        self._conveyor.look_ahead(spare, spare)
 
     def drain(self) -> None:
         """Returns when what was written is home."""

@@ -85,6 +85,19 @@ def test_a_buffer_is_waited_for() -> None:
     assert got[0].data.nbytes == 3 * PAGE
 
 
+def test_a_buffer_that_leaves_no_room_beside_it_is_not_given() -> None:
+    arena = Arena(8 * PAGE)
+    assert arena.try_allocate(3 * PAGE, spare_bytes=5 * PAGE + 1) is None
+    low = arena.try_allocate(3 * PAGE, spare_bytes=5 * PAGE)
+    high = arena.try_allocate(3 * PAGE)
+    assert low is not None and high is not None
+    low.release()
+    assert arena.free_bytes == 5 * PAGE
+    assert arena.try_allocate(PAGE, spare_bytes=4 * PAGE) is None, "five pages are free, but not in one piece"
+    high.release()
+    assert arena.free_bytes == 8 * PAGE, "what was tried and not given is free"
+
+
 def test_a_buffer_that_never_fits_is_refused() -> None:
     with pytest.raises(ValueError, match=f"{PAGE + 1} bytes does not fit"):
         Arena(PAGE).allocate(PAGE + 1)

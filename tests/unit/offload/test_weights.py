@@ -179,6 +179,32 @@ def test_looking_ahead_reads_nothing_twice(in_halves: bool, folder: TierFolder) 
     assert arena.free_bytes == arena.num_bytes
 
 
+@pytest.mark.parametrize("in_halves", [False, True])
+@pytest.mark.parametrize("room", [1.0, 1.5, 2.0, 2.5, 3.0])
+def test_looking_ahead_leaves_room_for_what_updates_make(room: float, in_halves: bool, folder: TierFolder) -> None:
+    """What was let go for them would be read again."""
+    runs = layers(4)
+    weights = Weights(
+        Conveyor(Arena(int(room * most_bytes(runs))), Staging(torch.device("cpu"))), folder.create, in_halves
+    )
+    for run in runs:
+        weights.add(run)
+    weights.drain()
+    folder.engine.figures.read_bytes = 0
+    for number, run in enumerate(runs):
+        weights.acquire(run)
+        weights.drain()  # writing is over: there is the most room to read ahead into
+        weights.look_ahead([p for near in runs[number : number + 3] for p in near], with_rest=True)
+        with weights.loaded(run, write=True):
+            pass
+        weights.release(run)
+    weights.drain()
+    numel = sum(torch.Size(shape).numel() for shape in SHAPES)
+    once = 2 * round_to_pages(2 * numel) if in_halves else round_to_pages(4 * numel)
+    assert folder.engine.figures.read_bytes == len(runs) * once
+    weights.close()
+
+
 def test_autograd_finds_what_it_saved(folder: TierFolder) -> None:
     """Memory that was given back and taken again is the same tensor to it, and holds what it held."""
     runs = layers(2)

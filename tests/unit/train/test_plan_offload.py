@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiered import await_transfers
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError
-from windlass.offload.direct_io import Engine, Transfer
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.train import plan as module
@@ -94,33 +94,21 @@ def real_step(parts: StepParts) -> None:
         (*STREAMED, "train.dtype=bfloat16", "train.activation_checkpoint=full", "optim.in_backward=previous_norm"),
     ],
 )
-def test_bytes_of_a_step_are_those_of_a_real_one(
-    overrides: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bytes_of_a_step_are_those_of_a_real_one(overrides: tuple[str, ...], tmp_path: Path) -> None:
     config = compose([*SMALL, f"run_dir={tmp_path}", *overrides])
-    transfers: list[Transfer] = []
-    submit = Engine.submit
-
-    def submitted(engine: Engine, *work: object) -> Transfer:
-        transfers.append(submit(engine, *work))  # type: ignore[arg-type]
-        return transfers[-1]
-
-    monkeypatch.setattr(Engine, "submit", submitted)
     parts = real_parts(config)
     assert parts.tiers is not None
     figures = parts.tiers.figures
     for _ in range(NUM_STEPS):
         before = figures
         real_step(parts)
-        for transfer in transfers:
-            transfer.settle()
+        await_transfers(parts.tiers)
         figures = parts.tiers.figures
     of_step = figures.since(before)
     parts.tiers.close()
     read, written = disk_bytes(trace_step(config, 1))
     assert written == of_step.write_bytes > 0
-    # What was read ahead too early is read again, and when it is too early a clock decides.
-    assert read == pytest.approx(of_step.read_bytes, rel=0.0 if "offload.weights=streamed" not in overrides else 0.1)
+    assert read == of_step.read_bytes > 0
 
 
 def test_bytes_on_the_disk_are_those_of_the_state(tmp_path: Path) -> None:
