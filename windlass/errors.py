@@ -9,6 +9,8 @@ EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """Stopped on request (SIGTERM or SIGINT) after a final checkpoint; the same command resumes. EX_TEMPFAIL."""
+EXIT_RESTART = 76
+"""Of a worker: stopped after a checkpoint so that its launcher starts it again, among other nodes."""
 
 
 class WindlassError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -9,21 +10,42 @@ from windlass.errors import require
 
 
 class LaunchKind(StrEnum):
-    """`local` trains in this process; `torchrun` starts torch's elastic agent and a process a rank."""
+    """`local` trains in this process; `torchrun` starts torch's elastic agent on this node and a process a rank; `ray`
+    has a Ray cluster start them.
+    """
 
     local = "local"
     torchrun = "torchrun"
+    ray = "ray"
 
 
 @dataclass
 class LaunchConfig:
     name: LaunchKind = LaunchKind.local
     nproc_per_node: int | None = None
-    """Ranks; null is one a GPU, or one on a machine without."""
+    """Ranks a node; null is one a GPU, or one on a machine without."""
+    nnodes: str = "1"
+    """Nodes: `4`, or `2:4` for a job that goes on with as few as 2 when nodes are lost and grows to 4 when they come."""
+    node_rank: int | None = None
+    """`torchrun` only: the place of this node among them, from 0; null has the nodes sort it out when they meet."""
+    address: str = "auto"
+    """`torchrun`: HOST:PORT where the nodes meet, HOST being one of them. `ray`: HOST:PORT of a cluster, `local` for one
+    on this machine alone, `auto` for the one that `ray start` has started here."""
     max_restarts: int = 3
     """How often the workers are started again after one dies; they go on from the newest checkpoint."""
+    wait_for_nodes_s: float = 60.0
+    """How long a job waits for another node in place of a lost one before it goes on with those that are left; of no
+    meaning if `nnodes` is one number: then it waits."""
+    hang_timeout_s: float | None = None
+    """A step that takes longer has hung: all workers write where they are to their logs and are started again. Null is
+    10 times the longest step so far and at least 120 s."""
+    cpus_per_rank: float = 1.0
+    """`ray` only: what is reserved for each rank; and a GPU for each where ranks have one."""
+    runtime_env: str | None = None
+    """`ray` only: a YAML file with the runtime environment of the nodes' processes, as Ray's documentation has it."""
 
     def __post_init__(self) -> None:
+        is_multi_node = self.name != LaunchKind.local
         require(
             self.nproc_per_node is None or self.nproc_per_node >= 1,
             "launch.nproc_per_node",
@@ -32,12 +54,27 @@ class LaunchConfig:
             "leave it null for one rank a GPU",
         )
         require(
-            self.name != LaunchKind.local or self.nproc_per_node in (None, 1),
+            is_multi_node or self.nproc_per_node in (None, 1),
             "launch.nproc_per_node",
             self.nproc_per_node,
             "launch=local trains on one rank, in this process",
             "choose launch=torchrun",
         )
+        require(
+            re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nnodes) is not None and self.min_nodes <= self.max_nodes,
+            "launch.nnodes",
+            self.nnodes,
+            "must be a number of nodes, or the fewest and the most",
+            "write launch.nnodes=4 or launch.nnodes=2:4",
+        )
+        require(
+            is_multi_node or self.nnodes == "1",
+            "launch.nnodes",
+            self.nnodes,
+            "launch=local trains on one rank, in this process",
+            "choose launch=torchrun or launch=ray",
+        )
+        self._check_address()
         require(
             self.max_restarts >= 0,
             "launch.max_restarts",
@@ -45,3 +82,63 @@ class LaunchConfig:
             "must not be negative",
             "set launch.max_restarts=0 to never restart",
         )
+        require(
+            self.wait_for_nodes_s >= 0,
+            "launch.wait_for_nodes_s",
+            self.wait_for_nodes_s,
+            "must not be negative",
+            "set launch.wait_for_nodes_s=0 to go on with the nodes that are left at once",
+        )
+        require(
+            self.hang_timeout_s is None or self.hang_timeout_s > 0,
+            "launch.hang_timeout_s",
+            self.hang_timeout_s,
+            "must be above 0",
+            "leave it null for 10 times the longest step",
+        )
+        require(
+            self.cpus_per_rank >= 0,
+            "launch.cpus_per_rank",
+            self.cpus_per_rank,
+            "must not be negative",
+            "set launch.cpus_per_rank=1",
+        )
+
+    def _check_address(self) -> None:
+        is_host = re.fullmatch(r"(\[[^\]]+\]|[^:\s/]+):\d+", self.address) is not None
+        if self.name == LaunchKind.torchrun:
+            require(
+                is_host or (self.address == "auto" and self.nnodes == "1"),
+                "launch.address",
+                self.address,
+                "several nodes must know where to meet",
+                "give all of them the same launch.address=HOST:PORT, HOST being one of them and PORT free there",
+            )
+            require(
+                self.node_rank is None or (not self.is_elastic and 0 <= self.node_rank < self.max_nodes),
+                "launch.node_rank",
+                self.node_rank,
+                f"must be from 0 to {self.max_nodes - 1}, and launch.nnodes one number",
+                "leave it null to have the nodes sort it out",
+            )
+        elif self.name == LaunchKind.ray:
+            require(
+                is_host or self.address in ("auto", "local"),
+                "launch.address",
+                self.address,
+                "must be auto, local or HOST:PORT of a Ray cluster",
+                "leave it auto for the cluster that `ray start` has started",
+            )
+
+    @property
+    def min_nodes(self) -> int:
+        return int(self.nnodes.split(":")[0])
+
+    @property
+    def max_nodes(self) -> int:
+        return int(self.nnodes.split(":")[-1])
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the job may go on with fewer nodes."""
+        return self.min_nodes < self.max_nodes
