@@ -25,12 +25,12 @@ class LaunchConfig:
     nproc_per_node: int | None = None
     """Ranks a node; null is one a GPU, or one on a machine without."""
     nnodes: str = "1"
-    """Nodes: `4`, or `2:4` for a job that goes on with as few as 2 when nodes are lost and grows to 4 when they come."""
+    """Nodes: `4`, or `2:4` for a job that goes on with as few as 2 when nodes are lost, and grows to 4 as they come."""
     node_rank: int | None = None
     """`torchrun` only: the place of this node among them, from 0; null has the nodes sort it out when they meet."""
     address: str = "auto"
-    """`torchrun`: HOST:PORT where the nodes meet, HOST being one of them. `ray`: HOST:PORT of a cluster, `local` for one
-    on this machine alone, `auto` for the one that `ray start` has started here."""
+    """`torchrun`: HOST:PORT where the nodes meet, HOST being one of them. `ray`: HOST:PORT of a cluster, `local` for
+    one on this machine alone, `auto` for the one that `ray start` has started here."""
     max_restarts: int = 3
     """How often the workers are started again after one dies; they go on from the newest checkpoint."""
     wait_for_nodes_s: float = 60.0

@@ -18,7 +18,7 @@ MODULES = (
 
 
 def fork_context() -> ForkServerContext:
-    """Where to start processes from; its server begins with the first of them, and has this process's environment then."""
+    """Where to start processes from; its server begins with the first of them, in this process's environment then."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
     return context
