@@ -21,7 +21,7 @@ from windlass.train.flops import model_flops_per_token
 from windlass.train.loop import train
 from windlass.train.metrics import Metrics
 from windlass.train.model import Llama
-from windlass.train.signals import StopRequest
+from windlass.train.signals import Request, StopRequest
 from windlass.train.state import Run, TrainState, build_loader, build_model
 
 MAX_NORM = 1.0
@@ -60,8 +60,8 @@ class StopAtStep(StopRequest):
         self.state, self.last_step = state, last_step
 
     @property
-    def received(self) -> bool:
-        return self.state.step + 1 >= self.last_step
+    def asked(self) -> Request:
+        return Request.stop if self.state.step + 1 >= self.last_step else Request.nothing
 
 
 class Windlass:

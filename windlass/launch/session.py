@@ -23,10 +23,11 @@ from windlass.checkpoint.durable.storage import Location, name_of
 from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
-from windlass.errors import EXIT_DONE, RunFolderError, WindlassError
+from windlass.errors import RunFolderError, WindlassError
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
 from windlass.train.activation_choice import Decision, decide, decision_before
+from windlass.train.agreement import Ending
 from windlass.train.config import ActivationCheckpoint
 from windlass.train.console import open_console
 from windlass.train.data.shards import TokenDataset
@@ -63,6 +64,12 @@ from windlass.train.state import (
 
 logger = logging.getLogger(__name__)
 
+ENDINGS = {
+    Ending.stopped: "stopped {}",
+    Ending.left: "left the job {}: it goes on with other nodes",
+    Ending.restarting: "interrupted {}, to go on with other nodes",
+}
+
 
 def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> int:
     """Trains until the last step or until `stop`. Collective.
@@ -71,7 +78,7 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
         tokens: the prepared data.
 
     Returns:
-        `EXIT_DONE` or `EXIT_STOPPED`.
+        `EXIT_DONE`, `EXIT_STOPPED` or `EXIT_RESTART`.
     """
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     datasets = mesh.agree(lambda: (TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")))
@@ -91,12 +98,13 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
         with run.console:
             run.console.start()
             _say_start(run, datasets[0], restored, restart_count, changes, decision)
-            exit_code = train(run, stop)
-        if run.checkpoint is not None:
+            ending = train(run, stop)
+        # A job that goes on keeps its snapshot agents; a node that leaves it has its own ended by its launcher.
+        if run.checkpoint is not None and ending in (Ending.done, Ending.stopped):
             run.checkpoint.close()
         if mesh.rank == 0:
-            _say_end(run, datasets[0], stop, exit_code)
-    return exit_code
+            _say_end(run, datasets[0], stop, ending)
+    return ending.exit_code
 
 
 def _open_folder(
@@ -269,7 +277,7 @@ def _say_start(
     num_parameters = count_parameters(run.model)
     if restart_count:
         run.metrics.event("restart", run.state.step, count=restart_count)
-        say(f"restart {restart_count}: a worker died, all were started again")
+        say(f"restart {restart_count}: all workers were started again")
     run.metrics.event(
         "start",
         run.state.step,
@@ -305,11 +313,11 @@ def _say_start(
         say(f"resumed at step {restored.step} from {restored.origin}")
 
 
-def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, exit_code: int) -> None:
+def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending) -> None:
     config = run.config
     lines = []
     saved = run.checkpoint is not None
-    if exit_code == EXIT_DONE:
+    if ending == Ending.done:
         assert run.last_evaluation is not None
         lines += [
             f"done    step {run.state.step}, {run.state.tokens:,} tokens",
@@ -323,16 +331,22 @@ def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, exit_code: int)
         if saved:
             more = 2 * config.train.steps
             lines.append(f"resume  the same command with train.steps={more} trains on from here")
-    elif saved:
-        lines.append(
-            f"stopped at step {run.state.step} by {stop.signal_name or 'a signal to another rank'}; "
-            "its checkpoint is written, and the same command resumes"
-            + (" (without resume=PATH, which would begin from there again)" if config.resume != "auto" else "")
-        )
     else:
-        lines.append(f"stopped at step {run.state.step}; checkpoint=none, so nothing was saved")
+        by = f"at step {run.state.step} by {stop.signal_name or 'a signal to another rank'}"
+        lines.append(f"{ENDINGS[ending].format(by)}; {_what_is_saved(config, ending)}")
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
+
+
+def _what_is_saved(config: Config, ending: Ending) -> str:
+    if config.checkpoint.name == CheckpointKind.none:
+        return "checkpoint=none, so nothing was saved"
+    text = "its checkpoint is written"
+    if ending == Ending.stopped:
+        text += ", and the same command resumes"
+        if config.resume != "auto":
+            text += " (without resume=PATH, which would begin from there again)"
+    return text
 
 
 def _report_or_reason(run_dir: Path) -> str:

@@ -103,6 +103,15 @@ class Mesh:
         """The ranks that together hold one model."""
         return None if self.device_mesh is None else self.device_mesh.get_group("shard")
 
+    @property
+    def node(self) -> int:
+        """The node of this rank, from 0; launchers give each node consecutive ranks."""
+        return self.rank // self.local_world_size
+
+    @property
+    def num_nodes(self) -> int:
+        return -(-self.world_size // self.local_world_size)
+
     def barrier(self) -> None:
         """Returns when every rank is here; on the host, so that it holds whatever the devices are doing."""
         all_reduce(torch.zeros(1), self.host_group)

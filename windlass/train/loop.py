@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 
-from windlass.errors import EXIT_DONE, EXIT_STOPPED
 from windlass.offload.tiers import OffloadFigures
 from windlass.parallel.clip_grad import clip_grad_norm_
-from windlass.parallel.collectives import COMM, all_reduce, all_reduce_async
+from windlass.parallel.collectives import COMM, all_reduce
 from windlass.parallel.mesh import Mesh, all_ranks_finite
-from windlass.train.data.loader import Batch
+from windlass.train.agreement import Ending, StepAgreement
 from windlass.train.layer_major import forward_loss_sums
-from windlass.train.loss import count_tokens
-from windlass.train.signals import StopRequest
+from windlass.train.signals import Request, StopRequest
 from windlass.train.state import Run
 
 
-def train(run: Run, stop: StopRequest) -> int:
-    """Trains from `run.state.step` to the last step, or until `stop` is requested.
-
-    Returns:
-        `EXIT_DONE`, or `EXIT_STOPPED` after the step and the checkpoint that followed a request.
-    """
+def train(run: Run, stop: StopRequest) -> Ending:
+    """Trains from `run.state.step` to the last step, or to the checkpoint after what a signal asked of any rank."""
     cfg, mesh, state = run.config.train, run.mesh, run.state
+    fewest_nodes = run.config.launch.min_nodes if run.config.launch.is_elastic else mesh.num_nodes
     model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
     stall_s = 0.0  # of the snapshot after the step before
     while state.step < cfg.steps:
         begin, comm_bytes, offload = time.perf_counter(), COMM.total_bytes, run.offload_figures
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
-        agreement = StepAgreement(batches, stop, mesh)  # comes in while the first forward runs
+        agreement = StepAgreement(batches, stop, mesh, fewest_nodes)  # comes in while the first forward runs
         batches = [batch.to(mesh.device) for batch in batches]
         loss_sum = torch.zeros((), device=mesh.device)
         passes = run.passes(batches)
@@ -77,41 +71,25 @@ def train(run: Run, stop: StopRequest) -> int:
         # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.
         run.record_snapshots()
         stall_s = 0.0
-        if agreement.stopping or state.step == cfg.steps:
+        if agreement.ending is not None or state.step == cfg.steps:
             stall_s = run.save()
         elif run.checkpoint is not None and run.checkpoint.due(state.step):
             stall_s = run.snapshot()  # returns at once: copy, parity and disk come behind
-        if agreement.stopping and state.step < cfg.steps:
-            run.metrics.event("preempted", state.step)
-            return EXIT_STOPPED
+        if agreement.ending is not None and state.step < cfg.steps:
+            record_ending(run, agreement)
+            return agreement.ending
     if run.last_evaluation is None:  # resumed at the end: nothing was left to train
         run.evaluate()
     run.metrics.event("done", state.step)
-    return EXIT_DONE
+    return Ending.done
 
 
-class StepAgreement:
-    """What all ranks must know of a step, from one all-reduce on the host that runs behind the first forward."""
-
-    def __init__(self, batches: Sequence[Batch], stop: StopRequest, mesh: Mesh) -> None:
-        self._counts = torch.tensor([count_tokens(batches), int(stop.received)], dtype=torch.int64)
-        self._work = all_reduce_async(self._counts, mesh.host_group)
-
-    def _wait(self) -> torch.Tensor:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._counts
-
-    @property
-    def num_tokens(self) -> int:
-        """Labels that count, of all ranks' batches; at least 1, as it divides."""
-        return max(1, int(self._wait()[0]))
-
-    @property
-    def stopping(self) -> bool:
-        """Whether any rank was asked to stop after this step."""
-        return int(self._wait()[1]) > 0
+def record_ending(run: Run, agreement: StepAgreement) -> None:
+    """The event of a life that was asked to end."""
+    if agreement.request == Request.leave:
+        run.metrics.event("leaving", run.state.step, nodes=agreement.leaving_nodes)
+    else:
+        run.metrics.event("preempted" if agreement.request == Request.stop else "restarting", run.state.step)
 
 
 def mean_loss(loss_sum: torch.Tensor, num_tokens: int, mesh: Mesh) -> float:
