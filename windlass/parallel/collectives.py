@@ -1,4 +1,4 @@
-"""Collectives that count the bytes they carry.
+"""Collectives that count the bytes they carry, and the time that they wait for other ranks.
 
 A count is *logical*: what the algorithm has to send or receive a rank, with the volumes of an ideal ring. Backends may
 move more (gloo's reduce-scatter is an all-reduce inside). For a group of N ranks and a full tensor of B bytes:
@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+
+from windlass.parallel.waiting import WAITED
 
 
 class CommCounter:
@@ -42,7 +44,8 @@ def all_reduce(
     """Reduces `tensor` in place over `group`; a group of None is this rank alone."""
     if group is not None:
         COMM.add("all_reduce", tensor.nbytes, group.size())
-        dist.all_reduce(tensor, op=op, group=group)
+        with WAITED.on(tensor.device):
+            dist.all_reduce(tensor, op=op, group=group)
     return tensor
 
 
@@ -54,16 +57,24 @@ def all_to_all(
     to_others = sends.numel() - send_numels[group.rank()]
     COMM.bytes_by_kind["all_to_all"] += to_others * sends.element_size()
     COMM.calls_by_kind["all_to_all"] += 1
-    dist.all_to_all_single(received, sends, list(receive_numels), list(send_numels), group=group)
+    with WAITED.on(sends.device):
+        dist.all_to_all_single(received, sends, list(receive_numels), list(send_numels), group=group)
     return received
 
 
 def all_reduce_async(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> dist.Work | None:
-    """Starts to sum `tensor` in place over `group`; wait for what it returns, if anything, before reading it."""
+    """Starts to sum `tensor` in place over `group`; `finish` what it returns before reading it."""
     if group is None:
         return None
     COMM.add("all_reduce", tensor.nbytes, group.size())
     return dist.all_reduce(tensor, group=group, async_op=True)
+
+
+def finish(work: dist.Work | None) -> None:
+    """Waits for what `all_reduce_async` has started on the host."""
+    if work is not None:
+        with WAITED.host():
+            work.wait()
 
 
 def all_gather_object(value: object, group: dist.ProcessGroup | None) -> list:
@@ -74,5 +85,6 @@ def all_gather_object(value: object, group: dist.ProcessGroup | None) -> list:
     if group is None:
         return [value]
     values: list = [None] * group.size()
-    dist.all_gather_object(values, value, group=group)
+    with WAITED.host():
+        dist.all_gather_object(values, value, group=group)
     return values

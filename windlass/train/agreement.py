@@ -12,7 +12,7 @@ from enum import StrEnum
 import torch
 
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
-from windlass.parallel.collectives import all_reduce_async
+from windlass.parallel.collectives import all_reduce_async, finish
 from windlass.parallel.mesh import Mesh
 from windlass.train.data.loader import Batch
 from windlass.train.loss import count_tokens
@@ -56,9 +56,8 @@ class StepAgreement:
         self._work = all_reduce_async(self._sums, mesh.host_group)
 
     def _wait(self) -> list[float]:
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
+        finish(self._work)
+        self._work = None
         return self._sums.tolist()
 
     @property
