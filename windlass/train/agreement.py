@@ -1,13 +1,15 @@
 """What ranks tell each other in every step, and what they decide from it alike.
 
 One all-reduce of a small vector on the host, behind the first forward pass, carries all of it: the tokens that count,
-and what signals have asked of each rank. Every rank has the same sums, so every rank decides the same.
+what signals have asked of each rank, and how long the step before was work for each. Every rank has the same sums, so
+every rank decides the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
+from functools import cached_property
 
 import torch
 
@@ -19,7 +21,7 @@ from windlass.train.loss import count_tokens
 from windlass.train.signals import Request, StopRequest
 
 _TOKENS, _STOP, _RESTART, _LEAVE = range(4)
-"""Places in the vector; from `_LEAVE` on there is one for each node."""
+"""Places in the vector; from `_LEAVE` on there is one for each node, and then one for the work of each rank."""
 
 
 class Ending(StrEnum):
@@ -43,42 +45,52 @@ class StepAgreement:
 
     Args:
         fewest_nodes: a job that would be left with fewer stops as a whole instead.
+        work_s: what this rank did not wait of the step before; None on all ranks where there was none.
     """
 
-    def __init__(self, batches: Sequence[Batch], stop: StopRequest, mesh: Mesh, fewest_nodes: int) -> None:
-        self._mesh, self._fewest_nodes = mesh, fewest_nodes
+    def __init__(
+        self, batches: Sequence[Batch], stop: StopRequest, mesh: Mesh, fewest_nodes: int, work_s: float | None
+    ) -> None:
+        self._mesh, self._fewest_nodes, self._has_work = mesh, fewest_nodes, work_s is not None
+        mine = [0.0] * (_LEAVE + mesh.num_nodes + mesh.world_size)
+        mine[_TOKENS] = count_tokens(batches)
+        mine[_STOP] = stop.asked == Request.stop
+        mine[_RESTART] = stop.asked == Request.restart
+        mine[_LEAVE + mesh.node] = stop.asked == Request.leave
+        mine[_LEAVE + mesh.num_nodes + mesh.rank] = work_s or 0.0
         # float64 holds whole numbers to 2^53: more tokens than any step has.
-        self._sums = torch.zeros(_LEAVE + mesh.num_nodes, dtype=torch.float64)
-        self._sums[_TOKENS] = count_tokens(batches)
-        self._sums[_STOP] = stop.asked == Request.stop
-        self._sums[_RESTART] = stop.asked == Request.restart
-        self._sums[_LEAVE + mesh.node] = stop.asked == Request.leave
-        self._work = all_reduce_async(self._sums, mesh.host_group)
+        self._vector = torch.tensor(mine, dtype=torch.float64)
+        self._pending = all_reduce_async(self._vector, mesh.host_group)
 
-    def _wait(self) -> list[float]:
-        finish(self._work)
-        self._work = None
-        return self._sums.tolist()
+    @cached_property
+    def _sums(self) -> list[float]:
+        finish(self._pending)
+        return self._vector.tolist()
 
     @property
     def num_tokens(self) -> int:
         """Labels that count, of all ranks' batches; at least 1, as it divides."""
-        return max(1, int(self._wait()[_TOKENS]))
+        return max(1, int(self._sums[_TOKENS]))
+
+    @property
+    def work_s(self) -> list[float] | None:
+        """The seconds of the step before that each rank did not wait for others, in rank order."""
+        return self._sums[_LEAVE + self._mesh.num_nodes :] if self._has_work else None
 
     @property
     def leaving_nodes(self) -> list[int]:
         """The nodes that were asked to leave, whatever comes of it."""
-        return [node for node in range(self._mesh.num_nodes) if self._wait()[_LEAVE + node]]
+        return [node for node in range(self._mesh.num_nodes) if self._sums[_LEAVE + node]]
 
     @property
     def request(self) -> Request:
         """What the job does after this step."""
-        sums, leaving = self._wait(), self.leaving_nodes
-        if sums[_STOP]:
+        leaving = self.leaving_nodes
+        if self._sums[_STOP]:
             return Request.stop
         if leaving:
             return Request.leave if self._mesh.num_nodes - len(leaving) >= self._fewest_nodes else Request.stop
-        return Request.restart if sums[_RESTART] else Request.nothing
+        return Request.restart if self._sums[_RESTART] else Request.nothing
 
     @property
     def ending(self) -> Ending | None:

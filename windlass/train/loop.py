@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from windlass.offload.tiers import OffloadFigures
@@ -14,6 +12,7 @@ from windlass.train.agreement import Ending, StepAgreement
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.signals import Request, StopRequest
 from windlass.train.state import Run
+from windlass.train.stragglers import StepClock, StragglerWatch
 
 
 def train(run: Run, stop: StopRequest) -> Ending:
@@ -21,11 +20,14 @@ def train(run: Run, stop: StopRequest) -> Ending:
     cfg, mesh, state = run.config.train, run.mesh, run.state
     fewest_nodes = run.config.launch.min_nodes if run.config.launch.is_elastic else mesh.num_nodes
     model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
+    clock, stragglers = StepClock(), StragglerWatch(mesh, run.metrics, run.console)
     stall_s = 0.0  # of the snapshot after the step before
     while state.step < cfg.steps:
-        begin, comm_bytes, offload = time.perf_counter(), COMM.total_bytes, run.offload_figures
+        clock.begin()
+        comm_bytes, offload = COMM.total_bytes, run.offload_figures
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
-        agreement = StepAgreement(batches, stop, mesh, fewest_nodes)  # comes in while the first forward runs
+        # It comes in while the first forward runs.
+        agreement = StepAgreement(batches, stop, mesh, fewest_nodes, clock.work_s)
         batches = [batch.to(mesh.device) for batch in batches]
         loss_sum = torch.zeros((), device=mesh.device)
         passes = run.passes(batches)
@@ -60,12 +62,13 @@ def train(run: Run, stop: StopRequest) -> Ending:
             grad_norm=float(grad_norm) if run.metrics.due(state.step) else None,
             lr=lr,
             num_tokens=agreement.num_tokens,
-            step_s=time.perf_counter() - begin,
+            step_s=clock.end(),
             **step_figures(mesh, stall_s, COMM.total_bytes - comm_bytes),
             **offload_figures(run, offload),
         )
         if logged is not None:
             run.console.update(logged)
+        stragglers.look(state.step - 1, agreement.work_s)
         if evaluation_due(state.step, cfg.eval_every, cfg.steps):
             run.evaluate()
         # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.

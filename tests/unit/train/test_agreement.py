@@ -32,7 +32,7 @@ def agreed(cases: list[tuple[list[Request], int]]) -> list[tuple[int, Request, l
     mesh = ParallelConfig().build(torch.device("cpu"))
     found = []
     for requests, fewest_nodes in cases:
-        agreement = StepAgreement([batch(mesh.rank + 1)] * 2, Asked(requests[mesh.rank]), mesh, fewest_nodes)
+        agreement = StepAgreement([batch(mesh.rank + 1)] * 2, Asked(requests[mesh.rank]), mesh, fewest_nodes, None)
         found.append((agreement.num_tokens, agreement.request, agreement.leaving_nodes, agreement.ending))
     mesh.stop()
     return found
@@ -59,9 +59,21 @@ def test_all_ranks_decide_the_same_for_all_that_may_be_asked() -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     mesh = ParallelConfig().build(torch.device("cpu"))
-    assert StepAgreement([batch(0)], Asked(Request.nothing), mesh, 1).num_tokens == 1, "it divides"
-    assert StepAgreement([batch(3)], Asked(Request.leave), mesh, 1).ending == Ending.stopped
-    assert StepAgreement([batch(3)], Asked(Request.restart), mesh, 1).ending == Ending.restarting
+    assert StepAgreement([batch(0)], Asked(Request.nothing), mesh, 1, None).num_tokens == 1, "it divides"
+    assert StepAgreement([batch(3)], Asked(Request.leave), mesh, 1, None).ending == Ending.stopped
+    assert StepAgreement([batch(3)], Asked(Request.restart), mesh, 1, None).ending == Ending.restarting
+
+
+def work_of_all() -> list[list[float] | None]:
+    mesh = ParallelConfig().build(torch.device("cpu"))
+    mine = (None, 0.1 + mesh.rank)
+    found = [StepAgreement([batch(1)], Asked(Request.nothing), mesh, 1, work_s).work_s for work_s in mine]
+    mesh.stop()
+    return found
+
+
+def test_every_rank_hears_of_the_work_of_all() -> None:
+    assert run_ranks(work_of_all, 3, local_world_size=1) == [[None, [0.1, 1.1, 2.1]]] * 3
 
 
 @pytest.mark.parametrize(
