@@ -35,7 +35,10 @@ class LaunchConfig:
     """How often the workers are started again after one dies; they go on from the newest checkpoint."""
     wait_for_nodes_s: float = 60.0
     """How long a job waits for another node in place of a lost one before it goes on with those that are left; of no
-    meaning if `nnodes` is one number: then it waits."""
+    meaning if `nnodes` is one number: then it waits, as long as for the first ones."""
+    join_timeout_s: float = 1800.0
+    """`torchrun` only: how long nodes wait until the fewest of them have met; those of a batch job start minutes
+    apart."""
     hang_timeout_s: float | None = None
     """A step that takes longer has hung: all workers write where they are to their logs and are started again. Null is
     10 times the longest step so far and at least 120 s."""
@@ -88,6 +91,13 @@ class LaunchConfig:
             self.wait_for_nodes_s,
             "must not be negative",
             "set launch.wait_for_nodes_s=0 to go on with the nodes that are left at once",
+        )
+        require(
+            self.join_timeout_s > 0,
+            "launch.join_timeout_s",
+            self.join_timeout_s,
+            "must be above 0",
+            "leave it at 1800",
         )
         require(
             self.hang_timeout_s is None or self.hang_timeout_s > 0,

@@ -1,12 +1,19 @@
 """The process that workers are forked from: it has imported what they need, once a node and job.
 
 A worker that is forked starts in a moment where a fresh interpreter imports for seconds, which counts in every restart,
-and the pages of code are shared between ranks. Nothing that is imported may begin threads or touch a GPU.
+and the pages of code are shared between ranks. Nothing that is imported may touch a GPU, or begin a thread that does
+not survive a fork (those of OpenBLAS and jemalloc do).
+
+What asks workers to stop often reaches the whole process group or container: the server must outlive it, as workers
+still save. So it begins with those signals blocked, and so does every worker, until it can listen (`hear_signals`):
+until then they wait, and none is lost.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
 MODULES = (
@@ -15,10 +22,24 @@ MODULES = (
     "torch.distributed.checkpoint.state_dict",
     "torch._inductor",  # what `torch.use_deterministic_algorithms` imports, most of the start of a rank
 )
+HELD_BACK = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def fork_context() -> ForkServerContext:
-    """Where to start processes from; its server begins with the first of them, in this process's environment then."""
+    """Where to start processes from. Starts its server, with this process's environment, if there is none yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
+    # Starting the tracker unblocks signals, so it comes first.
+    resource_tracker.ensure_running()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+def hear_signals() -> None:
+    """Lets in what was held back while this worker started; of no effect in a process that was not forked."""
+    if multiprocessing.parent_process() is not None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)

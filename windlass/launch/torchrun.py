@@ -1,8 +1,7 @@
-"""`launch=torchrun`: torch's elastic agent in this process, and a worker process a rank."""
+"""`launch=torchrun`: torch's elastic agent in this process, one a node, and a worker process a rank."""
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import shutil
@@ -10,83 +9,120 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig as ElasticConfig
-from torch.distributed.launcher.api import elastic_launch
+from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from windlass.conf.schema import Config
 from windlass.conf.store import save_config
-from windlass.errors import EXIT_DONE, EXIT_FAILURE
-from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, reported_outcome
+from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from windlass.launch.elastic_agent import JobRendezvous, NodeAgent
+from windlass.launch.fork_server import fork_context
+from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
+from windlass.launch.meeting_place import Place, open_place
+from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome
 from windlass.train.signals import STOP_SIGNALS
 
 
 def launch(config: Config) -> int:
-    """Starts the workers, starts them again when one dies, and returns the run's exit code."""
+    """Starts this node's workers, starts them again when one of the job dies, and returns the run's exit code.
+
+    Raises:
+        ConfigError: the layout cannot be, or the nodes cannot meet, or do not fit together.
+    """
     num_ranks = config.launch.nproc_per_node or max(1, torch.cuda.device_count())
-    config.parallel.mesh_shape(num_ranks, num_ranks)  # raises before anything is started
+    for num_nodes in range(config.launch.min_nodes, config.launch.max_nodes + 1):
+        config.parallel.mesh_shape(num_nodes * num_ranks, num_ranks)  # raises before anything is started
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     scratch = Path(tempfile.mkdtemp(prefix="windlass-"))
     try:
         save_config(config, scratch / "config.yaml")
-        with _environment(num_ranks, scratch), _signals_forwarded(scratch / "stop"):
-            return _run_agent(config, num_ranks, scratch / "config.yaml")
+        with _environment(num_ranks, scratch), Requests(scratch / "stop") as requests:
+            fork_context()  # imports while this node waits for the others
+            try:
+                with requests.may_interrupt():
+                    store, place = open_place(config.launch.address, config.launch.join_timeout_s)
+            except Interrupted:
+                return EXIT_STOPPED
+            ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, store, place)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    _say(ending, config.run_dir)
+    return ending.outcome.exit_code
 
 
-def _run_agent(config: Config, num_ranks: int, config_file: Path) -> int:
-    settings: dict[str, Any] = {
-        "min_nodes": 1,
-        "max_nodes": 1,
-        "nproc_per_node": num_ranks,
-        "run_id": config_file.parent.name,
-        "rdzv_backend": "c10d",
-        "rdzv_endpoint": "localhost:0",
-        "max_restarts": config.launch.max_restarts,
-        "monitor_interval": 0.1,
-        "start_method": "spawn",
-    }
-    # The signals that ask for a stop are for the workers; the agent must not die of them and take the workers along.
-    if "signals_to_handle" in {field.name for field in dataclasses.fields(ElasticConfig)}:
-        settings["signals_to_handle"] = "SIGQUIT"
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+def _take_part(
+    config: Config, num_ranks: int, config_file: Path, requests: Requests, store: TCPStore, place: Place
+) -> JobEnded:
+    """All that this node does in the job, until its end here or everywhere."""
+    requests.may_leave = config.launch.is_elastic and not place.is_host
+    meeting = Meeting(PrefixStore(f"windlass/{job_name(config)}", store), place)
+    ending: JobEnded | None = None
     try:
-        elastic_launch(ElasticConfig(**settings), entrypoint=sys.executable)(
-            "-m", "windlass.launch.worker", str(config_file)
-        )
-    except ChildFailedError as error:
-        if reported_outcome() is None:
-            rank, failure = error.get_first_failure()
-            sys.stderr.write(
-                f"windlass: error: rank {rank} died ({_how(failure.exitcode)}) and launch.max_restarts="
-                f"{config.launch.max_restarts} is used up; see {config.run_dir}/logs/\n"
-            )
-            return EXIT_FAILURE
-    except SignalException as error:
-        return 128 + error.sigval
-    outcome = reported_outcome()
-    if outcome is None:
-        return EXIT_DONE
-    if outcome.rank != 0 and outcome.message is not None:  # rank 0 lost its peer and could not say why
-        sys.stderr.write(f"windlass: error: rank {outcome.rank}: {outcome.message}\n")
-    return outcome.exit_code
+        try:
+            meeting.join(card_of(config, num_ranks))
+            rendezvous = JobRendezvous(meeting, job_name(config), config.launch, requests.may_interrupt)
+            agent = NodeAgent(rendezvous, num_ranks, str(config_file), _worker_environment(config, place))
+            ending = _run(agent)
+            if requests.is_leaving and ending.is_own:
+                meeting.end_life(rendezvous.life)  # the others may be waiting for this node's ranks
+            else:
+                meeting.publish(ending.outcome)
+                rendezvous.shutdown()
+        finally:
+            meeting.sign_off()
+    except (DistError, RendezvousConnectionError):
+        if ending is None:
+            ending = JobEnded(reported_outcome() or _without_host(place), is_own=True)
+    return ending
 
 
-def _how(exit_code: int) -> str:
-    return f"{signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
+def _run(agent: NodeAgent) -> JobEnded:
+    """All lives of this node's workers."""
+    try:
+        agent.run()
+    except JobEnded as ending:
+        return ending
+    except Interrupted:
+        return JobEnded(Outcome(EXIT_STOPPED, None, LAUNCHER), is_own=True)
+    except ConfigError as error:
+        return JobEnded(Outcome(EXIT_USER_ERROR, str(error), LAUNCHER), is_own=True)
+    raise AssertionError("torch's agent returned, which this one does not")
+
+
+def _without_host(place: Place) -> Outcome:
+    return Outcome(
+        EXIT_FAILURE,
+        f"the launcher at launch.address={place.host}:{place.port} is lost, where the nodes meet; "
+        "the same command on every node goes on from the newest checkpoint",
+        LAUNCHER,
+    )
+
+
+def _say(ending: JobEnded, run_dir: str) -> None:
+    """What no worker of this node has said."""
+    outcome = ending.outcome
+    if outcome.message is None or (ending.is_own and outcome.rank == 0):
+        return
+    by = "" if outcome.rank == LAUNCHER else f"rank {outcome.rank}: "
+    more = f"; see {run_dir}/logs/" if outcome.exit_code == EXIT_FAILURE else ""
+    sys.stderr.write(f"windlass: error: {by}{outcome.message}{more}\n")
 
 
 @contextmanager
 def _environment(num_ranks: int, scratch: Path) -> Iterator[None]:
     """What workers inherit: the threads of their share of the cores, and the files of `windlass.train.outcome`."""
-    added = {OUTCOME_FILE: str(scratch / "outcome"), STOP_FILE: str(scratch / "stop")}
+    added = {
+        OUTCOME_FILE: str(scratch / "outcome"),
+        STOP_FILE: str(scratch / "stop"),
+        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # as many ranks on each node: `card_of`
+    }
     if "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     os.environ.update(added)
@@ -97,21 +133,70 @@ def _environment(num_ranks: int, scratch: Path) -> Iterator[None]:
             os.environ.pop(key, None)
 
 
-@contextmanager
-def _signals_forwarded(stop_file: Path) -> Iterator[None]:
-    """Passes requests to stop on to the workers, which save and end by themselves, and to those still to come."""
+def _worker_environment(config: Config, place: Place) -> dict[str, str]:
+    """What a worker has beside what the fork server inherited, which may be older than this job."""
+    environment = {key: os.environ[key] for key in (OUTCOME_FILE, STOP_FILE)}
+    if config.launch.max_nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ and place.interface is not None:
+        # Else gloo takes the address that this machine's name has, which may be of another network, or loopback.
+        environment["GLOO_SOCKET_IFNAME"] = place.interface
+    return environment
 
-    def forward(number: int, _: object) -> None:
-        stop_file.touch()
-        for child in psutil.Process().children():
-            try:
-                child.send_signal(number)
-            except psutil.NoSuchProcess:
-                continue
 
-    previous = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
+class Interrupted(Exception):
+    """The launcher was asked to stop or to leave while it had no workers to ask."""
+
+
+class Requests:
+    """Passes what asks this process to stop on to the workers, which save and end by themselves.
+
+    SIGTERM is how schedulers take back a machine: this node leaves the job where that may go on without it.
+    """
+
+    def __init__(self, stop_file: Path) -> None:
+        self.may_leave = False
+        self.is_leaving = False
+        self._stop_file = stop_file
+        self._is_stopping = self._may_interrupt = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Requests:
+        self._previous = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextmanager
+    def may_interrupt(self) -> Iterator[None]:
+        """While there are no workers: raises Interrupted when asked, or if it was before."""
+        self._may_interrupt = True
+        try:
+            if self.is_leaving or self._is_stopping:
+                raise Interrupted
+            yield
+        finally:
+            self._may_interrupt = False
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGTERM and (self.is_leaving or self._is_stopping):
+            return  # repeated, it means no more, but SIGINT would
+        if number == signal.SIGTERM and self.may_leave:
+            self.is_leaving, passed_on = True, signal.SIGUSR1
+        else:
+            # A worker would take SIGTERM for its launcher's, who is about to start it again.
+            self.is_leaving, self._is_stopping = False, True
+            passed_on = signal.SIGINT if number == signal.SIGTERM else signal.Signals(number)
+        self._stop_file.touch()  # for workers that are not there yet
+        if self._may_interrupt:
+            raise Interrupted
+        for worker in _workers():
+            with suppress(psutil.NoSuchProcess):
+                worker.send_signal(passed_on)
+
+
+def _workers() -> Iterator[psutil.Process]:
+    """The children of the fork server; not theirs, as snapshot agents outlive them."""
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            yield from child.children()

@@ -1,17 +1,21 @@
-"""What every rank runs: `python -m windlass.launch.worker CONFIG.yaml`, started by a launcher."""
+"""What every rank runs, forked by a launcher, or as `python -m windlass.launch.worker CONFIG.yaml`."""
 
 from __future__ import annotations
 
 import ctypes
 import faulthandler
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
-from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
+from windlass.errors import EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
+from windlass.launch.fork_server import hear_signals
 from windlass.launch.session import run_session
 from windlass.parallel.mesh import Mesh
 from windlass.train.data.prepare import prepared_folder
@@ -19,7 +23,7 @@ from windlass.train.outcome import report_outcome, reported_outcome, stop_reques
 from windlass.train.signals import StopRequest
 from windlass.train.state import choose_device
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
 def run_worker(config: Config) -> int:
@@ -33,6 +37,7 @@ def run_worker(config: Config) -> int:
     mesh: Mesh | None = None
     try:
         with StopRequest() as stop:
+            hear_signals()
             if config.train.deterministic:
                 # cuBLAS has no deterministic mode without it, and reads it when it is first used.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -55,8 +60,26 @@ def run_worker(config: Config) -> int:
         return EXIT_USER_ERROR
 
 
+def forked(config_file: str, environment: Mapping[str, str]) -> None:
+    """What a child of the fork server runs: `main`, in the environment that its launcher has for it."""
+    os.environ.update(environment)
+    sys.argv = ["windlass.launch.worker", config_file]
+    _set_name(f"windlass-{os.environ.get('RANK', '0')}")
+    _end_with_launcher()
+    try:
+        code = main()
+    except Exception as error:  # as the interpreter would end; multiprocessing adds words of its own
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = EXIT_FAILURE
+    sys.exit(code)
+
+
 def main() -> int:
-    """The process that a launcher started. What it leaves for the launcher: see `windlass.train.outcome`."""
+    """The process that a launcher started. What it leaves for the launcher: see `windlass.train.outcome`.
+
+    Returns:
+        The code to exit with: where a launcher listens it is 0, or `EXIT_RESTART` to be started again.
+    """
     faulthandler.enable()
     _end_with_parent()
     if reported_outcome() is not None:  # the agent starts all ranks again when one of them has refused
@@ -71,15 +94,34 @@ def main() -> int:
     if int(os.environ.get("RANK", "0")) != 0:
         _redirect_output(Path(config.run_dir) / "logs" / f"rank{os.environ['RANK']}.log")
     try:
-        return report_outcome(run_worker(config))
+        code = run_worker(config)
+        return code if code == EXIT_RESTART else report_outcome(code)
     except KeyboardInterrupt:  # the second Ctrl-C: no restart either
         return report_outcome(EXIT_FAILURE, "interrupted")
 
 
 def _end_with_parent() -> None:
-    """Has the kernel send SIGTERM when the launcher dies, so that no rank trains on unseen. Linux only."""
+    """Has the kernel send SIGTERM when the parent dies, so that no rank trains on unseen. Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end_with_launcher() -> None:
+    """The same for the launcher of a forked worker: its parent, the fork server, lives on as long as its children."""
+    launcher = multiprocessing.parent_process()
+    assert launcher is not None
+
+    def watch() -> None:
+        launcher.join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _set_name(name: str) -> None:
+    """What `ps` and `top` show: all children of a fork server have its command line."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
 
 def _redirect_output(path: Path) -> None:

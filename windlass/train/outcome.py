@@ -1,8 +1,9 @@
 """How a worker and its launcher understand each other, through two files that the launcher names.
 
-torch's elastic agent starts every worker again that exits with another code than 0. A worker that was asked to stop,
-or that refused bad input, must not be started again: it leaves its code in the outcome file. And a request to stop
-that comes while workers are starting would only kill them: the launcher leaves a stop file for those that come next.
+A launcher starts every worker again that exits with another code than 0. A worker that was asked to stop, or that
+refused bad input, must not be started again: it leaves its code in the outcome file. And a request to stop that comes
+before a worker is there reaches nobody: the launcher leaves a stop file for those that come next. Launchers of several
+nodes pass an outcome on to each other.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 OUTCOME_FILE = "WINDLASS_OUTCOME_FILE"
 STOP_FILE = "WINDLASS_STOP_FILE"
 """Environment variables with the files' paths; unset where no launcher of ours listens."""
+LAUNCHER = -1
+"""In place of a rank: a launcher has decided it."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Outcome:
     message: str | None = None
     """What the user must be told and rank 0 may not have said."""
     rank: int = 0
+    """Or `LAUNCHER`."""
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str | bytes) -> Outcome:
+        return Outcome(**json.loads(text))
 
 
 def report_outcome(exit_code: int, message: str | None = None) -> int:
@@ -33,7 +44,7 @@ def report_outcome(exit_code: int, message: str | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not Path(path).exists():
         temporary = Path(f"{path}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(Outcome(exit_code, message, rank))), encoding="utf-8")
+        temporary.write_text(Outcome(exit_code, message, rank).to_json(), encoding="utf-8")
         temporary.replace(path)
     return 0
 
@@ -43,7 +54,7 @@ def reported_outcome() -> Outcome | None:
     path = os.environ.get(OUTCOME_FILE)
     if path is None or not Path(path).exists():
         return None
-    return Outcome(**json.loads(Path(path).read_text(encoding="utf-8")))
+    return Outcome.from_json(Path(path).read_text(encoding="utf-8"))
 
 
 def stop_requested() -> bool:

@@ -1,4 +1,4 @@
-"""The torchrun launcher, with torch's agent replaced: what it asks of the agent, and what it makes of its end."""
+"""The torchrun launcher, with its agent replaced: what it asks of the agent, and what it makes of its end."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
@@ -21,30 +19,31 @@ from windlass.conf.store import load_config
 from windlass.errors import ConfigError
 from windlass.launch import main as launch_main
 from windlass.launch import torchrun
-from windlass.train.outcome import OUTCOME_FILE, report_outcome
+from windlass.launch.elastic_agent import JobRendezvous
+from windlass.launch.meeting import JobEnded
+from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, Outcome, report_outcome, reported_outcome
 
 TWO_RANKS = ["launch=torchrun", "launch.nproc_per_node=2", "launch.max_restarts=5"]
 
 
 def fake_agent(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Replaces torch's agent by `action`; returns what it will have been given."""
+    """Replaces the agent by `action`, after which workers would have ended; returns what it will have been given."""
     seen: dict[str, Any] = {}
 
-    def start(settings: Any, entrypoint: str) -> Callable[..., None]:
-        def agent(*arguments: str) -> None:
-            seen.update(settings=settings, entrypoint=entrypoint, arguments=arguments, environment=dict(os.environ))
-            seen["config"] = load_config(Path(arguments[-1]))
+    class Agent:
+        def __init__(
+            self, rendezvous: JobRendezvous, num_local_ranks: int, config_file: str, environment: dict[str, str]
+        ) -> None:
+            seen.update(launch=rendezvous.launch, num_ranks=num_local_ranks, environment={**os.environ, **environment})
+            seen.update(scratch=Path(config_file).parent, config=load_config(Path(config_file)))
+
+        def run(self) -> None:
             action()
+            raise JobEnded(reported_outcome() or Outcome(0), is_own=True)
 
-        return agent
-
-    monkeypatch.setattr(torchrun, "elastic_launch", start)
+    monkeypatch.setattr(torchrun, "NodeAgent", Agent)
+    monkeypatch.setattr(torchrun, "fork_context", lambda: None)
     return seen
-
-
-def child_failed(exit_code: int) -> ChildFailedError:
-    failure = ProcessFailure(local_rank=1, pid=99999, exitcode=exit_code, error_file="<N/A>")
-    return ChildFailedError("worker", {1: failure})
 
 
 def raiser(error: BaseException) -> Callable[[], None]:
@@ -63,9 +62,7 @@ def test_workers_get_the_resolved_configuration(config: Config, monkeypatch: pyt
     seen = fake_agent(monkeypatch)
     assert torchrun.launch(config) == 0
     assert seen["config"] == config
-    assert seen["entrypoint"] == sys.executable
-    assert seen["arguments"][:2] == ("-m", "windlass.launch.worker")
-    assert (seen["settings"].nproc_per_node, seen["settings"].max_restarts) == (2, 5)
+    assert (seen["num_ranks"], seen["launch"].max_restarts) == (2, 5)
 
 
 def test_nothing_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +71,7 @@ def test_nothing_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch)
     seen = fake_agent(monkeypatch, raiser(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
         torchrun.launch(config)
-    assert not Path(seen["arguments"][-1]).parent.exists()
+    assert not seen["scratch"].exists()
     assert dict(os.environ) == before
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
@@ -102,29 +99,36 @@ def test_the_code_that_a_worker_left_is_the_runs(code: int, config: Config, monk
     assert OUTCOME_FILE not in os.environ
 
 
-def test_a_refusal_counts_though_other_ranks_died_of_it(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse_and_fail() -> None:
-        report_outcome(2)
-        raise child_failed(1)
-
-    fake_agent(monkeypatch, refuse_and_fail)
-    assert torchrun.launch(config) == 2
-
-
-@pytest.mark.parametrize(("exit_code", "how"), [(3, "exit code 3"), (-9, "SIGKILL")])
-def test_a_rank_that_died_too_often_is_named(
-    exit_code: int, how: str, config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_another_node_has_refused_is_said_here_too(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake_agent(monkeypatch, raiser(child_failed(exit_code)))
+    fake_agent(monkeypatch, raiser(JobEnded(Outcome(2, "data.path=x: is not there", rank=0), is_own=False)))
+    assert torchrun.launch(config) == 2
+    assert capsys.readouterr().err == "windlass: error: rank 0: data.path=x: is not there\n"
+
+
+def test_what_rank_0_has_said_is_not_said_twice(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_agent(monkeypatch, raiser(JobEnded(Outcome(2, "data.path=x: is not there", rank=0), is_own=True)))
+    assert torchrun.launch(config) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_launchers_own_word_names_no_rank_and_where_the_logs_are(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_agent(monkeypatch, raiser(JobEnded(Outcome(1, "rank 1 died", LAUNCHER), is_own=True)))
     assert torchrun.launch(config) == 1
-    error = capsys.readouterr().err
-    assert f"rank 1 died ({how}) and launch.max_restarts=5 is used up" in error
-    assert config.run_dir in error
+    assert capsys.readouterr().err == f"windlass: error: rank 1 died; see {config.run_dir}/logs/\n"
 
 
-def test_another_signal_is_the_shells_code(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_agent(monkeypatch, raiser(SignalException("got it", signal.SIGHUP)))
-    assert torchrun.launch(config) == 128 + signal.SIGHUP
+def test_a_node_that_does_not_fit_is_refused(
+    config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_agent(monkeypatch, raiser(ConfigError("launch.node_rank", 0, "two nodes have it", "number them")))
+    assert torchrun.launch(config) == 2
+    assert "launch.node_rank=0: two nodes have it" in capsys.readouterr().err
 
 
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,27 +138,73 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(monkeypatch: 
     assert not seen
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "passed_on"),
+    [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)],
+)
 def test_requests_to_stop_go_to_the_workers(
-    number: signal.Signals, config: Config, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals, passed_on: signal.Signals, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = "import signal, sys; sys.stdout.write('up'); sys.stdout.flush(); signal.sigwait({%d})"
-    exit_codes = []
+    """Workers are children of a child. SIGTERM becomes what asks the job to stop, once however often it comes."""
+    heard = []
 
     def agent() -> None:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [number])  # the child waits for it
-        child = subprocess.Popen([sys.executable, "-c", code % number], stdout=subprocess.PIPE)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        assert child.stdout is not None
-        child.stdout.read(2)
-        signal.raise_signal(number)
-        exit_codes.append(child.wait(timeout=30))
-        child.stdout.close()
+        with server_with_worker() as worker:
+            for _ in range(3):
+                signal.raise_signal(number)
+            heard.append(worker.read())
 
     fake_agent(monkeypatch, agent)
-    begin = time.monotonic()
     torchrun.launch(config)
-    assert exit_codes == [0], f"after {time.monotonic() - begin} s"
+    names = heard[0].split()
+    assert set(names) == {passed_on.name}
+    assert len(names) == 1 or number != signal.SIGTERM
+
+
+def test_sigterm_has_a_node_leave_where_the_job_may_go_on(tmp_path: Path) -> None:
+    with torchrun.Requests(tmp_path / "stop") as requests:
+        requests.may_leave = True
+        with server_with_worker() as worker:
+            signal.raise_signal(signal.SIGTERM)
+            assert requests.is_leaving
+            signal.raise_signal(signal.SIGINT)  # the job is to stop after all
+            assert not requests.is_leaving
+            assert set(worker.read().split()) == {"SIGUSR1", "SIGINT"}
+    assert (tmp_path / "stop").exists()
+
+
+def test_a_launcher_without_workers_is_interrupted_itself(tmp_path: Path) -> None:
+    with torchrun.Requests(tmp_path / "stop") as requests:
+        with pytest.raises(torchrun.Interrupted), requests.may_interrupt():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(torchrun.Interrupted), requests.may_interrupt():
+            raise AssertionError("it was asked before")
+
+
+WORKER = """
+import signal, sys
+numbers = {signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+print("up", flush=True)
+found = signal.sigtimedwait(numbers, 30)
+while found is not None:
+    print(signal.Signals(found.si_signo).name, flush=True)
+    found = signal.sigtimedwait(numbers, 0.5)
+"""
+SERVER = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+
+
+@contextmanager
+def server_with_worker() -> Iterator[IO[str]]:
+    """A child that has a child, which writes the names of the signals that it gets until none comes any more."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, WORKER], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert server.stdout is not None
+    assert server.stdout.readline() == "up\n"
+    yield server.stdout
+    assert server.wait(timeout=60) == 0
+    server.stdout.close()
 
 
 @pytest.mark.parametrize(("overrides", "launcher"), [([], "local"), (TWO_RANKS, "torchrun")])
