@@ -43,7 +43,7 @@ class CheckpointConfig:
     number of nodes; 0 keeps no parity."""
     failure_domain: FailureDomain = FailureDomain.node
     shm_dir: str | None = None
-    """Shared memory for snapshots; null is /dev/shm."""
+    """Shared memory for snapshots; null is what the variable WINDLASS_SHM_DIR names on a node, or else /dev/shm."""
     agent_host: str | None = None
     """The address that this node's snapshot agent listens on; null is that from which it reaches the job's first."""
     lease_s: float = 600.0

@@ -27,6 +27,8 @@ from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.errors import ConfigError, RunFolderError
 
+SHM_DIR = "WINDLASS_SHM_DIR"
+"""Environment variable that stands in for `checkpoint.shm_dir` on one node: nodes may differ, and share a machine."""
 START_S = 30.0
 """What an agent has to come up."""
 GONE_S = 2.0
@@ -188,8 +190,17 @@ class AgentFolder:
 
 
 def root(shm_dir: Path | None = None) -> Path:
-    """What holds the folders of this user's agents."""
-    if shm_dir is None:
+    """What holds the folders of this user's agents.
+
+    Args:
+        shm_dir: shared memory of this node; None: what `WINDLASS_SHM_DIR` names here, or the system's.
+    """
+    own = os.environ.get(SHM_DIR)
+    if shm_dir is None and own:
+        if not Path(own).is_dir():
+            raise ConfigError(SHM_DIR, own, "is not a folder on this node", "make it, or unset it for /dev/shm")
+        shm_dir = Path(own)
+    elif shm_dir is None:
         system = Path("/dev/shm")
         shm_dir = system if system.is_dir() else Path(tempfile.gettempdir())
     elif not shm_dir.is_dir():
