@@ -1,0 +1,86 @@
+"""The Ray actor of a node: it keeps the node's workers and tells the driver of them. It decides nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+
+import ray
+
+import windlass
+from windlass.launch.node_workers import Life, NodeWorkers, Report
+
+COMPARED = ("windlass", "torch", "python")
+"""What must be the same on all nodes."""
+
+
+def versions() -> dict[str, str]:
+    """Of this process, without importing what takes long."""
+    return {
+        "windlass": windlass.__version__,
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+    }
+
+
+class RayNode:
+    """Args:
+    config_yaml: the job's configuration, resolved.
+    folder: where relative paths begin, if this node has it.
+    variables: environment variables of the workers.
+    """
+
+    def __init__(self, config_yaml: str, folder: str, variables: Mapping[str, str]) -> None:
+        self._config_yaml = config_yaml
+        self._has_folder = os.path.isdir(folder)  # noqa: PTH112
+        if self._has_folder:
+            os.chdir(folder)
+        os.environ.update(variables)
+        # Ray's own main module: multiprocessing would have each worker run it.
+        if hasattr(sys.modules["__main__"], "__file__"):
+            del sys.modules["__main__"].__file__
+        self._workers: NodeWorkers | None = None
+
+    def facts(self) -> dict[str, str]:
+        """What this node is; plain strings, so that every version understands them."""
+        return {
+            **versions(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "address": ray.util.get_node_ip_address(),
+            "host": socket.gethostname(),
+            "has_folder": str(self._has_folder),
+        }
+
+    def prepare(self) -> None:
+        """Begins to import what workers need."""
+        self._workers = NodeWorkers(self._config_yaml)
+
+    @property
+    def workers(self) -> NodeWorkers:
+        assert self._workers is not None, "the driver prepares a node before it uses it"
+        return self._workers
+
+    def serve_store(self) -> int:
+        return self.workers.serve_store()
+
+    def start(self, life: Life) -> None:
+        self.workers.start(life)
+
+    def watch(self, num_ended: int, num_lines: int, was_warm: bool, wait_s: float) -> Report:
+        return self.workers.watch(num_ended, num_lines, was_warm, wait_s)
+
+    def signal(self, number: int) -> None:
+        self.workers.signal(number)
+
+    def stop(self) -> None:
+        self.workers.stop()
+
+    def end(self, grace_s: float) -> None:
+        self.workers.end(grace_s)
+
+    def close(self, ends_agents: bool) -> list[str]:
+        return [] if self._workers is None else self._workers.close(ends_agents)
