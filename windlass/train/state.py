@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from windlass.checkpoint.config import CheckpointKind
+from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.storage import Location, as_location
 from windlass.checkpoint.manager import Checkpointer, Restored
@@ -278,7 +278,6 @@ def build_checkpointer(
     }
     if in_backward is not None:
         objects["in_backward"] = in_backward
-    is_erasure = config.checkpoint.name == CheckpointKind.erasure
     return Checkpointer(
         objects,
         checkpoint_dir(config),
@@ -287,7 +286,7 @@ def build_checkpointer(
         snapshot_every=config.checkpoint.snapshot_every,
         persist_every=config.checkpoint.persist_every,
         keep=config.checkpoint.keep,
-        num_parity_shards=config.checkpoint.num_parity_shards if is_erasure else 0,
+        num_parity_shards=num_parity_shards(config, mesh),
         failure_domain=config.checkpoint.failure_domain,
         shm_dir=config.checkpoint.shm_dir,
         agent_host=config.checkpoint.agent_host,
@@ -297,6 +296,16 @@ def build_checkpointer(
         # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
         restore_hyperparameters=False,
     )
+
+
+def num_parity_shards(config: Config, mesh: Mesh) -> int:
+    """What snapshots of this life have: a job that may shrink keeps as many of those that it asks for as it can."""
+    if config.checkpoint.name != CheckpointKind.erasure:
+        return 0
+    wanted = config.checkpoint.num_parity_shards
+    by_rank = config.checkpoint.failure_domain == FailureDomain.rank
+    num_domains = mesh.world_size if by_rank else mesh.num_nodes
+    return min(wanted, num_domains - 1) if config.launch.is_elastic else wanted
 
 
 def checkpoint_dir(config: Config) -> Location:
