@@ -23,6 +23,7 @@ from windlass.train.metrics import Metrics
 from windlass.train.model import Llama
 from windlass.train.signals import Request, StopRequest
 from windlass.train.state import Run, TrainState, build_loader, build_model
+from windlass.train.watchdog import Heartbeat
 
 MAX_NORM = 1.0
 NUM_SYNTHETIC_BATCHES = 8
@@ -102,7 +103,7 @@ class Windlass:
     def run(self, num_steps: int) -> list[float]:
         self.console.losses.clear()
         state = self.loop_run.state
-        train(self.loop_run, StopAtStep(state, state.step + num_steps))
+        train(self.loop_run, StopAtStep(state, state.step + num_steps), Heartbeat())
         return list(self.console.losses)
 
     def close(self) -> None:

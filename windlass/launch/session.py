@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -57,10 +57,12 @@ from windlass.train.state import (
     build_tiers,
     checkpoint_dir,
     modules_of_units,
+    num_parity_shards,
     resolve_vocabulary,
     restore,
     total_peak_flops,
 )
+from windlass.train.watchdog import stacks_on_signal, watch_for_hangs
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +91,20 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
         decision = mesh.decide(lambda: kept) if is_auto else None
         if decision is not None:
             decision.write_to(config)
-        mesh.agree(lambda: stack.enter_context(_logging_to(Path(config.run_dir) / "logs" / f"rank{mesh.rank}.log")))
+        log_file = Path(config.run_dir) / "logs" / f"rank{mesh.rank}.log"
+        log = mesh.agree(lambda: stack.enter_context(_logging_to(log_file)))
+        stack.enter_context(stacks_on_signal(log))
         parts = _build_parts(config, mesh, stack)
         decision = _decide_activations(parts) or decision
         run, restored = _build_run(parts, datasets, stack, is_restart=restart_count > 0)
         # Only now: a run that was refused leaves the folder's configuration as it is.
         mesh.agree(lambda: _record_config(config, mesh))
+        watching = watch_for_hangs(Path(config.run_dir), mesh, log, config.launch.hang_timeout_s)
         with run.console:
             run.console.start()
             _say_start(run, datasets[0], restored, restart_count, changes, decision)
-            ending = train(run, stop)
+            with watching as heartbeat:
+                ending = train(run, stop, heartbeat)
         # A job that goes on keeps its snapshot agents; a node that leaves it has its own ended by its launcher.
         if run.checkpoint is not None and ending in (Ending.done, Ending.stopped):
             run.checkpoint.close()
@@ -305,12 +311,23 @@ def _say_start(
     for number, reason in enumerate(() if decision is None else decision.reasons):
         say(f"{'' if number else 'saved':<8}{reason}")
     say(f"run     {config.run_dir}")
+    _say_parity(run)
     for key, (before, now) in changes.items():
         say(f"changed {key}: {before} -> {now}")
     if restored is not None:
         for path in restored.set_aside:
             say(f"warning: {name_of(path)}: a newer checkpoint that is damaged or superseded was moved there")
         say(f"resumed at step {restored.step} from {restored.origin}")
+
+
+def _say_parity(run: Run) -> None:
+    """Tells that the job has shrunk below what its parity needs."""
+    wanted, kept = run.config.checkpoint.num_parity_shards, num_parity_shards(run.config, run.mesh)
+    if run.config.checkpoint.name == CheckpointKind.erasure and kept < wanted:
+        run.metrics.event("parity_reduced", run.state.step, num_parity_shards=kept, wanted=wanted)
+        run.console.message(
+            f"warning: of {run.mesh.num_nodes} nodes, snapshots keep {kept} parity shards and not {wanted}"
+        )
 
 
 def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending) -> None:
@@ -359,8 +376,8 @@ def _report_or_reason(run_dir: Path) -> str:
 
 
 @contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
-    """Adds this process's log records, warnings and the error that ends it to a file of the run folder."""
+def _logging_to(path: Path) -> Iterator[TextIO]:
+    """Adds this process's log records, warnings and the error that ends it to a file of the run folder; gives that."""
     try:
         handler = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
@@ -371,7 +388,8 @@ def _logging_to(path: Path) -> Iterator[None]:
     root.handlers = [handler]  # and none of Hydra's, which would print errors a second time
     logging.captureWarnings(True)
     try:
-        yield
+        assert handler.stream is not None
+        yield handler.stream
     except WindlassError as error:
         logger.error("%s", error)
         raise

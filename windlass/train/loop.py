@@ -13,9 +13,10 @@ from windlass.train.layer_major import forward_loss_sums
 from windlass.train.signals import Request, StopRequest
 from windlass.train.state import Run
 from windlass.train.stragglers import StepClock, StragglerWatch
+from windlass.train.watchdog import Heartbeat
 
 
-def train(run: Run, stop: StopRequest) -> Ending:
+def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     """Trains from `run.state.step` to the last step, or to the checkpoint after what a signal asked of any rank."""
     cfg, mesh, state = run.config.train, run.mesh, run.state
     fewest_nodes = run.config.launch.min_nodes if run.config.launch.is_elastic else mesh.num_nodes
@@ -23,6 +24,7 @@ def train(run: Run, stop: StopRequest) -> Ending:
     clock, stragglers = StepClock(), StragglerWatch(mesh, run.metrics, run.console)
     stall_s = 0.0  # of the snapshot after the step before
     while state.step < cfg.steps:
+        heartbeat.begin_step()
         clock.begin()
         comm_bytes, offload = COMM.total_bytes, run.offload_figures
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
@@ -68,6 +70,7 @@ def train(run: Run, stop: StopRequest) -> Ending:
         )
         if logged is not None:
             run.console.update(logged)
+        heartbeat.end_step(state.step)
         stragglers.look(state.step - 1, agreement.work_s)
         if evaluation_due(state.step, cfg.eval_every, cfg.steps):
             run.evaluate()

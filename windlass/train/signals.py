@@ -4,6 +4,7 @@
 | --- | --- |
 | SIGINT, SIGHUP | the job to stop |
 | SIGUSR1 | this node to leave the job, which goes on without it if it may |
+| SIGUSR2 | for the stacks of all threads, in the rank's log; nothing ends |
 | SIGTERM | a worker of a windlass launcher to be started again with all others; a worker without one to stop |
 """
 
@@ -63,6 +64,8 @@ class StopRequest:
         self._requests = requests_of_signals()
         for number in self._requests:
             self._previous[number] = signal.signal(number, self._note)
+        # Asks for stacks (`windlass.train.watchdog`), and must not end a worker that has no log yet.
+        self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -37,7 +37,7 @@ def test_a_signal_is_noted_and_nothing_stops(
 
 
 def test_handlers_are_put_back() -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     with StopRequest():
         assert [signal.getsignal(number) for number in numbers] != before
