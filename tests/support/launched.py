@@ -1,0 +1,177 @@
+"""`windlass train` in processes of its own, one launcher a simulated machine, as users start it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from support import nodes, runs
+from windlass.conf.store import to_plain
+from windlass.train.run_folder import flatten
+
+GROUPS = ("data", "optim", "parallel", "checkpoint", "launch", "offload")
+
+
+def command_line(config: runs.Config) -> list[str]:
+    """The overrides that make `windlass train` compose `config`."""
+    flat = flatten(to_plain(config))
+    chosen = [f"{group}={flat.pop(f'{group}.name')}" for group in GROUPS]
+    values = {key: "null" if value is None else str(value).replace(" ", "") for key, value in flat.items()}
+    return chosen + [f"{key}={value}" for key, value in values.items()]
+
+
+def start_launcher(
+    config: runs.Config, scratch: Path, output: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
+    """A launcher in a session of its own; its output comes through a pipe, or goes to a file.
+
+    Args:
+        scratch: for its temporary files.
+    """
+    with contextlib.ExitStack() as stack:
+        stdout = subprocess.PIPE if output is None else stack.enter_context(output.open("ab"))
+        return subprocess.Popen(
+            [sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), **environment},
+        )
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The ranks of a launcher: what its fork server has forked."""
+    found = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(launcher.pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += child.children()
+    return found
+
+
+@dataclass
+class Machine:
+    """A launcher, and the memory of its node."""
+
+    launcher: subprocess.Popen[str]
+    node: nodes.Node
+    scratch: Path
+
+    @property
+    def output(self) -> str:
+        return (self.scratch / "output").read_text()
+
+    def join(self, timeout_s: float = 120) -> int:
+        try:
+            return self.launcher.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"a launcher is still running: {self.output}") from None
+
+    def lose(self) -> None:
+        """SIGKILL to all that runs on the machine, at once, and its memory is gone."""
+        doomed = [psutil.Process(self.launcher.pid), *psutil.Process(self.launcher.pid).children(recursive=True)]
+        for process in doomed:
+            process.suspend()  # so that none sees another die
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.launcher.wait()
+        self.node.kill_agent()
+        shutil.rmtree(self.node.shm_dir)
+
+
+class Machines:
+    """Starts launchers of one job, each with memory of its own."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._num_started = root, 0
+        self.all: list[Machine] = []
+
+    def start(self, config: runs.Config, **changes: Any) -> Machine:
+        """Args:
+        changes: of `config.launch`, for this machine alone.
+        """
+        own = copy.deepcopy(config)
+        for key, value in changes.items():
+            setattr(own.launch, key, value)
+        folder = self._root / f"machine{self._num_started}"
+        self._num_started += 1
+        node, scratch = nodes.Node(folder / "shm"), folder / "tmp"
+        node.shm_dir.mkdir(parents=True)
+        scratch.mkdir()
+        own.checkpoint.shm_dir = str(node.shm_dir)
+        machine = Machine(start_launcher(own, scratch, scratch / "output"), node, scratch)
+        self.all.append(machine)
+        return machine
+
+    def outputs(self) -> str:
+        return "\n".join(f"--- machine {number}\n{machine.output}" for number, machine in enumerate(self.all))
+
+    def __enter__(self) -> Machines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for machine in self.all:
+            if machine.launcher.poll() is None:
+                machine.lose()
+            elif machine.node.shm_dir.exists():
+                machine.node.kill_agent()
+
+
+@contextmanager
+def machines() -> Iterator[Machines]:
+    """Nothing is left of them."""
+    system = Path("/dev/shm")
+    root = Path(tempfile.mkdtemp(prefix="windlass-test-", dir=system if system.is_dir() else None))
+    try:
+        with Machines(root) as started:
+            yield started
+    finally:
+        shutil.rmtree(root)
+
+
+def wait_for_step(config: runs.Config, step: int, timeout_s: float = 90) -> None:
+    """Until `step` is the last that was recorded, or a later one."""
+    path = Path(config.run_dir) / "metrics.jsonl"
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if path.exists() and newest_step(config) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"step {step} did not come: {runs.output(config)}")
+
+
+def newest_step(config: runs.Config) -> int:
+    return max(runs.losses(config), default=0)
+
+
+def send(machine: Machine, number: signal.Signals) -> None:
+    machine.launcher.send_signal(number)
+
+
+def wait_for_listener(address: str) -> None:
+    """Until somebody listens at HOST:PORT."""
+    host, port = address.split(":")
+
+    def is_there() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex((host, int(port))) == 0
+
+    nodes.wait_until(is_there, f"a listener at {address}")
