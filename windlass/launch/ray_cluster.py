@@ -27,6 +27,9 @@ from windlass.train.config import Device
 
 REACH_S = 5.0
 """What the machine of a given address has to answer."""
+HTTP2_SETTINGS = b"\x04"
+HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS + bytes(5)
+"""What a client of gRPC, which Ray speaks, says first; the server's first frame is its settings, too (RFC 9113)."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """About the least that Ray takes. Nothing of windlass goes into it."""
 LONGEST_TEMP_DIR = 30
@@ -175,15 +178,19 @@ def _check_address(address: str) -> None:
             "is no HOST:PORT of a Ray cluster's head, which the driver joins as a node of that cluster",
             "start windlass on a node of the cluster with launch.address=auto",
         )
+    fix = "give the address that `ray start --head` has printed, or start a cluster there"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S) as sock:
+            if os.environ.get("RAY_USE_TLS") == "1":
+                return
+            sock.sendall(HTTP2_GREETING)
+            is_grpc = sock.recv(4)[3:] == HTTP2_SETTINGS
+    except TimeoutError as error:
+        raise ConfigError("launch.address", address, f"does not answer within {REACH_S:g} s", fix) from error
     except OSError as error:
-        raise ConfigError(
-            "launch.address",
-            address,
-            f"cannot be reached: {error.strerror or error}",
-            "give the address that `ray start --head` has printed, or start a cluster there",
-        ) from error
+        raise ConfigError("launch.address", address, f"cannot be reached: {error.strerror or error}", fix) from error
+    if not is_grpc:
+        raise ConfigError("launch.address", address, "answers, but is no Ray cluster", fix)
 
 
 def _cannot_join(address: str, error: Exception) -> ConfigError:

@@ -1,0 +1,147 @@
+"""The workers of one node, without any launcher above: real processes that train, die, and are never left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from support import nodes, runs
+
+from windlass.conf.store import to_yaml
+from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
+from windlass.launch.node_workers import Ended, Life, NodeWorkers
+from windlass.train.outcome import Outcome
+
+NUM_RANKS = 2
+LONG = ("train.steps=4000", "checkpoint.persist_every=100000")
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where temporary folders are made; none is left at the end."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    yield folder
+    assert list(folder.glob("windlass-*")) == []
+
+
+def start(workers: NodeWorkers, number: int = 0) -> None:
+    workers.start(Life(number, 0, 1, NUM_RANKS, "127.0.0.1", workers.serve_store()))
+
+
+def ends_of(workers: NodeWorkers, timeout_s: float = 90) -> list[Ended]:
+    """Of all workers of this life, in the order of ranks."""
+    deadline = time.monotonic() + timeout_s
+    ended: tuple[Ended, ...] = ()
+    while len(ended) < NUM_RANKS:
+        assert time.monotonic() < deadline, "workers are still running"
+        ended = workers.watch(len(ended), 0, True, 1.0).ended
+    return sorted(ended, key=lambda end: end.rank)
+
+
+def outcomes(ends: list[Ended]) -> list[Outcome | None]:
+    return [end.outcome for end in ends]
+
+
+def wait_for_step(config: runs.Config, step: int) -> None:
+    path = Path(config.run_dir) / "metrics.jsonl"
+    nodes.wait_until(lambda: path.exists() and max(runs.losses(config), default=0) >= step, f"step {step}")
+
+
+def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path) -> None:
+    calm = runs.run_config(tmp_path, "calm")
+    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    config = runs.run_config(tmp_path, "kept")
+    workers = NodeWorkers(to_yaml(config))
+    start(workers)
+    ends = ends_of(workers)
+    lines = workers.watch(0, 0, True, 0.0).lines
+    assert workers.close() == []
+
+    assert outcomes(ends) == [Outcome(EXIT_DONE, None, rank) for rank in range(NUM_RANKS)]
+    assert [line.number for line in lines] == list(range(len(lines)))
+    assert any(line.text.startswith("done    step 12") for line in lines)
+    assert runs.losses(config) == runs.losses(calm)
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+
+
+def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path) -> None:
+    config = runs.run_config(tmp_path, "killed", "train.steps=40")
+    workers = NodeWorkers(to_yaml(config))
+    start(workers)
+    wait_for_step(config, 5)
+    ranks = {child.name(): child for child in psutil.Process().children(recursive=True)}
+    ranks["windlass-1"].kill()
+    nodes.wait_until(lambda: len(workers.watch(0, 0, True, 0.1).ended) > 0, "the end of a worker")
+    workers.end(grace_s=5.0)
+    first, second = ends_of(workers)
+    assert (second.exit_code, second.outcome) == (-signal.SIGKILL, None)
+    assert first.exit_code not in (0, EXIT_RESTART) and first.outcome is None
+
+    start(workers, number=1)
+    assert outcomes(ends_of(workers)) == [Outcome(EXIT_DONE, None, rank) for rank in range(NUM_RANKS)]
+    workers.close()
+    assert [event["count"] for event in runs.events(config, "restart")] == [1]
+    assert not any(nodes.is_running(ranks[f"windlass-{rank}"]) for rank in range(NUM_RANKS))
+
+
+def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path) -> None:
+    config = runs.run_config(tmp_path, "asked", *LONG)
+    workers = NodeWorkers(to_yaml(config))
+    start(workers)
+    wait_for_step(config, 3)
+    workers.signal(signal.SIGTERM)
+    assert [end.exit_code for end in ends_of(workers)] == [EXIT_RESTART] * NUM_RANKS
+
+    start(workers, number=1)
+    workers.stop()  # while they start
+    assert outcomes(ends_of(workers)) == [Outcome(EXIT_STOPPED, None, rank) for rank in range(NUM_RANKS)]
+    workers.close()
+
+
+def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path) -> None:
+    config = runs.run_config(tmp_path, "refused", f"data.path={tmp_path / 'nothing'}")
+    workers = NodeWorkers(to_yaml(config))
+    start(workers)
+    ends = ends_of(workers)
+    lines = workers.watch(0, 0, True, 0.0).lines
+    workers.close()
+    assert all(end.outcome is not None and end.outcome.exit_code == 2 for end in ends)
+    assert any("data.path" in line.text and line.is_error for line in lines)
+
+
+KEEPER = """
+import sys, time
+from pathlib import Path
+from windlass.launch.node_workers import Life, NodeWorkers
+workers = NodeWorkers(Path(sys.argv[1]).read_text())
+workers.start(Life(0, 0, 1, 2, "127.0.0.1", workers.serve_store()))
+time.sleep(600)
+"""
+
+
+def test_nothing_outlives_a_keeper_that_is_killed(tmp_path: Path, scratch: Path) -> None:
+    """Workers end without a checkpoint, at once; then the fork server, the store, and the temporary folder go."""
+    config = runs.run_config(tmp_path, "orphaned", *LONG)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    command = [sys.executable, "-c", KEEPER, str(tmp_path / "config.yaml")]
+    keeper = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)})
+    wait_for_step(config, 3)
+    children = psutil.Process(keeper.pid).children(recursive=True)
+    assert sum(process.name().startswith("windlass-") for process in children) == NUM_RANKS
+    keeper.kill()
+    keeper.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert not runs.is_committed(config, max(runs.losses(config)))
+    assert runs.events(config, "preempted") == []
