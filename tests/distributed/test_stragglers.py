@@ -66,7 +66,6 @@ def train_late(config: runs.Config, late_rank: int, place: str) -> int:
         (("parallel=zero3",), 2, "forward"),
         (("parallel=zero3",), 0, "data"),
         (("parallel=ddp",), 0, "forward"),
-        (("parallel=ddp",), 3, "data"),
     ],
 )
 def test_a_rank_that_is_200_ms_late_is_named_within_10_steps(
