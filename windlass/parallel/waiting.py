@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -66,11 +66,9 @@ class WaitClock:
         end.record()
         self._on_stream.append((begin, end))
 
-    @contextmanager
-    def on(self, device: torch.device) -> Iterator[None]:
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Around a collective on tensors of `device` that the calling thread or its stream waits for."""
-        with self.stream() if device.type == "cuda" else self.host():
-            yield
+        return self.stream() if device.type == "cuda" else self.host()
 
     def lap(self) -> Lap:
         """What was waited since the last call, and begins anew."""

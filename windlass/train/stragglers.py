@@ -59,10 +59,10 @@ class Straggler:
 
 
 class LateRanks:
-    """Keeps, for each rank, by how much it was late in the last steps. Pure: no clock, no I/O."""
+    """Keeps by how much ranks were late in the last steps. Pure: no clock, no I/O."""
 
-    def __init__(self, num_ranks: int) -> None:
-        self._excess_s: list[deque[float]] = [deque(maxlen=WINDOW_STEPS) for _ in range(num_ranks)]
+    def __init__(self) -> None:
+        self._window: deque[dict[int, float]] = deque(maxlen=WINDOW_STEPS)
         self._named: set[int] = set()
 
     def add(self, work_s: Sequence[float]) -> tuple[list[Straggler], list[int]]:
@@ -76,17 +76,19 @@ class LateRanks:
         """
         # The lower one of two: with two ranks, or half of them slow, the faster ones are the measure.
         median_s = statistics.median_low(work_s)
-        found, recovered = [], []
-        for rank, (work, excesses) in enumerate(zip(work_s, self._excess_s, strict=True)):
-            excess = work - median_s
-            excesses.append(excess if excess > max(LATE_S, LATE_FRACTION * median_s) else 0.0)
-            late = [value for value in excesses if value > 0]
-            if len(late) >= NUM_LATE_STEPS and rank not in self._named:
-                self._named.add(rank)
-                found.append(Straggler(rank, statistics.fmean(late), median_s))
-            elif not late and rank in self._named:
-                self._named.discard(rank)
-                recovered.append(rank)
+        limit_s = median_s + max(LATE_S, LATE_FRACTION * median_s)
+        self._window.append({rank: work - median_s for rank, work in enumerate(work_s) if work > limit_s})
+        by_rank: dict[int, list[float]] = {}
+        for late in self._window:
+            for rank, excess_s in late.items():
+                by_rank.setdefault(rank, []).append(excess_s)
+        found = [
+            Straggler(rank, statistics.fmean(excesses), median_s)
+            for rank, excesses in sorted(by_rank.items())
+            if len(excesses) >= NUM_LATE_STEPS and rank not in self._named
+        ]
+        recovered = sorted(self._named - by_rank.keys())
+        self._named = self._named.union(straggler.rank for straggler in found).difference(recovered)
         return found, recovered
 
 
@@ -96,7 +98,7 @@ class StragglerWatch:
     def __init__(self, mesh: Mesh, metrics: Metrics, console: Console) -> None:
         self._mesh, self._metrics, self._console = mesh, metrics, console
         self._hosts: list[str] = all_gather_object(socket.gethostname(), mesh.group)
-        self._late = LateRanks(mesh.world_size)
+        self._late = LateRanks()
 
     def look(self, step: int, work_s: Sequence[float] | None) -> None:
         """Takes in what the ranks' work in `step` took; None: it was not measured."""

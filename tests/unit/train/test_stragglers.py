@@ -17,7 +17,7 @@ def slow(rank: int, seconds: float = 0.2) -> list[float]:
 
 @pytest.mark.parametrize("rank", range(4))
 def test_a_slow_rank_is_named_in_its_third_late_step_and_only_once(rank: int) -> None:
-    late = LateRanks(4)
+    late = LateRanks()
     assert [late.add(slow(rank)) for _ in range(2)] == [([], []), ([], [])]
     found, recovered = late.add(slow(rank))
     assert [(straggler.rank, round(straggler.seconds, 6)) for straggler in found] == [(rank, 0.2)]
@@ -27,17 +27,17 @@ def test_a_slow_rank_is_named_in_its_third_late_step_and_only_once(rank: int) ->
 
 
 def test_three_late_steps_of_the_last_five_are_enough_and_two_are_not() -> None:
-    late = LateRanks(4)
+    late = LateRanks()
     found = [late.add(slow(1) if step % 3 == 0 else CALM)[0] for step in range(30)]
     assert not any(found), "two in any five"
-    late = LateRanks(4)
+    late = LateRanks()
     found = [late.add(slow(1) if step % 2 == 0 else CALM)[0] for step in range(30)]
     assert [bool(stragglers) for stragglers in found].index(True) == 4
     assert sum(map(len, found)) == 1
 
 
 def test_it_has_recovered_after_five_steps_in_time_and_may_be_named_again() -> None:
-    late = LateRanks(4)
+    late = LateRanks()
     for _ in range(3):
         late.add(slow(2))
     assert [late.add(CALM) for _ in range(5)] == [([], [])] * 4 + [([], [2])]
@@ -59,7 +59,7 @@ def test_it_has_recovered_after_five_steps_in_time_and_may_be_named_again() -> N
     ],
 )
 def test_what_counts_as_late(work_s: list[float], is_late: bool) -> None:
-    late = LateRanks(len(work_s))
+    late = LateRanks()
     found: list[Straggler] = []
     for _ in range(5):
         found += late.add(work_s)[0]
@@ -69,7 +69,7 @@ def test_what_counts_as_late(work_s: list[float], is_late: bool) -> None:
 def test_noise_names_nobody() -> None:
     """Each rank is late by 100 ms in a hundredth of its steps, and all of them vary by 30 ms."""
     randomness = random.Random(0)
-    late = LateRanks(8)
+    late = LateRanks()
     for _ in range(300):
         work_s = [0.2 + 0.03 * randomness.random() + 0.1 * (randomness.random() < 0.01) for _ in range(8)]
         assert late.add(work_s) == ([], [])
