@@ -37,28 +37,31 @@ class Policy:
     min_nodes: the fewest that the job goes on with.
     max_nodes: those it wants.
     wait_s: how long it waits for the ones between, and for the first ones at its beginning.
+    first_s: the least that it waits at its beginning, when processes on all nodes start.
     settle_s: nodes come in groups; one that has come is used when none followed it for so long.
     """
 
     min_nodes: int
     max_nodes: int
     wait_s: float
+    first_s: float = 10.0
     settle_s: float = 2.0
 
-    def decide(self, num_ready: int, short_s: float, has_begun: bool) -> Decision:
+    def decide(self, num_ready: int, num_coming: int, short_s: float, has_begun: bool) -> Decision:
         """What to do while no workers run.
 
         Args:
             num_ready: nodes that workers can be started on.
+            num_coming: nodes that are the job's, and where something still starts or is installed.
             short_s: for how long the job has had too few of them.
             has_begun: whether workers have run before: then there is something to wait for, and it never fails.
         """
         if num_ready >= self.max_nodes:
             return Decision(Action.start, self.max_nodes)
-        left_s = self.wait_s - short_s
+        left_s = (self.wait_s if has_begun else max(self.wait_s, self.first_s)) - short_s
         if num_ready >= self.min_nodes:
             return Decision(Action.wait, left_s=left_s) if left_s > 0 else Decision(Action.start, num_ready)
-        if has_begun:
+        if has_begun or num_ready + num_coming >= self.min_nodes:
             return Decision(Action.wait)
         return Decision(Action.wait, left_s=left_s) if left_s > 0 else Decision(Action.fail)
 

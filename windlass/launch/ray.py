@@ -123,8 +123,8 @@ class _Driver:
         return False
 
     def _decide(self) -> Decision:
-        has_begun = self._life >= 0
-        return self._policy.decide(len(self._crew.ready()), time.monotonic() - self._short_since, has_begun)
+        ready, short_s = self._crew.ready(), time.monotonic() - self._short_since
+        return self._policy.decide(len(ready), self._crew.num_coming(), short_s, has_begun=self._life >= 0)
 
     def _seat(self, ready: list[Member], num_nodes: int) -> None:
         by_id = {member.node_id: member for member in ready}

@@ -26,7 +26,7 @@ from windlass.launch.ray_places import Place, Places
 WATCH_S = 1.0
 """How long an actor keeps a question that has no answer yet."""
 LOST_AFTER_S = 1.0
-"""An actor that cannot be reached for so long is lost. Ray says that it cannot 1.6 s after it is so, and 15 s later why."""
+"""An actor that cannot be reached for so long is lost. Ray says so 1.6 s after a kill, and why only 15 s after it."""
 DOUBT_S = 60.0
 """How long a node is avoided after its actor was lost: by then Ray knows whether the node is alive."""
 RETRY_S = 0.2
@@ -110,6 +110,10 @@ class Crew:
         """On which workers can be started: nodes that are told to go are none."""
         draining = self._cluster.draining
         return [member for member in self.members if member.is_ready and member.node_id not in draining]
+
+    def num_coming(self) -> int:
+        """Nodes that Ray has given the job, and that are not ready yet."""
+        return sum(not member.is_ready and member.place.node_id is not None for member in self.members)
 
     def draining(self) -> list[Member]:
         return [member for member in self.members if member.node_id in self._cluster.draining]

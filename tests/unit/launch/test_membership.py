@@ -10,7 +10,7 @@ from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED,
 from windlass.launch.membership import Action, Policy, WorkerEnd, exhausted, judge, seats
 from windlass.train.outcome import Outcome
 
-WAIT_S = 60.0
+WAIT_S, FIRST_S = 60.0, 10.0
 LIMITS = [(low, high) for high in range(1, 5) for low in range(1, high + 1)]
 TIMES = (0.0, WAIT_S - 1, WAIT_S, WAIT_S + 1)
 
@@ -19,23 +19,31 @@ TIMES = (0.0, WAIT_S - 1, WAIT_S, WAIT_S + 1)
 def test_what_is_done_while_no_workers_run(fewest: int, most: int) -> None:
     """All states and times: never with too few, at once with all, otherwise when the wait is over."""
     policy = Policy(fewest, most, WAIT_S)
-    for num_ready, short_s, has_begun in itertools.product(range(most + 2), TIMES, (False, True)):
-        decision = policy.decide(num_ready, short_s, has_begun)
+    for num_ready, num_coming, short_s, has_begun in itertools.product(range(most + 2), range(3), TIMES, (False, True)):
+        decision = policy.decide(num_ready, num_coming, short_s, has_begun)
         is_over = short_s >= WAIT_S
+        endless = num_ready < fewest and (has_begun or num_ready + num_coming >= fewest)
         if num_ready >= most:
             assert (decision.action, decision.num_nodes) == (Action.start, most)
         elif num_ready >= fewest and is_over:
             assert (decision.action, decision.num_nodes) == (Action.start, num_ready)
-        elif num_ready < fewest and is_over and not has_begun:
+        elif num_ready < fewest and is_over and not endless:
             assert decision.action == Action.fail
         else:
             assert decision.action == Action.wait
-            endless = num_ready < fewest and has_begun
             assert decision.left_s == (None if endless else WAIT_S - short_s)
 
 
+@pytest.mark.parametrize("short_s", [0.0, FIRST_S - 1, FIRST_S])
+def test_a_job_without_patience_lets_the_first_nodes_start(short_s: float) -> None:
+    policy = Policy(2, 4, 0.0, first_s=FIRST_S)
+    is_over = short_s >= FIRST_S
+    assert policy.decide(1, 0, short_s, has_begun=False).action == (Action.fail if is_over else Action.wait)
+    assert policy.decide(2, 0, short_s, has_begun=False).action == (Action.start if is_over else Action.wait)
+
+
 def test_without_patience_a_job_goes_on_with_what_is_left_at_once() -> None:
-    assert Policy(2, 4, 0.0).decide(3, 0.0, has_begun=True).num_nodes == 3
+    assert Policy(2, 4, 0.0).decide(3, 0, 0.0, has_begun=True).num_nodes == 3
 
 
 @pytest.mark.parametrize(("fewest", "most"), LIMITS)

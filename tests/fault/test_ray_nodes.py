@@ -1,0 +1,161 @@
+"""Nodes of a Ray cluster are lost, come back and are told to go while a job runs; it goes on from memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import nodes, runs
+from support.ray_cluster import Driver, RayletNode, RayNodes, ray_config, ray_nodes
+
+from windlass.errors import EXIT_DONE
+from windlass.train.data.loader import Loader
+from windlass.train.data.prepare import prepared_folder
+from windlass.train.data.shards import TokenDataset
+
+NUM_NODES = 4
+RECOVERY_S = 15.0
+"""The bar for the time from a kill to the next finished step."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayNodes]:
+    with ray_nodes(NUM_NODES) as cluster:
+        yield cluster
+
+
+def in_use(cluster: RayNodes, driver: Driver) -> list[RayletNode]:
+    """The nodes with a worker, in the order of ranks, by what the driver has said when it began."""
+    driver.wait_for("nodes   ")
+    line = next(text for _, text in driver.lines if text.startswith("nodes   "))
+    return sorted((node for node in cluster.nodes if node.id[:8] in line), key=lambda node: line.index(node.id[:8]))
+
+
+def recoveries(config: runs.Config) -> list[dict]:
+    return runs.events(config, "recovered")
+
+
+def same_losses(config: runs.Config, calm: runs.Config) -> bool:
+    """Whether every step that was logged, also twice, has the loss of the undisturbed run, to the bit."""
+    expected, seen = runs.losses(calm), runs.losses(config)
+    return seen.keys() == expected.keys() and all(set(seen[step]) == set(expected[step]) for step in expected)
+
+
+def calm_run(tmp_path: Path, num_steps: int) -> runs.Config:
+    calm = nodes.erasure_config(tmp_path, "calm", "checkpoint=durable", f"train.steps={num_steps}")
+    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES, runs.output(calm)
+    return calm
+
+
+@pytest.mark.timeout(240)
+def test_a_lost_node_is_replaced_and_the_bits_are_the_same(tmp_path: Path, cluster: RayNodes) -> None:
+    calm = calm_run(tmp_path, num_steps=60)
+    config = ray_config(tmp_path, "stormy", cluster, str(NUM_NODES), "train.steps=60")
+    driver = Driver(config, tmp_path / "scratch")
+    driver.wait_for_step(8)
+    victim = in_use(cluster, driver)[1]
+    cluster.lose(victim)
+    cluster.add()
+
+    assert driver.join() == EXIT_DONE, driver.output
+
+    assert driver.said(f"({victim.id[:8]}) is lost; waiting for another")
+    (recovered,) = recoveries(config)
+    assert (recovered["source"], recovered["lost_nodes"]) == ("parity", 1)
+    assert recovered["step"] >= 7
+    assert [event["step"] for event in runs.events(config, "persisted")] == [60], "no durable checkpoint was needed"
+    assert same_losses(config, calm)
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    cluster.wait_until_left()
+    assert list((tmp_path / "scratch").glob("windlass*")) == []
+
+
+@pytest.mark.timeout(240)
+def test_without_a_replacement_it_goes_on_with_three_and_grows_when_a_node_comes(
+    tmp_path: Path, cluster: RayNodes
+) -> None:
+    config = ray_config(
+        tmp_path,
+        "changing",
+        cluster,
+        f"{NUM_NODES - 1}:{NUM_NODES}",
+        "model.dropout=0.0",
+        "data.borders=none",
+        "train.steps=100000",
+        "launch.wait_for_nodes_s=3",
+    )
+    driver = Driver(config, tmp_path / "scratch")
+    driver.wait_for_step(8)
+    victim = in_use(cluster, driver)[-1]
+    cluster.lose(victim)
+    driver.wait_for(f"({victim.id[:8]}) is lost; waiting up to 3 s for another")
+    driver.wait_for("going on with 3 nodes")
+    nodes.wait_until(lambda: len(recoveries(config)) == 1, "a recovery")
+    driver.wait_for_step(recoveries(config)[0]["step"] + 8)
+    cluster.add()
+    driver.wait_for("can join: the workers start again")
+    nodes.wait_until(lambda: len(recoveries(config)) == 2, "a recovery")
+    shrunk, grown = recoveries(config)
+    driver.wait_for_step(grown["step"] + 8)
+    driver.interrupt()
+    assert driver.join() == 75, driver.output
+
+    assert (shrunk["source"], shrunk["lost_nodes"]) == ("parity", 1)
+    assert grown["source"] in ("local_ram", "durable") and grown["lost_nodes"] == 0
+    assert [event["world_size"] for event in runs.events(config, "start")] == [4, 3, 4]
+    (stopped,) = runs.events(config, "preempted")
+    ends = [0, shrunk["step"], grown["step"], stopped["step"]]
+    lives = [(ranks, last - first) for ranks, (first, last) in zip((4, 3, 4), pairwise(ends), strict=True)]
+    assert samples_of(config) == sum(ranks * steps for ranks, steps in lives)
+    assert seen_once(config, lives)
+    cluster.wait_until_left()
+
+
+def samples_of(config: runs.Config) -> int:
+    """That the newest checkpoint has seen."""
+    newest = max(path for path in runs.checkpoints(config).glob("step-????????"))
+    return json.loads((newest / "manifest.json").read_text())["body"]["objects"]["data"]["cursor"]
+
+
+def seen_once(config: runs.Config, lives: list[tuple[int, int]]) -> bool:
+    """Replays the loaders of every life, of so many ranks and steps: no sample twice, none left out."""
+    dataset = TokenDataset(prepared_folder(config.data, progress=False), "train")
+    common = {"seq_len": config.train.seq_len, "seed": config.train.seed, "borders": config.data.borders}
+    rows: list[bytes] = []
+    cursor = 0
+    for num_ranks, num_steps in lives:
+        for rank in range(num_ranks):
+            loader = Loader(dataset, batch_size=1, rank=rank, world_size=num_ranks, cursor=cursor, **common)
+            rows += [next(loader).input_ids.numpy().tobytes() for _ in range(num_steps)]
+            loader.close()
+        cursor += num_ranks * num_steps
+    whole = Loader(dataset, batch_size=cursor, rank=0, world_size=1, **common)
+    undivided = [row.tobytes() for row in next(whole).input_ids.numpy()]
+    whole.close()
+    return np.array_equal(sorted(rows), sorted(undivided))
+
+
+@pytest.mark.timeout(240)
+def test_a_node_that_drains_leaves_after_a_checkpoint(tmp_path: Path, cluster: RayNodes) -> None:
+    config = ray_config(tmp_path, "drained", cluster, "2:3", "train.steps=100000", "launch.wait_for_nodes_s=5")
+    driver = Driver(config, tmp_path / "scratch")
+    driver.wait_for("nodes   3")
+    driver.wait_for_step(5)
+    spare = next(node for node in cluster.nodes if node not in in_use(cluster, driver))
+    cluster.lose(spare)  # so that there is no other
+    leaver = in_use(cluster, driver)[1]
+    cluster.drain(leaver)
+    driver.wait_for("has left")
+    nodes.wait_until(lambda: len(recoveries(config)) == 1, "a recovery")
+    (recovered,) = recoveries(config)
+    (left,) = runs.events(config, "leaving")
+    assert recovered["step"] == left["step"], "no step was lost"
+    driver.wait_for_step(recovered["step"] + 3)
+    nodes.wait_until(lambda: not leaver.left(), "the node to be empty")
+    driver.interrupt()
+    assert driver.join() == 75, driver.output
+    cluster.wait_until_left()
