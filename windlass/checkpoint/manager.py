@@ -44,6 +44,8 @@ class Restored:
     source: str = "durable"
     """`local_ram`: every node had its own; `parity`: some were made again; `durable`."""
     lost_nodes: int = 0
+    decode_s: float = 0.0
+    """What it took to make the parts of lost nodes again."""
 
 
 class Checkpointer:
@@ -320,8 +322,10 @@ class Checkpointer:
         durable_step = self.mesh.decide(self.store.latest_step)
         while (plan := plan_restore(agents)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)
+            begin = time.perf_counter()
             try:
                 whole = agents.rebuild(plan) if plan.lost else plan
+                decode_s = time.perf_counter() - begin
                 agents.count_resume(plan.snapshot)
                 self._restore_all(open_snapshot(agents, whole))
             except CorruptCheckpoint as error:
@@ -335,7 +339,7 @@ class Checkpointer:
             num_parts = len(whole.holders)
             origin = f"the memory of {num_parts} {self.settings.failure_domain}{'s' * (num_parts > 1)}"
             source = "parity" if plan.lost else "local_ram"
-            return Restored(plan.step, origin, source=source, lost_nodes=len(plan.lost))
+            return Restored(plan.step, origin, source=source, lost_nodes=len(plan.lost), decode_s=decode_s)
         return None
 
     def _restore_from_store(self) -> Restored | None:

@@ -252,6 +252,7 @@ def _build_run(
             source=restored.source,
             lost_nodes=restored.lost_nodes,
             seconds=time.perf_counter() - begin,
+            decode_s=restored.decode_s,
             checkpoint=name_of(restored.origin),
             set_aside=[name_of(path) for path in restored.set_aside],
         )
