@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.distributed import DistStoreError
 from torch.distributed.elastic.agent.server.api import (
@@ -49,8 +49,8 @@ HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
 """A node that is silent for so long is lost."""
 SAVE_S = 600.0
 """How long workers that are asked to end may take to save."""
-DYING_S = 10.0
-"""How long workers may take to end after one of them died: nothing is saved then."""
+DYING_S = 5.0
+"""How long workers may take to end after one of them died or refused: nothing is saved then."""
 LAST_S = 30.0
 """How long workers may take to end by themselves when others have ended the job."""
 FIRST_WORD_S = 1.0
@@ -185,6 +185,7 @@ class NodeAgent(SimpleElasticAgent):
         self._config_file, self._environment = config_file, environment
         self._processes: list[ForkServerProcess] = []
         self._others_ended_at: float | None = None
+        self._last_s = LAST_S
 
     # --- What torch's agent calls. ---
 
@@ -213,7 +214,7 @@ class NodeAgent(SimpleElasticAgent):
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         codes = [process.exitcode for process in self._processes]
         if all(code == EXIT_DONE for code in codes):
-            raise JobEnded(reported_outcome() or Outcome(EXIT_DONE), is_own=True)
+            self._end(reported_outcome() or Outcome(EXIT_DONE), is_own=True)
         failed = {rank: code for rank, code in enumerate(codes) if code not in (None, EXIT_DONE)}
         if failed:
             self._raise_if_reported()
@@ -239,10 +240,10 @@ class NodeAgent(SimpleElasticAgent):
             time.sleep(_POLL_S)
         self._raise_if_reported()
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = DYING_S) -> None:
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = LAST_S) -> None:
         """Whatever ended the agent, its workers end too."""
         self._send(death_sig)
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + min(timeout, self._last_s)
         for process in self._processes:
             process.join(max(0.0, deadline - time.monotonic()))
         self._send(signal.SIGKILL)
@@ -254,7 +255,7 @@ class NodeAgent(SimpleElasticAgent):
     def _raise_if_reported(self) -> None:
         outcome = reported_outcome()
         if outcome is not None:
-            raise JobEnded(outcome, is_own=True)
+            self._end(outcome, is_own=True)
 
     def _raise_if_others_ended(self) -> None:
         """At once, unless the workers are about to end likewise."""
@@ -265,7 +266,12 @@ class NodeAgent(SimpleElasticAgent):
             self._others_ended_at = time.monotonic()
         patience = LAST_S if outcome.exit_code in (EXIT_DONE, EXIT_STOPPED) else 0.0
         if time.monotonic() >= self._others_ended_at + patience:
-            raise JobEnded(outcome, is_own=False)
+            self._end(outcome, is_own=False)
+
+    def _end(self, outcome: Outcome, is_own: bool) -> NoReturn:
+        if outcome.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+            self._last_s = DYING_S
+        raise JobEnded(outcome, is_own)
 
     def _count_death(self, failed: dict[int, int]) -> None:
         """Raises JobEnded if workers have died too often."""
@@ -280,7 +286,7 @@ class NodeAgent(SimpleElasticAgent):
             f"rank {group.workers[local_rank].global_rank} died ({_how(code)}) and launch.max_restarts="
             f"{launch.max_restarts} is used up"
         )
-        raise JobEnded(self._meeting.publish(Outcome(EXIT_FAILURE, message, LAUNCHER)), is_own=True)
+        self._end(self._meeting.publish(Outcome(EXIT_FAILURE, message, LAUNCHER)), is_own=True)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:

@@ -66,8 +66,8 @@ def _take_part(
     ending: JobEnded | None = None
     try:
         try:
-            meeting.join(card_of(config, num_ranks))
             rendezvous = JobRendezvous(meeting, job_name(config), config.launch, requests.may_interrupt)
+            _join(meeting, rendezvous, card_of(config, num_ranks))
             agent = NodeAgent(rendezvous, num_ranks, str(config_file), _worker_environment(config, place))
             ending = _run(agent)
             if requests.is_leaving and ending.is_own:
@@ -81,6 +81,16 @@ def _take_part(
         if ending is None:
             ending = JobEnded(reported_outcome() or _without_host(place), is_own=True)
     return ending
+
+
+def _join(meeting: Meeting, rendezvous: JobRendezvous, card: dict[str, str]) -> None:
+    """Raises ConfigError if this node differs from the others, which may be waiting for it."""
+    try:
+        meeting.join(card)
+    except ConfigError:
+        if meeting.ended() is not None:
+            rendezvous.shutdown()
+        raise
 
 
 def _run(agent: NodeAgent) -> JobEnded:
@@ -122,6 +132,9 @@ def _environment(num_ranks: int, scratch: Path) -> Iterator[None]:
         OUTCOME_FILE: str(scratch / "outcome"),
         STOP_FILE: str(scratch / "stop"),
         "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # as many ranks on each node: `card_of`
+        # torch would tell only the nodes of the first life where workers meet, and a later one waits for that in vain.
+        # Nobody uses what it tells then: see `JobRendezvous`.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
