@@ -12,7 +12,10 @@ until then they wait, and none is lost.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 
@@ -37,6 +40,19 @@ def fork_context() -> ForkServerContext:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+@contextmanager
+def shared_cores(num_ranks: int) -> Iterator[None]:
+    """What a server begins with, or the environment has already: the threads of a rank's share of the cores."""
+    is_chosen = "OMP_NUM_THREADS" in os.environ
+    if not is_chosen:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
+    try:
+        yield
+    finally:
+        if not is_chosen:
+            os.environ.pop("OMP_NUM_THREADS", None)
 
 
 def hear_signals() -> None:

@@ -42,6 +42,12 @@ def _end_agents(config: Config) -> None:
 def _start(config: Config) -> int:
     # Each launcher imports torch; `windlass train --help` and a typo must not wait for that.
     if config.launch.name == LaunchKind.torchrun:
+        if config.launch.nproc_per_node is not None:
+            # The server that workers are forked from imports torch while this process does.
+            from windlass.launch.fork_server import fork_context, shared_cores
+
+            with shared_cores(config.launch.nproc_per_node):
+                fork_context()
         from windlass.launch.torchrun import launch
 
         return launch(config)

@@ -23,7 +23,7 @@ from windlass.conf.schema import Config
 from windlass.conf.store import save_config
 from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from windlass.launch.elastic_agent import JobRendezvous, NodeAgent
-from windlass.launch.fork_server import fork_context
+from windlass.launch.fork_server import fork_context, shared_cores
 from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
 from windlass.launch.meeting_place import Place, open_place
 from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome
@@ -43,7 +43,7 @@ def launch(config: Config) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="windlass-"))
     try:
         save_config(config, scratch / "config.yaml")
-        with _environment(num_ranks, scratch), Requests(scratch / "stop") as requests:
+        with _environment(scratch), shared_cores(num_ranks), Requests(scratch / "stop") as requests:
             fork_context()  # imports while this node waits for the others
             try:
                 with requests.may_interrupt():
@@ -126,8 +126,8 @@ def _say(ending: JobEnded, run_dir: str) -> None:
 
 
 @contextmanager
-def _environment(num_ranks: int, scratch: Path) -> Iterator[None]:
-    """What workers inherit: the threads of their share of the cores, and the files of `windlass.train.outcome`."""
+def _environment(scratch: Path) -> Iterator[None]:
+    """What torch's rendezvous and agent are to do, and the files of `windlass.train.outcome`."""
     added = {
         OUTCOME_FILE: str(scratch / "outcome"),
         STOP_FILE: str(scratch / "stop"),
@@ -136,8 +136,6 @@ def _environment(num_ranks: int, scratch: Path) -> Iterator[None]:
         # Nobody uses what it tells then: see `JobRendezvous`.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
-    if "OMP_NUM_THREADS" not in os.environ:
-        added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
     os.environ.update(added)
     try:
         yield

@@ -212,6 +212,7 @@ def test_the_launcher_is_the_one_that_was_asked_for(
     overrides: list[str], launcher: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called = []
+    monkeypatch.setattr("windlass.launch.fork_server.fork_context", lambda: None)
     monkeypatch.setattr(torchrun, "launch", lambda _: called.append("torchrun") or 0)
     monkeypatch.setattr("windlass.launch.worker.run_worker", lambda _: called.append("local") or 0)
     assert launch_main.train(overrides) == 0
