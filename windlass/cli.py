@@ -9,6 +9,7 @@ from pathlib import Path
 
 import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
+from windlass.launch import script_cli
 from windlass.train import exchange_cli, plan_cli
 
 TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
@@ -46,6 +47,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     verbs.add_parser("train", help=TRAIN_HELP, add_help=False)
     plan_cli.add_parser(verbs).set_defaults(run=_plan)
+    script_cli.add_parser(verbs)
     _add_report(verbs)
     _add_doctor(verbs)
     _add_checkpoint(verbs)

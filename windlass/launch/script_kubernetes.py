@@ -1,0 +1,226 @@
+"""A manifest for Kubernetes: an indexed Job, whose pods each run `launch=torchrun`, and the Service that names them.
+
+An indexed Job is in every cluster, where a JobSet needs a controller that somebody has installed; it gives each pod a
+number and, with a headless Service, a name that outlives it, so that all meet at the first one. A pod that saved on
+request (75) or was evicted counts as no failure and is made again, and its launcher steps in where the old one was; bad
+input (2) ends the Job, as it would be refused again.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+import yaml
+
+from windlass.conf.schema import Config
+from windlass.errors import EXIT_STOPPED, EXIT_USER_ERROR, require
+from windlass.launch.script import COMMAND, Job
+
+PORT = 29400
+SHM_DIR = "/dev/shm"
+CONTAINER = "windlass"
+LABEL = "windlass-job"
+MAX_LABEL = 63
+"""Letters of a DNS label."""
+_SUFFIXES = ("", "K", "M", "G", "T", "P")
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class KubernetesOptions:
+    """Args:
+    claim: the volume for run folders, which all pods may write.
+    storage: its size, if it is to be made; else it is there.
+    mount: where pods have it, and begin.
+    shm: how large their shared memory is; it counts as memory of the container.
+    retries: how often a job that failed is started again, beside `launch.max_restarts`.
+    """
+
+    image: str
+    claim: str
+    storage: str | None = None
+    storage_class: str | None = None
+    mount: str = "/runs"
+    shm: str = "8Gi"
+    namespace: str | None = None
+    retries: int = 3
+
+    def __post_init__(self) -> None:
+        require(bool(self.image.strip()), "--image", self.image, "must name an image", "write --image NAME:TAG")
+        require(self.retries >= 0, "--retries", self.retries, "must not be negative", "set --retries 0")
+        is_path = PurePosixPath(self.mount).is_absolute() and ".." not in self.mount and ":" not in self.mount
+        require(is_path, "--mount", self.mount, "must be an absolute path", "write --mount /runs")
+        require(
+            self.storage_class is None or self.storage is not None,
+            "--storage-class",
+            self.storage_class,
+            "says nothing without --storage",
+            "leave it out",
+        )
+        for flag, value in (
+            ("--claim", self.claim),
+            ("--storage-class", self.storage_class),
+            ("--namespace", self.namespace),
+        ):
+            if value is not None:
+                _require_name(flag, value)
+        for flag, value in (("--shm", self.shm), ("--storage", self.storage)):
+            if value is not None:
+                quantity_bytes(flag, value)
+
+
+def kubernetes_manifest(job: Job, options: KubernetesOptions, config: Config) -> str:
+    """The manifest, for `kubectl apply`.
+
+    Args:
+        config: what the job's nodes will compose.
+
+    Raises:
+        ConfigError: a value that Kubernetes would refuse, or a run that would be lost with its pods.
+    """
+    _require_name("--name", job.name, MAX_LABEL - len(f"-{job.max_nodes - 1}"))
+    _check_folders(config, options.mount)
+    if job.memory is not None:
+        require(
+            quantity_bytes("--shm", options.shm) < quantity_bytes("--memory", job.memory),
+            "--memory",
+            job.memory,
+            f"must be more than --shm={options.shm}, which counts as memory",
+            "set a larger --memory or a smaller --shm",
+        )
+    documents = [_service(job, options), _job(job, options)]
+    if options.storage is not None:
+        documents.insert(0, _claim(options))
+    return yaml.safe_dump_all(documents, sort_keys=False, width=120)
+
+
+def quantity_bytes(flag: str, text: str) -> float:
+    """What Kubernetes takes a quantity of bytes for.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)(i?)", text.replace("k", "K"))
+    is_quantity = match is not None and (bool(match[2]) or not match[3])
+    require(is_quantity, flag, text, "must be a quantity of bytes as Kubernetes has them", "write e.g. 16Gi")
+    assert match is not None
+    return float(match[1]) * (1024 if match[3] else 1000) ** _SUFFIXES.index(match[2])
+
+
+def _check_folders(config: Config, mount: str) -> None:
+    folders = {"run_dir": config.run_dir}
+    if config.checkpoint.dir is not None and "://" not in config.checkpoint.dir:
+        folders["checkpoint.dir"] = config.checkpoint.dir
+    for key, folder in folders.items():
+        path = PurePosixPath(mount) / folder  # pods begin in `mount`
+        require(
+            path.is_relative_to(mount) and ".." not in path.parts,
+            key,
+            folder,
+            f"is not on the volume that the pods share, which is at --mount={mount}",
+            f"set {key}={mount}/{PurePosixPath(folder).name}",
+        )
+
+
+def _require_name(flag: str, value: str, most: int = MAX_LABEL) -> None:
+    is_label = re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", value) is not None and len(value) <= most
+    rule = f"must be at most {most} small letters, digits and hyphens, a letter first"
+    require(is_label, flag, value, rule, f"write {flag}=my-run")
+
+
+def _metadata(name: str, options: KubernetesOptions) -> Document:
+    return {"name": name} if options.namespace is None else {"name": name, "namespace": options.namespace}
+
+
+def _claim(options: KubernetesOptions) -> Document:
+    own_class = {} if options.storage_class is None else {"storageClassName": options.storage_class}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": _metadata(options.claim, options),
+        "spec": {
+            "accessModes": ["ReadWriteMany"],
+            **own_class,
+            "resources": {"requests": {"storage": options.storage}},
+        },
+    }
+
+
+def _service(job: Job, options: KubernetesOptions) -> Document:
+    """Headless: it balances nothing, and gives each pod the name POD.JOB."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(job.name, options),
+        "spec": {"clusterIP": "None", "selector": {LABEL: job.name}, "publishNotReadyAddresses": True},
+    }
+
+
+def _job(job: Job, options: KubernetesOptions) -> Document:
+    ending: Document = {}
+    if job.is_elastic:  # a pod that comes when the others are done would wait for them in vain
+        ending["successPolicy"] = {"rules": [{"succeededIndexes": "0"}]}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job.name, options),
+        "spec": {
+            "completionMode": "Indexed",
+            "completions": job.max_nodes,
+            "parallelism": job.max_nodes,
+            "backoffLimit": options.retries * job.max_nodes,  # a job that fails, fails on all its nodes
+            "podFailurePolicy": {
+                "rules": [
+                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                    {"action": "Ignore", "onExitCodes": _exit_code(EXIT_STOPPED)},
+                    {"action": "FailJob", "onExitCodes": _exit_code(EXIT_USER_ERROR)},
+                ]
+            },
+            **ending,
+            "template": {"metadata": {"labels": {LABEL: job.name}}, "spec": _pod(job, options)},
+        },
+    }
+
+
+def _exit_code(code: int) -> Document:
+    return {"containerName": CONTAINER, "operator": "In", "values": [code]}
+
+
+def _pod(job: Job, options: KubernetesOptions) -> Document:
+    machine = {"labelSelector": {"matchLabels": {LABEL: job.name}}, "topologyKey": "kubernetes.io/hostname"}
+    resources = {
+        "nvidia.com/gpu": job.num_gpus,
+        "cpu": None if job.num_cpus is None else str(job.num_cpus),
+        "memory": job.memory,
+    }
+    amounts = {name: amount for name, amount in resources.items() if amount is not None}
+    container: Document = {
+        "name": CONTAINER,
+        "image": options.image,
+        "command": _command(job),
+        "workingDir": options.mount,
+        **({"resources": {"requests": amounts, "limits": dict(amounts)}} if amounts else {}),
+        "volumeMounts": [{"name": "runs", "mountPath": options.mount}, {"name": "shm", "mountPath": SHM_DIR}],
+    }
+    return {
+        "subdomain": job.name,
+        "restartPolicy": "Never",  # a new pod, which the rules for failures are about
+        "terminationGracePeriodSeconds": job.grace_s,
+        "shareProcessNamespace": True,  # so that process 1 is one that reaps what agents and workers leave
+        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [machine]}},
+        "containers": [container],
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options.shm}},
+        ],
+    }
+
+
+def _command(job: Job) -> list[str]:
+    """No shell reads it, but Kubernetes puts variables in for `$(NAME)`, and `$$` is how it has a `$`."""
+    own = [f"launch.nnodes={job.nnodes}", f"launch.address={job.name}-0.{job.name}:{PORT}"]
+    return [*COMMAND, *own, *(override.replace("$", "$$") for override in job.overrides)]
