@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from support.ranks import run_ranks
-from support.toy import Layout, build, train_steps
+from support.toy import Layout, build, digest, train_steps, whole_weights
+from torch.distributed.fsdp import FSDPModule
 
 from windlass.parallel.collectives import all_gather_object, all_reduce, all_reduce_async, all_to_all, finish
 from windlass.parallel.config import ParallelConfig
+from windlass.parallel.fsdp_shim import _count_stream_waits, _param_groups
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.waiting import WAITED, WaitClock
 
@@ -106,3 +109,40 @@ def test_the_others_wait_in_fsdp2(sharding: str, in_backward: bool) -> None:
     layout = Layout(sharding=sharding, num_replicas=2 if is_hybrid else None, grad_accum_steps=1)
     late, *others = run_ranks(waits_of_a_step, 4 if is_hybrid else 2, layout, 0, in_backward)
     assert min(others) > late + CLEAR_S
+
+
+def train_as_on_a_gpu(layout: Layout, counts_stream_waits: bool) -> tuple[str, int]:
+    """Digest of the weights, and how many waits of the compute stream were counted."""
+    mesh = layout.parallel_config().build(torch.device("cpu"))
+    model, sharder, optimizer = build(layout, mesh)
+    num_waits = 0
+
+    @contextmanager
+    def count() -> Iterator[None]:
+        nonlocal num_waits
+        num_waits += 1
+        yield
+
+    if counts_stream_waits:
+        WAITED.stream = count  # type: ignore[method-assign]
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                for group in _param_groups(module):
+                    _count_stream_waits(group)
+    train_steps(layout, mesh, model, sharder, optimizer, range(2))
+    weights = digest(whole_weights(model))
+    mesh.stop()
+    return weights, num_waits
+
+
+@pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3"])
+def test_what_counts_waits_of_a_stream_fits_this_fsdp2_and_changes_nothing(sharding: str) -> None:
+    """What stands around FSDP2's methods on a GPU finds all that it reads there, of which torch may rename any.
+
+    There are no events on a CPU, so only the wait at the end of each backward is seen.
+    """
+    layout = Layout(sharding=sharding, grad_accum_steps=2)
+    plain, counted = (run_ranks(train_as_on_a_gpu, 2, layout, counts) for counts in (False, True))
+    assert [weights for weights, _ in counted] == [weights for weights, _ in plain]
+    assert [num_waits > 0 for _, num_waits in counted] == [True, True]
+    assert [num_waits for _, num_waits in plain] == [0, 0]
