@@ -59,7 +59,8 @@ class RayletNode:
         """What a job has left: files and processes."""
         files = [str(path) for folder in (self.memory.shm_dir, self.scratch) for path in folder.rglob("*")]
         jobs = [f"{process.pid} {process.name()}" for process in marked(self.scratch) if is_of_a_job(process)]
-        return [path for path in files if "windlass" in path] + jobs
+        # torch keeps what it has compiled, and asks for the folder when it is imported.
+        return [path for path in files if "torchinductor" not in path] + jobs
 
 
 def marked(scratch: Path) -> list[psutil.Process]:
@@ -167,10 +168,12 @@ class Driver:
         self.config = config
         self.lines: list[tuple[float, str]] = []
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
+            [Path(sys.executable).with_name("windlass"), "train", *command_line(config)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=scratch.parent,
+            start_new_session=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), **environment},
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -208,7 +211,8 @@ class Driver:
             time.sleep(0.02)
 
     def interrupt(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        """Ctrl-C in a terminal reaches all processes of the session."""
+        os.killpg(self.process.pid, signal.SIGINT)
 
     def join(self, timeout_s: float = 120) -> int:
         try:

@@ -119,10 +119,11 @@ class NodeWorkers:
 
     Args:
         config_yaml: the job's configuration, resolved.
+        scratch: an empty folder, which goes in the end, whatever that is.
     """
 
-    def __init__(self, config_yaml: str) -> None:
-        self._scratch = Path(tempfile.mkdtemp(prefix="windlass-"))
+    def __init__(self, config_yaml: str, scratch: Path) -> None:
+        self._scratch = scratch
         self._config_file = self._scratch / "config.yaml"
         self._config_file.write_text(config_yaml, encoding="utf-8")
         self._starting = threading.Lock()
@@ -268,6 +269,12 @@ class NodeWorkers:
         self._warden.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
         return left
+
+
+def temporary_folder(prefix: str, longest: int) -> str:
+    """A new folder for sockets, whose paths the system limits to 107 bytes: in /tmp if the usual place is longer."""
+    usual = tempfile.gettempdir()
+    return tempfile.mkdtemp(prefix=prefix, dir=usual if len(usual) <= longest else "/tmp")
 
 
 # --- What runs in forked processes. ---

@@ -106,7 +106,9 @@ class _Driver:
 
     def _gather(self) -> bool:
         """Waits until there are nodes to start workers on, and seats them. False: the user does not want them."""
-        crew, said, said_at = self._crew, -1, 0.0
+        crew = self._crew
+        # A loss has just been said, and what is waited for.
+        said, said_at = (len(crew.ready()), time.monotonic()) if self._life >= 0 else (-1, 0.0)
         while not self._interrupts.stop:
             crew.tick(TICK_S)
             self._note_losses(has_workers=False)

@@ -7,7 +7,6 @@ import logging
 import os
 import shutil
 import socket
-import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from ray.runtime_env import RuntimeEnv
 
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError
+from windlass.launch.node_workers import temporary_folder
 from windlass.train.config import Device
 
 REACH_S = 5.0
@@ -33,7 +33,7 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS
 OBJECT_STORE_BYTES = 80 * 2**20
 """About the least that Ray takes. Nothing of windlass goes into it."""
 LONGEST_TEMP_DIR = 30
-"""Ray's sockets lie some 70 characters below its folder, and the system takes about 100."""
+"""Ray's sockets lie some 70 characters below its folder."""
 RENEW_S = 0.5
 """How old what is known of the cluster may be."""
 RAYS_ERRORS = (RayError, ConnectionError, RuntimeError, ValueError, TypeError, OSError)
@@ -83,6 +83,10 @@ class RayCluster:
         self.draining = set(ray._private.state.state.get_draining_nodes())
         self._seen_at = time.monotonic()
         return True
+
+    def look_again(self) -> None:
+        """Has the next look be a new one: something has changed."""
+        self._seen_at = float("-inf")
 
     def bundle(self, config: Config) -> dict[str, float]:
         """What a node of the job needs. Ranks have GPUs where any node has, unless the job trains on CPUs."""
@@ -154,8 +158,7 @@ def connected(config: Config) -> Iterator[RayCluster]:
 
 def _settings_of_own_cluster(stack: contextlib.ExitStack) -> dict[str, Any]:
     """Ray keeps a folder of each cluster for ever, so this one gets a folder that goes."""
-    short = tempfile.gettempdir() if len(tempfile.gettempdir()) <= LONGEST_TEMP_DIR else "/tmp"
-    folder = tempfile.mkdtemp(prefix="windlass-ray-", dir=short)
+    folder = temporary_folder("windlass-ray-", LONGEST_TEMP_DIR)
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     return {

@@ -30,6 +30,8 @@ LOST_AFTER_S = 1.0
 DOUBT_S = 60.0
 """How long a node is avoided after its actor was lost: by then Ray knows whether the node is alive."""
 RETRY_S = 0.2
+RETRY_PLACE_S, MAX_FAILURES = 2.0, 5
+"""When to try again where an actor did not start, and how often. Ray cancels those on a node that it gives up."""
 NUM_CALLS = 8
 """That an actor answers at a time."""
 
@@ -157,11 +159,13 @@ class Crew:
         try:
             answer = ray.get(ref)
         except ActorUnavailableError:
-            member.unreachable_since = member.unreachable_since or time.monotonic()
+            if member.is_ready:  # one that starts is slow on a busy node
+                member.unreachable_since = member.unreachable_since or time.monotonic()
             member.retry_at = time.monotonic() + RETRY_S
             return
         except RayActorError as error:
-            if error.actor_init_failed:
+            member.place.num_failures += not member.is_ready
+            if error.actor_init_failed or member.place.num_failures > MAX_FAILURES:
                 self._refuse(member, _cannot_run_here(member, error))
             else:
                 self._lose(member)
@@ -176,6 +180,7 @@ class Crew:
             self._meet(member, answer)
         elif member.stage == "prepare":
             member.stage, member.ready_at = "watch", time.monotonic()
+            member.place.num_failures = 0
             self._doubted.pop(member.node_id, None)
         else:
             self._note(member, answer)
@@ -217,7 +222,8 @@ class Crew:
         self._places.look(alive)
         manned = {member.place for member in self.members}
         for place in self._places.places:
-            if place not in manned and place.node_id is not None and place.node_id not in draining | self._refused:
+            is_usable = place.node_id is not None and place.node_id not in draining | self._refused
+            if place not in manned and is_usable and now >= place.retry_at:
                 self.members.append(self._begin(place))
         self._doubted = {node: at for node, at in self._doubted.items() if now < at + DOUBT_S}
         expected = [
@@ -242,7 +248,10 @@ class Crew:
             self.lost.append(member)
         if node_id := member.node_id or member.place.node_id:
             self._doubted[node_id] = time.monotonic()
+        if member.place.num_failures:
+            member.place.retry_at = time.monotonic() + RETRY_PLACE_S
         self._drop(member)
+        self._cluster.look_again()
 
     def mark_lost(self, member: Member) -> None:
         """A call to the actor has failed."""
@@ -262,7 +271,7 @@ class Crew:
         Returns:
             The folders of snapshot agents that are still at work.
         """
-        closing = {member.actor.close.remote(ends_agents): member for member in members if member.is_ready}
+        closing = {member.actor.close.remote(ends_agents): member for member in members if member.stage != "facts"}
         left: list[str] = []
         if closing:
             done, _ = ray.wait(list(closing), num_returns=len(closing), timeout=2 * CLOSE_S)

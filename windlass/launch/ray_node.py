@@ -6,16 +6,21 @@ import os
 import platform
 import socket
 import sys
+import tempfile
+import threading
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 
 import ray
 
 import windlass
-from windlass.launch.node_workers import Life, NodeWorkers, Report
+from windlass.launch.node_workers import Life, NodeWorkers, Report, temporary_folder
 
 COMPARED = ("windlass", "torch", "python")
 """What must be the same on all nodes."""
+LONGEST_TEMP_DIR = 50
+"""multiprocessing's socket lies some 50 characters below."""
 
 
 def versions() -> dict[str, str]:
@@ -44,6 +49,7 @@ class RayNode:
         if hasattr(sys.modules["__main__"], "__file__"):
             del sys.modules["__main__"].__file__
         self._workers: NodeWorkers | None = None
+        self._preparing = threading.Lock()
 
     def facts(self) -> dict[str, str]:
         """What this node is; plain strings, so that every version understands them."""
@@ -57,7 +63,10 @@ class RayNode:
 
     def prepare(self) -> None:
         """Begins to import what workers need."""
-        self._workers = NodeWorkers(self._config_yaml)
+        with self._preparing:
+            scratch = temporary_folder("windlass-", LONGEST_TEMP_DIR)
+            tempfile.tempdir = scratch  # multiprocessing's socket, too: Ray kills actors, and they cannot tidy up
+            self._workers = NodeWorkers(self._config_yaml, Path(scratch))
 
     @property
     def workers(self) -> NodeWorkers:
@@ -83,4 +92,5 @@ class RayNode:
         self.workers.end(grace_s)
 
     def close(self, ends_agents: bool) -> list[str]:
-        return [] if self._workers is None else self._workers.close(ends_agents)
+        with self._preparing:
+            return [] if self._workers is None else self._workers.close(ends_agents)

@@ -22,6 +22,9 @@ class Place:
     """Whether it is a group by itself, which can be given back."""
     node_id: str | None = None
     """Where it is; None: nowhere yet."""
+    num_failures: int = 0
+    """Of actors that did not start here, in a row."""
+    retry_at: float = 0.0
 
     @property
     def strategy(self) -> PlacementGroupSchedulingStrategy:
@@ -46,7 +49,9 @@ class Places:
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         for place in self.places:
             if not place.is_extra:
-                place.node_id = nodes[place.bundle] if nodes[place.bundle] in alive else None
+                node_id = nodes[place.bundle] if nodes[place.bundle] in alive else None
+                if node_id != place.node_id:
+                    place.node_id, place.num_failures, place.retry_at = node_id, 0, 0.0
         asked = self._asked
         if asked is not None:
             node_id = placement_group_table(asked.group)["bundles_to_node_id"][0]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,15 +22,14 @@ NUM_RANKS = 2
 LONG = ("train.steps=4000", "checkpoint.persist_every=100000")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary folders are made; none is left at the end."""
+    """The folder that is left to the workers' keeper; it is gone at the end."""
     folder = tmp_path / "scratch"
     folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield folder
-    assert list(folder.glob("windlass-*")) == []
+    nodes.wait_until(lambda: not folder.exists(), "the scratch folder to go")
 
 
 def start(workers: NodeWorkers, number: int = 0) -> None:
@@ -58,11 +55,11 @@ def wait_for_step(config: runs.Config, step: int) -> None:
     nodes.wait_until(lambda: path.exists() and max(runs.losses(config), default=0) >= step, f"step {step}")
 
 
-def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path) -> None:
+def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path, scratch: Path) -> None:
     calm = runs.run_config(tmp_path, "calm")
     assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
     config = runs.run_config(tmp_path, "kept")
-    workers = NodeWorkers(to_yaml(config))
+    workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
     ends = ends_of(workers)
     lines = workers.watch(0, 0, True, 0.0).lines
@@ -75,9 +72,9 @@ def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Pa
     assert runs.newest_digest(config) == runs.newest_digest(calm)
 
 
-def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path) -> None:
+def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "killed", "train.steps=40")
-    workers = NodeWorkers(to_yaml(config))
+    workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
     wait_for_step(config, 5)
     ranks = {child.name(): child for child in psutil.Process().children(recursive=True)}
@@ -95,9 +92,9 @@ def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path:
     assert not any(nodes.is_running(ranks[f"windlass-{rank}"]) for rank in range(NUM_RANKS))
 
 
-def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path) -> None:
+def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "asked", *LONG)
-    workers = NodeWorkers(to_yaml(config))
+    workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
     wait_for_step(config, 3)
     workers.signal(signal.SIGTERM)
@@ -109,9 +106,9 @@ def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path) -> None:
     workers.close()
 
 
-def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "refused", f"data.path={tmp_path / 'nothing'}")
-    workers = NodeWorkers(to_yaml(config))
+    workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
     ends = ends_of(workers)
     lines = workers.watch(0, 0, True, 0.0).lines
@@ -121,10 +118,11 @@ def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path) -> N
 
 
 KEEPER = """
-import sys, time
+import sys, tempfile, time
 from pathlib import Path
 from windlass.launch.node_workers import Life, NodeWorkers
-workers = NodeWorkers(Path(sys.argv[1]).read_text())
+scratch = tempfile.tempdir = sys.argv[2]
+workers = NodeWorkers(Path(sys.argv[1]).read_text(), Path(scratch))
 workers.start(Life(0, 0, 1, 2, "127.0.0.1", workers.serve_store()))
 time.sleep(600)
 """
@@ -134,8 +132,7 @@ def test_nothing_outlives_a_keeper_that_is_killed(tmp_path: Path, scratch: Path)
     """Workers end without a checkpoint, at once; then the fork server, the store, and the temporary folder go."""
     config = runs.run_config(tmp_path, "orphaned", *LONG)
     (tmp_path / "config.yaml").write_text(to_yaml(config))
-    command = [sys.executable, "-c", KEEPER, str(tmp_path / "config.yaml")]
-    keeper = subprocess.Popen(command, env={**os.environ, "TMPDIR": str(scratch)})
+    keeper = subprocess.Popen([sys.executable, "-c", KEEPER, str(tmp_path / "config.yaml"), str(scratch)])
     wait_for_step(config, 3)
     children = psutil.Process(keeper.pid).children(recursive=True)
     assert sum(process.name().startswith("windlass-") for process in children) == NUM_RANKS
