@@ -23,8 +23,8 @@ JOIN_TIMEOUT_S, WAIT_FOR_NODES_S = 300, 15
 
 _MEETING = """\
 # All nodes meet at the first one, at a port that other jobs there are unlikely to have.
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-address="$first:$((20000 + SLURM_JOB_ID % 10000))"
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address="${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))"
 """
 
 _RUN = """\
