@@ -149,6 +149,7 @@ def ray_nodes(num_nodes: int) -> Iterator[RayNodes]:
     (scratch / "ray").mkdir()
     with nodes.shared_memory() as shm, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", str(scratch))
+        patch.setenv("RAY_AUTH_MODE", "disabled")  # a token in the user's home would be taken by some and not by others
         cluster = RayNodes(shm, scratch)
         try:
             for _ in range(num_nodes):
