@@ -112,8 +112,8 @@ def slurm_script(job: Job, options: SlurmOptions) -> str:
 
 def _sbatch_options(job: Job, options: SlurmOptions) -> Iterator[str]:
     yield f"--job-name={job.name}"
+    # Not with --ntasks-per-node, for which Slurm gives the fewest nodes that were asked for; job steps have it.
     yield f"--nodes={f'{job.min_nodes}-{job.max_nodes}' if job.is_elastic else job.max_nodes}"
-    yield "--ntasks-per-node=1"
     for option, value in (
         ("gpus-per-node", job.num_gpus),
         ("cpus-per-task", job.num_cpus),

@@ -266,7 +266,6 @@ def test_what_sbatch_is_asked_for(capsys: Captured) -> None:
     assert options == [
         "--job-name=mine",
         "--nodes=4",
-        "--ntasks-per-node=1",
         "--gpus-per-node=8",
         "--cpus-per-task=64",
         "--mem=500G",
