@@ -14,12 +14,26 @@ _M_MMAP_THRESHOLD = -3
 logger = logging.getLogger(__name__)
 
 
+def is_glibc() -> bool:
+    """Whether this process has glibc's malloc."""
+    return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
+
+
+def give_back_free_memory() -> None:
+    """Gives the system all whole pages of the heap that are not in use now, also those between others that are.
+
+    Of use where much was allocated in small pieces that will not be again: they leave a heap of holes. Where the C
+    library is not glibc it does nothing.
+    """
+    if is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def free_to_system(min_bytes: int) -> None:
     """From now on each allocation of this process of `min_bytes` or more is mapped, and unmapped when it is freed.
 
     That costs page faults: a step with many short-lived tensors of this size takes somewhat longer. Where the C library
     is not glibc nothing is changed, and the reason logged.
     """
-    library = ctypes.CDLL(None)
-    if not hasattr(library, "gnu_get_libc_version") or library.mallopt(_M_MMAP_THRESHOLD, min_bytes) != 1:
+    if not is_glibc() or ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, min_bytes) != 1:
         logger.warning("this system's malloc is not glibc's: memory of what is moved to the disk may stay taken")

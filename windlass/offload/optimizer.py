@@ -19,6 +19,7 @@ from torch import Tensor
 from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_stowed, on_meta
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.direct_io import Engine
+from windlass.offload.malloc import give_back_free_memory
 from windlass.offload.state_store import Bucket, StateStore
 from windlass.offload.tier_file import TierFolder
 from windlass.offload.trial import trial_state
@@ -175,10 +176,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for bucket, state in states.items():
                 if any(parameter in self.state for parameter, _ in state):
                     self.store.stow(bucket)
+            give_back_free_memory()
         return sum(bucket.layout.num_bytes for bucket in self._buckets)
 
     def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
+        give_back_free_memory()  # the trials before have left a heap of holes, and the largest needs more than a step
         with self.weights_loaded(bucket.parameters):
             states = trial_state(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.

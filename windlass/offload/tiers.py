@@ -17,7 +17,7 @@ from windlass.offload.config import OffloadConfig, WeightsPlace
 from windlass.offload.conveyor import Conveyor
 from windlass.offload.cut_passes import CutPasses
 from windlass.offload.direct_io import Engine
-from windlass.offload.malloc import free_to_system
+from windlass.offload.malloc import free_to_system, give_back_free_memory
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.passes import Passes, parameters_by_unit
 from windlass.offload.staging import Staging
@@ -147,6 +147,8 @@ class Tiers:
         assert self.optimizer is not None
         passes = CutPasses if is_cut else Passes
         passes(model, units, self.optimizer, self.weights)
+        if self.weights is not None:
+            give_back_free_memory()  # all weights have been drawn in it, a unit at a time
 
     def offloaded(self) -> AbstractContextManager[None]:
         """What autograd saves under it may be moved."""
