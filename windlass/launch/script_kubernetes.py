@@ -25,7 +25,11 @@ CONTAINER = "windlass"
 LABEL = "windlass-job"
 MAX_LABEL = 63
 """Letters of a DNS label."""
-_SUFFIXES = ("", "K", "M", "G", "T", "P")
+_UNITS = {
+    "": 1.0,
+    **{suffix: 1000.0**power for power, suffix in enumerate(("k", "M", "G", "T", "P"), 1)},
+    **{suffix: 1024.0**power for power, suffix in enumerate(("Ki", "Mi", "Gi", "Ti", "Pi"), 1)},
+}
 
 Document = dict[str, Any]
 
@@ -104,11 +108,11 @@ def quantity_bytes(flag: str, text: str) -> float:
     Raises:
         ConfigError: it is none.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGTP]?)(i?)", text.replace("k", "K"))
-    is_quantity = match is not None and (bool(match[2]) or not match[3])
+    unit = text.lstrip("0123456789.")
+    number = text.removesuffix(unit)
+    is_quantity = re.fullmatch(r"\d+(\.\d+)?", number) is not None and unit in _UNITS
     require(is_quantity, flag, text, "must be a quantity of bytes as Kubernetes has them", "write e.g. 16Gi")
-    assert match is not None
-    return float(match[1]) * (1024 if match[3] else 1000) ** _SUFFIXES.index(match[2])
+    return float(number) * _UNITS[unit]
 
 
 def _check_folders(config: Config, mount: str) -> None:

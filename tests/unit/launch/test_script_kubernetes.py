@@ -215,6 +215,8 @@ def _start_pod(container: Document, shm: Path, hosts: Path) -> subprocess.Popen[
         (["--memory=8Gi"], "--memory=8Gi: must be more than --shm=8Gi"),
         (["--memory=lots"], "--memory=lots: must be a quantity"),
         (["--shm=8GiB"], "--shm=8GiB: must be a quantity"),
+        (["--shm=8K"], "--shm=8K: must be a quantity"),
+        (["--shm=.Gi"], "--shm=.Gi: must be a quantity"),
         (["--mount=runs"], "--mount=runs: must be an absolute path"),
         (["--storage-class=fast"], "--storage-class=fast: says nothing without --storage"),
         (["--retries=-1"], "--retries=-1: must not be negative"),
