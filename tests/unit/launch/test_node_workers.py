@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,14 @@ from windlass.train.outcome import Outcome
 
 NUM_RANKS = 2
 LONG = ("train.steps=4000", "checkpoint.persist_every=100000")
+
+
+@pytest.fixture(autouse=True)
+def fork_server() -> Iterator[None]:
+    """Of these tests alone: a process has one, and that of other tests lets signals through to workers that start."""
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
+    yield
+    forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
 @pytest.fixture
