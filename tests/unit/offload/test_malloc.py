@@ -33,9 +33,7 @@ print((before - psutil.Process().memory_info().rss) // MIB)
 
 
 def freed_mib(when: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, when], check=True, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", SCRIPT, when], check=True, capture_output=True, text=True, timeout=120)
     return int(done.stdout)
 
 
