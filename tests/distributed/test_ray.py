@@ -73,6 +73,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: 
     assert again.said(f"resumed at step {stopped['step']}")
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_driver_that_is_killed_leaves_nothing_and_what_was_in_memory_is_written(
     tmp_path: Path, cluster: RayNodes
@@ -93,6 +94,7 @@ def newest_step(config: runs.Config) -> int:
     return max(int(path.name.removeprefix("step-")) for path in runs.checkpoints(config).glob("step-????????"))
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_worker_that_keeps_dying_ends_the_job_with_its_name(tmp_path: Path, cluster: RayNodes) -> None:
     config = ray_config(tmp_path, "dying", cluster, "2", *LONG, "launch.max_restarts=0")
@@ -109,6 +111,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_with_its_name(tmp_path: Path, cl
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_what_one_rank_refuses_ends_the_job_with_its_words(tmp_path: Path, cluster: RayNodes) -> None:
     config = ray_config(tmp_path, "refused", cluster, "2", f"data.path={tmp_path / 'nothing'}")
@@ -132,7 +135,7 @@ def test_a_cluster_that_is_too_small_says_what_it_has(tmp_path: Path, cluster: R
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("package", ["windlass", "torch"])
+@pytest.mark.parametrize("package", ["windlass", pytest.param("torch", marks=pytest.mark.soak)])
 def test_a_node_with_another_version_is_named(tmp_path: Path, cluster: RayNodes, package: str) -> None:
     other = tmp_path / "other"
     if package == "windlass":

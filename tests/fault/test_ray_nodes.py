@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -159,3 +162,73 @@ def test_a_node_that_drains_leaves_after_a_checkpoint(tmp_path: Path, cluster: R
     driver.interrupt()
     assert driver.join() == 75, driver.output
     cluster.wait_until_left()
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The seconds from a kill to the next finished step, and of what they are made."""
+
+    detect: float
+    """Until the driver knows."""
+    restart: float
+    """Until the new workers look for a snapshot: a place, an actor, imports where a node is new, and the meeting."""
+    decode: float
+    load: float
+    first_step: float
+
+    @property
+    def total(self) -> float:
+        return self.detect + self.restart + self.decode + self.load + self.first_step
+
+    @property
+    def row(self) -> str:
+        return (
+            f"{self.total:6.2f} s = detect {self.detect:5.2f} + restart {self.restart:5.2f} "
+            f"+ decode {self.decode:5.2f} + load {self.load:5.2f} + first step {self.first_step:5.2f}"
+        )
+
+
+def recovery_after(killed_at: float, victim: RayletNode, driver: Driver, num_before: int) -> Recovery:
+    config = driver.config
+    driver.wait_for(f"({victim.id[:8]}) is lost")
+    detected_at = next(at for at, line in driver.lines if f"({victim.id[:8]}) is lost" in line)
+    driver.wait_until(lambda: len(recoveries(config)) > num_before, "a recovery")
+    event = recoveries(config)[num_before]
+    driver.wait_until(lambda: bool(steps_after(config, event["time"])), "a step")
+    finished_at = steps_after(config, event["time"])[0]
+    load = event["seconds"] - event["decode_s"]
+    restart = event["time"] - event["seconds"] - detected_at
+    return Recovery(detected_at - killed_at, restart, event["decode_s"], load, finished_at - event["time"])
+
+
+def steps_after(config: runs.Config, moment: float) -> list[float]:
+    """When steps were finished since."""
+    lines = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record["time"] for record in records if "train/loss" in record and record["time"] > moment]
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_ten_kills_in_one_run_end_with_the_same_bits(tmp_path: Path) -> None:
+    """Each time any node of the job is lost and a spare takes its place, and a new spare comes."""
+    num_steps, randomness = 600, random.Random(10)
+    calm = calm_run(tmp_path, num_steps)
+    found: list[Recovery] = []
+    with ray_nodes(NUM_NODES + 1) as cluster:
+        config = ray_config(tmp_path, "stormy", cluster, str(NUM_NODES), f"train.steps={num_steps}")
+        driver = Driver(config, tmp_path / "scratch")
+        for number in range(10):
+            driver.wait_for_step(8 if number == 0 else recoveries(config)[-1]["step"] + 5)
+            victim = randomness.choice([node for node in cluster.nodes if node.processes_of_job()])
+            killed_at = time.time()
+            cluster.lose(victim)
+            found.append(recovery_after(killed_at, victim, driver, num_before=number))
+            print(f"{number + 1:>3}  {found[-1].row}", flush=True)
+            cluster.add()
+        assert driver.join(300) == EXIT_DONE, driver.output
+        cluster.wait_until_left()
+    assert [event["source"] for event in recoveries(config)] == ["parity"] * 10
+    assert same_losses(config, calm)
+    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    assert max(recovery.total for recovery in found) <= RECOVERY_S

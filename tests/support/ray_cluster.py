@@ -55,6 +55,10 @@ class RayletNode:
         agent = self.memory.agent()
         return found + ([agent] if agent is not None else []) + marked(self.scratch)
 
+    def processes_of_job(self) -> list[psutil.Process]:
+        """The workers on this node."""
+        return [process for process in marked(self.scratch) if process.name().startswith("windlass-")]
+
     def left(self) -> list[str]:
         """What a job has left: files and processes."""
         files = [str(path) for folder in (self.memory.shm_dir, self.scratch) for path in folder.rglob("*")]
@@ -193,7 +197,7 @@ class Driver:
         return any(words in line for _, line in list(self.lines))
 
     def wait_for(self, words: str, timeout_s: float = 90) -> None:
-        self._wait_until(lambda: self.said(words), f"{words!r}", timeout_s)
+        self.wait_until(lambda: self.said(words), f"{words!r}", timeout_s)
 
     def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
         """Of any life: the newest line of the metrics."""
@@ -202,9 +206,9 @@ class Driver:
             path = Path(self.config.run_dir) / "metrics.jsonl"
             return max(runs.losses(self.config), default=0) if path.exists() else 0
 
-        self._wait_until(lambda: newest() >= step, f"step {step}", timeout_s)
+        self.wait_until(lambda: newest() >= step, f"step {step}", timeout_s)
 
-    def _wait_until(self, is_so: Any, what: str, timeout_s: float) -> None:
+    def wait_until(self, is_so: Any, what: str, timeout_s: float = 90) -> None:
         deadline = time.monotonic() + timeout_s
         while not is_so():
             assert self.process.poll() is None, f"ended before {what}: {self.output}"

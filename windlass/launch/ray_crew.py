@@ -30,8 +30,8 @@ LOST_AFTER_S = 1.0
 DOUBT_S = 60.0
 """How long a node is avoided after its actor was lost: by then Ray knows whether the node is alive."""
 RETRY_S = 0.2
-RETRY_PLACE_S, MAX_FAILURES = 2.0, 5
-"""When to try again where an actor did not start, and how often. Ray cancels those on a node that it gives up."""
+MAX_FAILURES = 5
+"""Actors that do not start on a node before it is refused."""
 NUM_CALLS = 8
 """That an actor answers at a time."""
 
@@ -100,8 +100,10 @@ class Crew:
         }
         self._places = Places(bundle, config.launch.min_nodes)
         self._doubted: dict[str, float] = {}  # node -> when its actor was lost
+        self._failures: dict[str, int] = {}  # node -> actors that did not start there, in a row
         self._refused: set[str] = set()
         self._has_been_ready = False
+        self._closing: dict[ray.ObjectRef, Member] = {}
         self.members: list[Member] = []
         self.lost: list[Member] = []
         """Since the driver cleared it; of those that had been ready."""
@@ -142,7 +144,8 @@ class Crew:
         for member in list(self.members):
             since = member.unreachable_since
             if since is not None and time.monotonic() - since > LOST_AFTER_S:
-                self._lose(member)
+                self.mark_lost(member)
+        self._forget_closed()
         if self._cluster.look():
             self._renew()
 
@@ -164,8 +167,10 @@ class Crew:
             member.retry_at = time.monotonic() + RETRY_S
             return
         except RayActorError as error:
-            member.place.num_failures += not member.is_ready
-            if error.actor_init_failed or member.place.num_failures > MAX_FAILURES:
+            node_id = member.place.node_id or ""
+            if not member.is_ready:
+                self._failures[node_id] = self._failures.get(node_id, 0) + 1
+            if error.actor_init_failed or self._failures.get(node_id, 0) > MAX_FAILURES:
                 self._refuse(member, _cannot_run_here(member, error))
             else:
                 self._lose(member)
@@ -180,7 +185,7 @@ class Crew:
             self._meet(member, answer)
         elif member.stage == "prepare":
             member.stage, member.ready_at = "watch", time.monotonic()
-            member.place.num_failures = 0
+            self._failures.pop(member.node_id, None)
             self._doubted.pop(member.node_id, None)
         else:
             self._note(member, answer)
@@ -217,25 +222,18 @@ class Crew:
         """What follows from another look at the cluster: who is lost, who is missing, who is too many."""
         now, alive, draining = time.monotonic(), self._cluster.nodes, self._cluster.draining
         for member in list(self.members):
-            if member.node_id and member.node_id not in alive:
+            if (member.node_id or member.place.node_id) not in alive:
                 self._lose(member)
         self._places.look(alive)
-        manned = {member.place for member in self.members}
-        for place in self._places.places:
-            is_usable = place.node_id is not None and place.node_id not in draining | self._refused
-            if place not in manned and is_usable and now >= place.retry_at:
-                self.members.append(self._begin(place))
+        manned = {member.place for member in (*self.members, *self._closing.values())}
+        self.members += [self._begin(place) for place in self._places.places if place not in manned]
         self._doubted = {node: at for node, at in self._doubted.items() if now < at + DOUBT_S}
-        expected = [
-            member
-            for member in self.members
-            if member.is_ready or (member.place.node_id is not None and member.place.node_id not in self._doubted)
-        ]
         self._has_been_ready |= len(self.ready()) >= self._config.launch.min_nodes
-        has_first = self._has_been_ready or all(place.node_id is not None for place in self._places.places)
-        if has_first and len(expected) - len(self.draining()) < self._config.launch.max_nodes:
-            used = {member.node_id or member.place.node_id or "" for member in self.members}
-            self._places.ask_for_one(frozenset((used | draining | self._refused | self._doubted.keys()) - {""}))
+        num_expected = len(self.members) - len(self.draining()) + self._places.num_swapping
+        if self._places.has_first and num_expected < self._config.launch.max_nodes:
+            in_use = (*self.members, *self._closing.values())
+            used = {member.place.node_id for member in in_use if member.place.node_id is not None}
+            self._places.ask_for_one(frozenset(used | draining | self._refused | self._doubted.keys()))
         else:
             self._places.take_back()
 
@@ -246,24 +244,20 @@ class Crew:
     def _lose(self, member: Member) -> None:
         if member.is_ready:
             self.lost.append(member)
-        if node_id := member.node_id or member.place.node_id:
-            self._doubted[node_id] = time.monotonic()
-        if member.place.num_failures:
-            member.place.retry_at = time.monotonic() + RETRY_PLACE_S
         self._drop(member)
         self._cluster.look_again()
 
     def mark_lost(self, member: Member) -> None:
-        """A call to the actor has failed."""
+        """It cannot be reached: its node may be gone, too, which Ray does not know yet."""
         if member in self.members:
+            self._doubted[member.node_id] = time.monotonic()
             self._lose(member)
 
     def _drop(self, member: Member) -> None:
         self.members.remove(member)
         with contextlib.suppress(RayError, ValueError):
             ray.kill(member.actor)
-        if member.place.is_extra:
-            self._places.give_back(member.place)
+        self._places.give_back(member.place)
 
     def let_go(self, members: list[Member], ends_agents: bool) -> list[str]:
         """Ends what runs on some nodes, all at once, and gives them back where Ray can take them back.
@@ -284,9 +278,24 @@ class Crew:
         return left
 
     def release_spares(self, seats: list[Member]) -> None:
-        """Gives nodes back that the job has no use for. A spare that Ray moved a place to stays: it is next."""
-        if len(seats) == self._config.launch.max_nodes:
-            self.let_go([m for m in self.members if m not in seats and m.place.is_extra], ends_agents=False)
+        """Gives nodes back that the job has no use for."""
+        if len(seats) < self._config.launch.max_nodes:
+            return
+        for member in [member for member in self.members if member not in seats]:
+            if member.stage == "facts":
+                self._drop(member)
+            else:  # which takes a while, and nobody waits for it
+                self.members.remove(member)
+                self._closing[member.actor.close.remote(False)] = member
+
+    def _forget_closed(self) -> None:
+        if self._closing:
+            closed, _ = ray.wait(list(self._closing), num_returns=len(self._closing), timeout=0)
+            for ref in closed:
+                member = self._closing.pop(ref)
+                with contextlib.suppress(RayError, ValueError):
+                    ray.kill(member.actor)
+                self._places.give_back(member.place)
 
     def close(self) -> None:
         self._places.close()
