@@ -159,6 +159,7 @@ def test_a_node_with_another_version_is_named(tmp_path: Path, cluster: RayNodes,
         cluster.lose(node)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_cluster_of_its_own_on_this_machine_goes_with_the_job(tmp_path: Path) -> None:
     config = runs.run_config(tmp_path, "local", "launch=ray", "launch.address=local", *LONG)

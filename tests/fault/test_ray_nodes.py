@@ -142,6 +142,7 @@ def seen_once(config: runs.Config, lives: list[tuple[int, int]]) -> bool:
     return np.array_equal(sorted(rows), sorted(undivided))
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(240)
 def test_a_node_that_drains_leaves_after_a_checkpoint(tmp_path: Path, cluster: RayNodes) -> None:
     config = ray_config(tmp_path, "drained", cluster, "2:3", "train.steps=100000", "launch.wait_for_nodes_s=5")
