@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import secrets
 import sys
 from collections.abc import Sequence
 
@@ -63,6 +65,9 @@ def _start_on_ray(config: Config) -> int:
         raise ConfigError(
             "launch", "ray", "needs Ray, which is not installed", "run `pip install 'windlass[ray]'` on every node"
         )
+    if config.launch.address == "local" and "RAY_AUTH_MODE" not in os.environ:
+        # Ray reads it when it is imported, and would leave a token in the user's home, which changes later clusters.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     from windlass.launch.ray import launch
 
     return launch(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import socket
 import time
@@ -162,8 +161,6 @@ def _settings_of_own_cluster(stack: contextlib.ExitStack) -> dict[str, Any]:
     folder = temporary_folder("windlass-ray-", LONGEST_TEMP_DIR)
     stack.callback(shutil.rmtree, folder, ignore_errors=True)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_AUTH_MODE" not in os.environ:  # Ray would leave a token in the user's home, which changes later clusters
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     return {
         "address": "local",
         "_temp_dir": folder,
