@@ -159,9 +159,11 @@ def test_a_node_with_another_version_is_named(tmp_path: Path, cluster: RayNodes,
         cluster.lose(node)
 
 
-@pytest.mark.soak
 @pytest.mark.timeout(200)
-def test_a_cluster_of_its_own_on_this_machine_goes_with_the_job(tmp_path: Path) -> None:
+def test_a_cluster_of_its_own_on_this_machine_goes_with_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)  # which the cluster of other tests has set
     config = runs.run_config(tmp_path, "local", "launch=ray", "launch.address=local", *LONG)
     with nodes.shared_memory() as shm:
         driver = Driver(config, tmp_path / "scratch", WINDLASS_SHM_DIR=str(shm))
