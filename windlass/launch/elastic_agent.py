@@ -185,6 +185,7 @@ class NodeAgent(SimpleElasticAgent):
         self._config_file, self._environment = config_file, environment
         self._processes: list[ForkServerProcess] = []
         self._others_ended_at: float | None = None
+        self._first_end_at: float | None = None
         self._last_s = LAST_S
 
     # --- What torch's agent calls. ---
@@ -224,6 +225,12 @@ class NodeAgent(SimpleElasticAgent):
                 self._count_death(failed)
             return RunResult(WorkerState.FAILED)
         self._raise_if_others_ended()
+        if EXIT_DONE in codes and reported_outcome() is not None:
+            # One that was asked to stop before it began; the rest may wait for it where ranks meet.
+            self._first_end_at = self._first_end_at or time.monotonic()
+            if time.monotonic() > self._first_end_at + DYING_S:
+                self._last_s = DYING_S
+                self._raise_if_reported()
         return RunResult(WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
