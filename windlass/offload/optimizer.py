@@ -284,9 +284,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             if bucket.load is None:
                 self._step_on(gradients)
             else:
+                is_first = not any(parameter in self.state for parameter in bucket.parameters)
                 data = self.store.bring(bucket)
                 self._step_on(gradients)
                 self.store.leave(bucket, data)
+                if is_first:  # what the optimizer made anew has left holes that the next bucket's may not fit into
+                    give_back_free_memory()
         gradients.clear()
         self.look_ahead()
 
