@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from support import launched, nodes, runs
-from support.ranks import free_port
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 
@@ -15,15 +14,7 @@ NUM_NODES = 2
 
 
 def config_of(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
-    return runs.run_config(
-        tmp_path,
-        name,
-        "launch=torchrun",
-        "launch.nproc_per_node=1",
-        f"launch.nnodes={NUM_NODES}",
-        f"launch.address=127.0.0.1:{free_port()}",
-        *overrides,
-    )
+    return runs.run_config(tmp_path, name, *launched.on_nodes(NUM_NODES), *overrides)
 
 
 def endless(tmp_path: Path, name: str, *overrides: str) -> runs.Config:

@@ -6,13 +6,13 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import nodes, runs
+from support.launched import Recovery
 from support.ray_cluster import Driver, RayletNode, RayNodes, ray_config, ray_nodes
 
 from windlass.errors import EXIT_DONE
@@ -163,30 +163,6 @@ def test_a_node_that_drains_leaves_after_a_checkpoint(tmp_path: Path, cluster: R
     driver.interrupt()
     assert driver.join() == 75, driver.output
     cluster.wait_until_left()
-
-
-@dataclass(frozen=True)
-class Recovery:
-    """The seconds from a kill to the next finished step, and of what they are made."""
-
-    detect: float
-    """Until the driver knows."""
-    restart: float
-    """Until the new workers look for a snapshot: a place, an actor, imports where a node is new, and the meeting."""
-    decode: float
-    load: float
-    first_step: float
-
-    @property
-    def total(self) -> float:
-        return self.detect + self.restart + self.decode + self.load + self.first_step
-
-    @property
-    def row(self) -> str:
-        return (
-            f"{self.total:6.2f} s = detect {self.detect:5.2f} + restart {self.restart:5.2f} "
-            f"+ decode {self.decode:5.2f} + load {self.load:5.2f} + first step {self.first_step:5.2f}"
-        )
 
 
 def recovery_after(killed_at: float, victim: RayletNode, driver: Driver, num_before: int) -> Recovery:

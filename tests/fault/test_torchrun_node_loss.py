@@ -6,13 +6,12 @@ import json
 import random
 import signal
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support import launched, nodes, runs
-from support.ranks import free_port
+from support.launched import Recovery
 
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
 from windlass.train.data.loader import Loader
@@ -25,42 +24,8 @@ BAR_S = 15.0
 
 
 def config_of(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
-    return nodes.erasure_config(
-        tmp_path,
-        name,
-        "checkpoint.num_parity_shards=1",
-        "launch=torchrun",
-        "launch.nproc_per_node=1",
-        f"launch.nnodes={NUM_NODES}",
-        f"launch.address=127.0.0.1:{free_port()}",
-        "launch.max_restarts=100",
-        *overrides,
-    )
-
-
-@dataclass
-class Recovery:
-    """Seconds of each part of a way back, from the kill on."""
-
-    step: int
-    detect: float
-    """Until all nodes have met again, the new one among them."""
-    restart: float
-    """Until the processes are there, have met, and ask what can be restored."""
-    decode: float
-    """Until the lost node's part is whole again, on the new one."""
-    load: float
-    """Until all ranks have their state."""
-    first_step: float
-
-    @property
-    def total(self) -> float:
-        return self.detect + self.restart + self.decode + self.load + self.first_step
-
-    @property
-    def row(self) -> str:
-        parts = (self.detect, self.restart, self.decode, self.load, self.first_step)
-        return f"step {self.step:>4}  {self.total:6.2f} s = " + " + ".join(f"{part:.2f}" for part in parts)
+    own = ("checkpoint.num_parity_shards=1", *launched.on_nodes(NUM_NODES), "launch.max_restarts=100")
+    return nodes.erasure_config(tmp_path, name, *own, *overrides)
 
 
 def replace(machines: launched.Machines, running: list[launched.Machine], victim: int, config: runs.Config) -> Recovery:
@@ -80,9 +45,7 @@ def replace(machines: launched.Machines, running: list[launched.Machine], victim
     event = recoveries(config)[-1]
     assert (event["source"], event["lost_nodes"]) == ("parity", 1), event
     asked = event["time"] - event["seconds"]
-    return Recovery(
-        event["step"], met - begin, asked - met, decoded - asked, event["time"] - decoded, end - event["time"]
-    )
+    return Recovery(met - begin, asked - met, decoded - asked, event["time"] - decoded, end - event["time"])
 
 
 def recoveries(config: runs.Config) -> list[dict]:

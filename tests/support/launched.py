@@ -21,10 +21,48 @@ from typing import Any
 import psutil
 
 from support import nodes, runs
+from support.ranks import free_port
 from windlass.conf.store import to_plain
 from windlass.train.run_folder import flatten
 
 GROUPS = ("data", "optim", "parallel", "checkpoint", "launch", "offload")
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """Seconds of each part of a way back, from a kill to the next finished step."""
+
+    detect: float
+    """Until the launcher knows, or with torchrun all nodes have met again, a new one among them."""
+    restart: float
+    """Until the processes are there, have met, and ask what can be restored."""
+    decode: float
+    """Until the lost node's part is whole again."""
+    load: float
+    """Until all ranks have their state."""
+    first_step: float
+
+    @property
+    def total(self) -> float:
+        return self.detect + self.restart + self.decode + self.load + self.first_step
+
+    @property
+    def row(self) -> str:
+        return (
+            f"{self.total:6.2f} s = detect {self.detect:5.2f} + restart {self.restart:5.2f} "
+            f"+ decode {self.decode:5.2f} + load {self.load:5.2f} + first step {self.first_step:5.2f}"
+        )
+
+
+def on_nodes(num_nodes: int) -> tuple[str, ...]:
+    """Overrides of a torchrun job of one worker a node, on loopback, at a port that is free."""
+    address = f"127.0.0.1:{free_port()}"
+    return (
+        "launch=torchrun",
+        "launch.nproc_per_node=1",
+        f"launch.nnodes={num_nodes}",
+        f"launch.address={address}",
+    )
 
 
 def command_line(config: runs.Config) -> list[str]:

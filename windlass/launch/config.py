@@ -19,6 +19,18 @@ class LaunchKind(StrEnum):
     ray = "ray"
 
 
+NODES_RULE = "must be a number of nodes, or the fewest and the most"
+NODES_FIX = "write {0}4 or {0}2:4"
+
+
+def parse_nodes(text: str) -> tuple[int, int] | None:
+    """The fewest and the most nodes of `N` or `MIN:MAX`; None if it is neither."""
+    match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
+    if match is None or int(match[1]) > int(match[2] or match[1]):
+        return None
+    return int(match[1]), int(match[2] or match[1])
+
+
 @dataclass
 class LaunchConfig:
     name: LaunchKind = LaunchKind.local
@@ -64,11 +76,11 @@ class LaunchConfig:
             "choose launch=torchrun",
         )
         require(
-            re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", self.nnodes) is not None and self.min_nodes <= self.max_nodes,
+            parse_nodes(self.nnodes) is not None,
             "launch.nnodes",
             self.nnodes,
-            "must be a number of nodes, or the fewest and the most",
-            "write launch.nnodes=4 or launch.nnodes=2:4",
+            NODES_RULE,
+            NODES_FIX.format("launch.nnodes="),
         )
         require(
             is_multi_node or self.nnodes == "1",

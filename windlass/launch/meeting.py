@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 import socket
 import time
 
-import torch
 from torch.distributed import Store
 
-import windlass
 from windlass.conf.schema import Config
 from windlass.conf.store import to_plain
 from windlass.errors import EXIT_USER_ERROR, ConfigError
 from windlass.launch.meeting_place import ANSWER_S, Place
+from windlass.launch.versions import VERSIONS, versions
 from windlass.train.outcome import LAUNCHER, Outcome
 from windlass.train.run_folder import flatten
 
 SIGN_OFF_S = 5.0
 """How long the node that serves the store waits for others to have read the outcome."""
-VERSIONS = ("windlass", "torch", "python")
 OWN_KEYS = frozenset(
     {
         "checkpoint.agent_host",
@@ -136,9 +133,7 @@ def card_of(config: Config, num_local_ranks: int) -> dict[str, str]:
         **plain,
         "launch.nproc_per_node": str(num_local_ranks),
         "launch.node_rank": "null" if config.launch.node_rank is None else "a number",
-        "windlass": windlass.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **versions(),
         "node": socket.gethostname(),
     }
 

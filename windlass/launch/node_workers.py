@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import multiprocessing
 import os
 import shutil
@@ -108,7 +107,7 @@ class _Worker:
         code = self.process.exitcode
         assert code is not None
         try:
-            outcome = Outcome(**json.loads(self.outcome_file.read_text(encoding="utf-8")))
+            outcome = Outcome.from_json(self.outcome_file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             outcome = None
         return Ended(self.rank, code, outcome, tuple(self.last_words))

@@ -20,8 +20,9 @@ from windlass.conf.store import to_yaml
 from windlass.errors import ConfigError, WindlassError
 from windlass.launch.node_workers import CLOSE_S, Line, Report
 from windlass.launch.ray_cluster import RayCluster, node_name
-from windlass.launch.ray_node import COMPARED, RayNode, versions
+from windlass.launch.ray_node import RayNode
 from windlass.launch.ray_places import Place, Places
+from windlass.launch.versions import VERSIONS, versions
 
 WATCH_S = 1.0
 """How long an actor keeps a question that has no answer yet."""
@@ -304,7 +305,7 @@ class Crew:
 def _check_facts(facts: Mapping[str, str], name: str, config: Config, folder: str) -> None:
     """Raises ConfigError if a node is not what the driver's is."""
     mine = versions()
-    for key in COMPARED:
+    for key in VERSIONS:
         if facts[key] != mine[key]:
             raise ConfigError(
                 key,

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 import os
-import platform
 import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 
 import ray
 
-import windlass
 from windlass.launch.node_workers import Life, NodeWorkers, Report, temporary_folder
+from windlass.launch.versions import versions
 
-COMPARED = ("windlass", "torch", "python")
-"""What must be the same on all nodes."""
 LONGEST_TEMP_DIR = 50
 """multiprocessing's socket lies some 50 characters below."""
-
-
-def versions() -> dict[str, str]:
-    """Of this process, without importing what takes long."""
-    return {
-        "windlass": windlass.__version__,
-        "torch": metadata.version("torch"),
-        "python": platform.python_version(),
-    }
 
 
 class RayNode:

@@ -7,13 +7,13 @@ each other by `launch.address`, and all that is special to a batch system is in 
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError, require
+from windlass.launch.config import NODES_FIX, NODES_RULE, parse_nodes
 
 OWN_KEYS = ("launch", "launch.nnodes", "launch.address", "launch.node_rank")
 """What the script sets."""
@@ -59,35 +59,19 @@ class Job:
 
 def job_of(options: argparse.Namespace) -> Job:
     """The job that a command line of `windlass script` asks for. Raises ConfigError."""
-    fewest, most = parse_nodes(options.nodes)
+    nodes = parse_nodes(options.nodes)
+    if nodes is None:
+        raise ConfigError("--nodes", options.nodes, NODES_RULE, NODES_FIX.format("--nodes "))
     return Job(
         name=options.name,
-        min_nodes=fewest,
-        max_nodes=most,
+        min_nodes=nodes[0],
+        max_nodes=nodes[1],
         overrides=own_overrides(options.overrides),
         grace_s=options.grace_s,
         num_gpus=options.gpus,
         num_cpus=options.cpus,
         memory=options.memory,
     )
-
-
-def parse_nodes(text: str) -> tuple[int, int]:
-    """The fewest and the most nodes of `--nodes`.
-
-    Raises:
-        ConfigError: it is neither N nor MIN:MAX.
-    """
-    match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
-    fewest, most = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-    require(
-        fewest <= most,
-        "--nodes",
-        text,
-        "must be a number of nodes, or the fewest and the most",
-        "write --nodes 4 or --nodes 2:4",
-    )
-    return fewest, most
 
 
 def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:

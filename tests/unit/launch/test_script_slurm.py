@@ -17,7 +17,8 @@ from support.launched import newest_step, wait_for_step
 
 from windlass.cli import main
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
-from windlass.launch.script import own_overrides, parse_nodes
+from windlass.launch.config import parse_nodes
+from windlass.launch.script import own_overrides
 
 Captured = pytest.CaptureFixture[str]
 
