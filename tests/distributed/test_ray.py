@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support.ray_cluster import Driver, RayNodes, is_of_a_job, marked, ray_confi
 
 import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
+from windlass.train.signals import SECOND_PRESS_S
 
 NUM_NODES = 2
 LONG = ("train.steps=100000",)
@@ -71,6 +73,34 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: 
     again = Driver(config, tmp_path / "scratch")
     assert again.join() == EXIT_DONE, again.output
     assert again.said(f"resumed at step {stopped['step']}")
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("delay_s", [0.0, *(pytest.param(n / 5, marks=pytest.mark.soak) for n in range(1, 10))])
+def test_ctrl_c_while_workers_start_ends_the_job(tmp_path: Path, cluster: RayNodes, delay_s: float) -> None:
+    """Whether none, some or all of them have begun."""
+    driver = Driver(ray_config(tmp_path, "starting", cluster, "2", *LONG), tmp_path / "scratch")
+    driver.wait_for("nodes   2: ")
+    time.sleep(delay_s)
+    driver.interrupt()
+    assert driver.join(30) == EXIT_STOPPED, driver.output
+    assert messages(driver) == []
+    assert_nothing_is_left(cluster, tmp_path)
+
+
+@pytest.mark.timeout(200)
+def test_a_second_ctrl_c_ends_a_job_that_cannot_stop(tmp_path: Path, cluster: RayNodes) -> None:
+    driver = Driver(ray_config(tmp_path, "stuck", cluster, "2", *LONG), tmp_path / "scratch")
+    driver.wait_for_step(5)
+    processes = [process for node in cluster.nodes for process in marked(node.scratch)]
+    next(process for process in processes if process.name() == "windlass-1").suspend()
+    driver.interrupt()
+    time.sleep(SECOND_PRESS_S + 0.5)
+    assert driver.process.poll() is None, driver.output
+    driver.interrupt()
+    assert driver.join(30) == EXIT_FAILURE, driver.output
+    assert messages(driver) == ["windlass: error: interrupted"]
+    assert_nothing_is_left(cluster, tmp_path)
 
 
 @pytest.mark.soak

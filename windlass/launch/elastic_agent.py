@@ -38,7 +38,7 @@ from torch.distributed.elastic.rendezvous.api import (
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
-from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, ConfigError
+from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
 from windlass.launch.config import LaunchConfig
 from windlass.launch.fork_server import fork_context
 from windlass.launch.meeting import JobEnded, Meeting
@@ -185,7 +185,6 @@ class NodeAgent(SimpleElasticAgent):
         self._config_file, self._environment = config_file, environment
         self._processes: list[ForkServerProcess] = []
         self._others_ended_at: float | None = None
-        self._first_end_at: float | None = None
         self._last_s = LAST_S
 
     # --- What torch's agent calls. ---
@@ -225,12 +224,9 @@ class NodeAgent(SimpleElasticAgent):
                 self._count_death(failed)
             return RunResult(WorkerState.FAILED)
         self._raise_if_others_ended()
-        if EXIT_DONE in codes and reported_outcome() is not None:
-            # One that was asked to stop before it began; the rest may wait for it where ranks meet.
-            self._first_end_at = self._first_end_at or time.monotonic()
-            if time.monotonic() > self._first_end_at + DYING_S:
-                self._last_s = DYING_S
-                self._raise_if_reported()
+        outcome = reported_outcome()
+        if outcome is not None and not outcome.is_common:
+            self._end(outcome, is_own=True)
         return RunResult(WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
@@ -271,12 +267,12 @@ class NodeAgent(SimpleElasticAgent):
             return
         if self._others_ended_at is None:
             self._others_ended_at = time.monotonic()
-        patience = LAST_S if outcome.exit_code in (EXIT_DONE, EXIT_STOPPED) else 0.0
+        patience = LAST_S if outcome.is_common else 0.0
         if time.monotonic() >= self._others_ended_at + patience:
             self._end(outcome, is_own=False)
 
     def _end(self, outcome: Outcome, is_own: bool) -> NoReturn:
-        if outcome.exit_code not in (EXIT_DONE, EXIT_STOPPED):
+        if not outcome.is_common:
             self._last_s = DYING_S
         raise JobEnded(outcome, is_own)
 

@@ -106,7 +106,7 @@ class WorkerEnd:
     def is_early(self) -> bool:
         """Whether the others of its life now wait for it in vain."""
         if self.outcome is not None:
-            return self.outcome.exit_code not in (EXIT_DONE, EXIT_STOPPED)
+            return not self.outcome.is_common
         return self.exit_code != EXIT_RESTART
 
     @property

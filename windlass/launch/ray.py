@@ -17,7 +17,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from windlass.conf.schema import Config
-from windlass.errors import EXIT_STOPPED
+from windlass.errors import EXIT_FAILURE, EXIT_STOPPED
 from windlass.launch.membership import Action, Decision, Policy, Verdict, WorkerEnd, exhausted, judge, seats
 from windlass.launch.node_workers import Life
 from windlass.launch.ray_cluster import RayCluster, connected, too_small
@@ -175,6 +175,8 @@ class _Driver:
             self._note_losses(has_workers=True)
             return Verdict()
         self._watch_life()
+        if self._interrupts.at_once and any(end.outcome is None for end in self._ends):
+            return Verdict(EXIT_FAILURE, "interrupted")
         verdict = judge(self._ends, self._interrupts.stop)
         if verdict.counts and self._num_counted >= self._config.launch.max_restarts:
             self._show_last_words()

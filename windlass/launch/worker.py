@@ -85,7 +85,7 @@ def main() -> int:
     if reported_outcome() is not None:  # the agent starts all ranks again when one of them has refused
         return 0
     if stop_requested():
-        return report_outcome(EXIT_STOPPED)
+        return report_outcome(EXIT_STOPPED, has_begun=False)
     try:
         config = load_config(Path(sys.argv[1]))
     except WindlassError as error:

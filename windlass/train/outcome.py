@@ -13,6 +13,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from windlass.errors import EXIT_DONE, EXIT_STOPPED
+
 OUTCOME_FILE = "WINDLASS_OUTCOME_FILE"
 STOP_FILE = "WINDLASS_STOP_FILE"
 """Environment variables with the files' paths; unset where no launcher of ours listens."""
@@ -27,6 +29,13 @@ class Outcome:
     """What the user must be told and rank 0 may not have said."""
     rank: int = 0
     """Or `LAUNCHER`."""
+    has_begun: bool = True
+    """False for a worker that was asked to stop before it had met the others."""
+
+    @property
+    def is_common(self) -> bool:
+        """Whether all ranks come to it at the same step; after any other one, ranks wait for each other in vain."""
+        return self.has_begun and self.exit_code in (EXIT_DONE, EXIT_STOPPED)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -36,7 +45,7 @@ class Outcome:
         return Outcome(**json.loads(text))
 
 
-def report_outcome(exit_code: int, message: str | None = None) -> int:
+def report_outcome(exit_code: int, message: str | None = None, *, has_begun: bool = True) -> int:
     """Leaves an outcome for the launcher, rank 0's above others'; returns the code to exit with: 0 if it listens."""
     path = os.environ.get(OUTCOME_FILE)
     if path is None:
@@ -44,7 +53,7 @@ def report_outcome(exit_code: int, message: str | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not Path(path).exists():
         temporary = Path(f"{path}.{os.getpid()}")
-        temporary.write_text(Outcome(exit_code, message, rank).to_json(), encoding="utf-8")
+        temporary.write_text(Outcome(exit_code, message, rank, has_begun).to_json(), encoding="utf-8")
         temporary.replace(path)
     return 0
 

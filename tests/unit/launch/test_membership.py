@@ -112,6 +112,13 @@ def test_only_ends_that_the_others_wait_for_are_early() -> None:
     early = {how: end(0, *how).is_early for how in (DONE, STOPPED, RESTART, LOST, KILLED, FAILED, SILENT)}
     assert [how for how, is_early in early.items() if is_early] == [LOST, KILLED, FAILED, SILENT]
     assert end(0, 0, EXIT_USER_ERROR).is_early
+    assert WorkerEnd(0, 0, 0, Outcome(EXIT_STOPPED, has_begun=False)).is_early
+
+
+def test_a_stop_that_only_some_ranks_were_told_before_they_met_stops_the_job() -> None:
+    ends = [WorkerEnd(1, 1, 0, Outcome(EXIT_STOPPED, None, 1, has_begun=False)), end(0, *KILLED)]
+    verdict = judge(ends, is_stopping=True)
+    assert (verdict.exit_code, verdict.message) == (EXIT_STOPPED, None)
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,9 @@ def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path, scratch: Pa
 
     workers.stop()  # nobody is there to hear it; one that is stopped while others are heard would leave them waiting
     start(workers, number=1)
-    assert outcomes(ends_of(workers)) == [Outcome(EXIT_STOPPED, None, rank) for rank in range(NUM_RANKS)]
+    assert outcomes(ends_of(workers)) == [
+        Outcome(EXIT_STOPPED, None, rank, has_begun=False) for rank in range(NUM_RANKS)
+    ]
     workers.close()
 
 

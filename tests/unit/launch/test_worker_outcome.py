@@ -63,7 +63,7 @@ def test_a_worker_that_starts_after_a_request_to_stop_ends_at_once(
     monkeypatch.setenv(STOP_FILE, str(tmp_path / "stop"))
     (tmp_path / "stop").touch()
     assert worker.main() == 0
-    assert reported_outcome() == Outcome(75)
+    assert reported_outcome() == Outcome(75, has_begun=False)
 
 
 @pytest.mark.parametrize(("wanted", "is_refused"), [("cuda", True), ("auto", False)])
