@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import launched, nodes, runs
-from support.launched import Recovery
+from support.launched import Recovery, beside_the_bar
 
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
 from windlass.train.data.loader import Loader
@@ -19,8 +19,6 @@ from windlass.train.data.prepare import prepared_folder
 from windlass.train.data.shards import TokenDataset
 
 NUM_NODES = 4
-BAR_S = 15.0
-"""From a kill to the next finished step."""
 
 
 def config_of(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
@@ -96,8 +94,7 @@ def test_ten_machines_are_lost_in_one_run(tmp_path: Path) -> None:
     print("from the kill to the next step = detect + restart processes + decode + load + first step")
     for recovery in found:
         print(recovery.row)
-    slowest = max(recovery.total for recovery in found)
-    print(f"slowest {slowest:.2f} s, bar {BAR_S:g} s: {'kept' if slowest <= BAR_S else 'missed'}")
+    print(beside_the_bar(found))
 
 
 @pytest.mark.timeout(300)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import secrets
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from windlass.checkpoint.config import CheckpointKind
 from windlass.conf.compose import run_hydra
@@ -35,7 +37,8 @@ def _launch(config: Config) -> int:
 
 def _end_agents(config: Config) -> None:
     """After a run that ended well there are none. Else they make durable what only they have, and leave."""
-    from windlass.launch.agents import end_agents_of
+    with _uninterrupted():
+        from windlass.launch.agents import end_agents_of
 
     for folder in end_agents_of(config):
         sys.stderr.write(f"windlass: warning: the snapshot agent in {folder} is still at work\n")
@@ -50,12 +53,14 @@ def _start(config: Config) -> int:
 
             with shared_cores(config.launch.nproc_per_node):
                 fork_context()
-        from windlass.launch.torchrun import launch
+        with _uninterrupted():
+            from windlass.launch.torchrun import launch
 
         return launch(config)
     if config.launch.name == LaunchKind.ray:
         return _start_on_ray(config)
-    from windlass.launch.worker import run_worker
+    with _uninterrupted():
+        from windlass.launch.worker import run_worker
 
     return run_worker(config)
 
@@ -68,6 +73,17 @@ def _start_on_ray(config: Config) -> int:
     if config.launch.address == "local" and "RAY_AUTH_MODE" not in os.environ:
         # Ray reads it when it is imported, and would leave a token in the user's home, which changes later clusters.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    from windlass.launch.ray import launch
+    with _uninterrupted():
+        from windlass.launch.ray import launch
 
     return launch(config)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Has Ctrl-C wait for imports: torch crashes the process if it is imported again after it was half imported."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

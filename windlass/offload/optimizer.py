@@ -122,6 +122,8 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """Called before a step changes anything, but after the updates that the one before has put off."""
         self.is_deferring = False
         """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
+        self.give_back_free_memory: Callable[[], None] = give_back_free_memory
+        """A plan notes only when it would be called."""
         self._pending: dict[Bucket, dict[Tensor, Tensor]] = {}
         self._pending_settings: list[dict[str, Any]] = []
         self._divide()
@@ -176,12 +178,12 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             for bucket, state in states.items():
                 if any(parameter in self.state for parameter, _ in state):
                     self.store.stow(bucket)
-            give_back_free_memory()
+            self.give_back_free_memory()
         return sum(bucket.layout.num_bytes for bucket in self._buckets)
 
     def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
-        give_back_free_memory()  # the trials before have left a heap of holes, and the largest needs more than a step
+        self.give_back_free_memory()  # the trials before have left holes, and the largest needs more than a step
         with self.weights_loaded(bucket.parameters):
             states = trial_state(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.
@@ -289,7 +291,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 self._step_on(gradients)
                 self.store.leave(bucket, data)
                 if is_first:  # what the optimizer made anew has left holes that the next bucket's may not fit into
-                    give_back_free_memory()
+                    self.give_back_free_memory()
         gradients.clear()
         self.look_ahead()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ class Tiers:
         if config.max_activation_bytes is not None:
             self.limit_activations(config.max_activation_bytes)
         self.optimizer: OffloadedOptimizer | None = None
+        self.give_back_free_memory: Callable[[], None] = give_back_free_memory
 
     def _arena(self, num_bytes: int) -> Arena:
         return Arena(num_bytes, pin=self.device.type == "cuda")
@@ -134,6 +135,7 @@ class Tiers:
             weights=self.weights,
         )
         self.optimizer.is_deferring = not in_backward
+        self.optimizer.give_back_free_memory = self.give_back_free_memory
         return self.optimizer
 
     def attend(self, model: nn.Module, units: Sequence[Sequence[nn.Module]], is_cut: bool) -> None:
@@ -148,7 +150,7 @@ class Tiers:
         passes = CutPasses if is_cut else Passes
         passes(model, units, self.optimizer, self.weights)
         if self.weights is not None:
-            give_back_free_memory()  # all weights have been drawn in it, a unit at a time
+            self.give_back_free_memory()  # all weights have been drawn in it, a unit at a time
 
     def offloaded(self) -> AbstractContextManager[None]:
         """What autograd saves under it may be moved."""

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 
-from windlass.train.plan_recorder import MemoryEvent
+from windlass.train.plan_recorder import MemoryEvent, MemoryKind
 
 PAGE_BYTES = 4096
 _HEADER_BYTES = 16
@@ -57,10 +57,13 @@ class Heap:
         self._holes: list[tuple[int, int]] = []  # (bytes, address), sorted
         self._hole_at: dict[int, int] = {}  # address -> bytes
         self._hole_ending_at: dict[int, int] = {}  # end -> address
+        self._released: dict[int, int] = {}  # address of a hole -> bytes of it that the system has
+        self._released_top = 0
+        self._num_released = 0
 
     @property
     def held_bytes(self) -> int:
-        return self.end + self.mapped_bytes
+        return self.end + self.mapped_bytes - self._num_released
 
     def take(self, block: int, num_bytes: int) -> None:
         size = -(-(num_bytes + _HEADER_BYTES) // _ALIGNMENT) * _ALIGNMENT
@@ -80,20 +83,38 @@ class Heap:
         self.mapped_bytes += num_bytes
         self.high_water_bytes = max(self.high_water_bytes, self.held_bytes)
 
+    def trim(self) -> None:
+        """Gives the system all whole pages that are free, as `malloc_trim` does."""
+        for size, address in self._holes:
+            begin, end = -(-address // PAGE_BYTES) * PAGE_BYTES, (address + size) // PAGE_BYTES * PAGE_BYTES
+            self._release(address, max(0, end - begin))
+        self.end = -(-self.top // PAGE_BYTES) * PAGE_BYTES
+        self._num_released -= self._released_top
+        self._released_top = 0
+
+    def _release(self, address: int, num_bytes: int) -> None:
+        """So many bytes of the hole at `address` are the system's from now on."""
+        self._num_released += num_bytes - self._released.pop(address, 0)
+        if num_bytes:
+            self._released[address] = num_bytes
+
     def _find(self, size: int) -> int:
         """The address of `size` bytes that are taken from now on; -1 where they are mapped on their own."""
         index = bisect_left(self._holes, (size, -1))
         if index < len(self._holes):
             hole_size, address = self._holes[index]
-            self._remove_hole(address, hole_size)
+            released = self._remove_hole(address, hole_size)
             if hole_size > size:
-                self._add_hole(address + size, hole_size - size)
+                self._add_hole(address + size, hole_size - size, max(0, released - size))
             return address
         if self.end - self.top < size:
             if size >= self.mmap_threshold:
                 return -1
             self.end = self.top + size + _TOP_PAD
         self.top += size
+        again = min(size, self._released_top)
+        self._released_top -= again
+        self._num_released -= again
         return self.top - size
 
     def free(self, block: int) -> None:
@@ -106,31 +127,41 @@ class Heap:
             self.mmap_threshold, self._trim_threshold = size, 2 * size
 
     def _give_back(self, address: int, size: int) -> None:
+        released = 0
         if address in self._hole_ending_at:
             before = self._hole_ending_at[address]
             size += self._hole_at[before]
             address = before
-            self._remove_hole(before, self._hole_at[before])
+            released += self._remove_hole(before, self._hole_at[before])
         if address + size in self._hole_at:
             after = address + size
             size += self._hole_at[after]
-            self._remove_hole(after, self._hole_at[after])
+            released += self._remove_hole(after, self._hole_at[after])
         if address + size != self.top:
-            self._add_hole(address, size)
+            self._add_hole(address, size, released)
             return
         self.top = address
+        self._released_top += released
+        self._num_released += released
         if self.end - self.top >= self._trim_threshold:
             self.end = self.top + _TOP_PAD
+            self._num_released -= self._released_top
+            self._released_top = 0
 
-    def _add_hole(self, address: int, size: int) -> None:
+    def _add_hole(self, address: int, size: int, released: int) -> None:
         insort(self._holes, (size, address))
         self._hole_at[address] = size
         self._hole_ending_at[address + size] = address
+        self._release(address, released)
 
-    def _remove_hole(self, address: int, size: int) -> None:
+    def _remove_hole(self, address: int, size: int) -> int:
+        """Returns how many of its bytes are the system's: they are to be counted again, or are used from now on."""
         del self._holes[bisect_left(self._holes, (size, address))]
         del self._hole_at[address]
         del self._hole_ending_at[address + size]
+        released = self._released.get(address, 0)
+        self._release(address, 0)
+        return released
 
 
 def replay(
@@ -139,12 +170,15 @@ def replay(
     """The heap after `events`."""
     heap = Heap(small_objects, mmap_threshold)
     for event in events:
-        if event.is_mapped:
-            heap.map(event.num_bytes)
-        elif event.is_free:
-            heap.free(event.block)
-        else:
-            heap.take(event.block, event.num_bytes)
+        match event.kind:
+            case MemoryKind.take:
+                heap.take(event.block, event.num_bytes)
+            case MemoryKind.free:
+                heap.free(event.block)
+            case MemoryKind.map:
+                heap.map(event.num_bytes)
+            case MemoryKind.trim:
+                heap.trim()
     return heap
 
 
@@ -152,6 +186,6 @@ def live_peak(events: Iterable[MemoryEvent]) -> int:
     """The most bytes of tensors that are alive at a time."""
     live = peak = 0
     for event in events:
-        live += -event.num_bytes if event.is_free else event.num_bytes
+        live += -event.num_bytes if event.kind == MemoryKind.free else event.num_bytes
         peak = max(peak, live)
     return peak

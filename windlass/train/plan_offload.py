@@ -155,6 +155,7 @@ class PlannedTiers(Tiers):
             computes_in_bfloat16=computes_in_bfloat16,
             is_checkpointed=False,
         )
+        self.give_back_free_memory = recorder.trim
         self._files = _Folder(recorder, self._pages)
         if config.name == OffloadKind.ssd:
             self.folder = self._files

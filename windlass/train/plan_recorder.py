@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -59,15 +60,24 @@ class Op:
         return f"{self.name} {self.args} {self.kwargs}" if self.can_replay else f"{self.name} {self.num_bytes}"
 
 
+class MemoryKind(Enum):
+    """What happens to memory."""
+
+    take = "take"
+    free = "free"
+    map = "map"
+    """Pages of a mapping of its own, which no heap has a part in, are used and stay so."""
+    trim = "trim"
+    """All free pages of the heap go back to the system: `windlass.offload.malloc.give_back_free_memory`."""
+
+
 @dataclass(frozen=True)
 class MemoryEvent:
-    """Memory that is taken, or given back, in the order of the run."""
+    """In the order of the run. A trim has no block."""
 
-    block: int
-    num_bytes: int
-    is_free: bool
-    is_mapped: bool = False
-    """Pages of a mapping of its own, which no heap has a part in."""
+    kind: MemoryKind
+    block: int = -1
+    num_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,8 +217,12 @@ class Recorder(TorchDispatchMode):
 
     def touch(self, num_bytes: int) -> None:
         """Counts pages of a mapping that are used for the first time, and stay."""
-        self.trace.memory.append(MemoryEvent(self._num_blocks, num_bytes, is_free=False, is_mapped=True))
+        self.trace.memory.append(MemoryEvent(MemoryKind.map, self._num_blocks, num_bytes))
         self._num_blocks += 1
+
+    def trim(self) -> None:
+        """Writes down that the heap's free pages go back to the system."""
+        self.trace.memory.append(MemoryEvent(MemoryKind.trim))
 
     def transfer(self, num_bytes: int, *, is_write: bool) -> int:
         """Writes down that a transfer begins; returns its number."""
@@ -223,9 +237,9 @@ class Recorder(TorchDispatchMode):
     def pass_by(self, *pieces: int) -> None:
         """Counts pieces of memory, in bytes, that are taken and then all given back."""
         blocks = range(self._num_blocks, self._num_blocks + len(pieces))
-        for is_free in (False, True):
+        for kind in (MemoryKind.take, MemoryKind.free):
             for block, num_bytes in zip(blocks, pieces, strict=True):
-                self.trace.memory.append(MemoryEvent(block, num_bytes, is_free))
+                self.trace.memory.append(MemoryEvent(kind, block, num_bytes))
         self._num_blocks += len(pieces)
 
     def _take_storage(self, storage: torch.UntypedStorage) -> None:
@@ -234,7 +248,7 @@ class Recorder(TorchDispatchMode):
             return
         self._blocks[identity] = self._num_blocks, num_bytes
         self._references[identity] = weakref.ref(storage, lambda _: self._freed(identity))
-        self.trace.memory.append(MemoryEvent(self._num_blocks, num_bytes, is_free=False))
+        self.trace.memory.append(MemoryEvent(MemoryKind.take, self._num_blocks, num_bytes))
         self._num_blocks += 1
 
     def _freed(self, identity: int) -> None:
@@ -242,7 +256,7 @@ class Recorder(TorchDispatchMode):
             return
         block, num_bytes = self._blocks.pop(identity)
         del self._references[identity]
-        self.trace.memory.append(MemoryEvent(block, num_bytes, is_free=True))
+        self.trace.memory.append(MemoryEvent(MemoryKind.free, block, num_bytes))
 
     def _count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         returns = [value.alias_info for value in func._schema.returns]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
 
 import pytest
 
-from windlass.train.plan_memory import Heap, live_peak, replay
-from windlass.train.plan_recorder import MemoryEvent
+from windlass.train.plan_memory import PAGE_BYTES, Heap, live_peak, replay
+from windlass.train.plan_recorder import MemoryEvent, MemoryKind
 
 MIB = 1 << 20
 
@@ -83,8 +83,12 @@ def test_small_objects_keep_holes_apart(small_objects: float) -> None:
 
 
 def test_peaks_of_a_replay() -> None:
-    event: Callable[..., MemoryEvent] = MemoryEvent
-    events = [event(0, MIB, False), event(1, 3 * MIB, False), event(1, 3 * MIB, True), event(2, 2 * MIB, False)]
+    events = [
+        MemoryEvent(MemoryKind.take, 0, MIB),
+        MemoryEvent(MemoryKind.take, 1, 3 * MIB),
+        MemoryEvent(MemoryKind.free, 1, 3 * MIB),
+        MemoryEvent(MemoryKind.take, 2, 2 * MIB),
+    ]
     assert live_peak(events) == 4 * MIB
     heap = replay(events)
     assert 4 * MIB <= heap.high_water_bytes < 4.2 * MIB
@@ -103,5 +107,51 @@ def test_a_threshold_that_was_set_stays() -> None:
 
 
 def test_pages_of_a_mapping_take_no_part_in_the_heap() -> None:
-    heap = replay([MemoryEvent(0, 3 * MIB, is_free=False, is_mapped=True)])
+    heap = replay([MemoryEvent(MemoryKind.map, 0, 3 * MIB)])
     assert (heap.end, heap.mapped_bytes, heap.high_water_bytes) == (0, 3 * MIB, 3 * MIB)
+
+
+def test_what_is_trimmed_is_held_again_when_it_is_used(heap: Heap) -> None:
+    for block in range(4):
+        heap.take(block, 2 * MIB)
+    full = heap.held_bytes
+    heap.free(0)
+    heap.free(2)
+    assert heap.held_bytes == full
+    heap.trim()
+    trimmed = heap.held_bytes
+    assert full - 4.2 * MIB < trimmed < full - 3.9 * MIB
+    heap.take(4, MIB)
+    assert heap.held_bytes == pytest.approx(trimmed + MIB, abs=PAGE_BYTES)
+    heap.free(4)
+    assert heap.held_bytes == pytest.approx(trimmed + MIB, abs=PAGE_BYTES), "only a trim gives it back"
+    heap.take(5, 2 * MIB - PAGE_BYTES)
+    heap.take(6, 2 * MIB - PAGE_BYTES)
+    assert heap.held_bytes == pytest.approx(full, abs=0.2 * MIB)
+
+
+def test_no_byte_is_counted_twice_however_the_heap_is_used(heap: Heap) -> None:
+    randomness = random.Random(0)
+    block, living = 0, list[int]()
+    for _ in range(2000):
+        if randomness.random() < 0.02:
+            heap.trim()
+        elif living and randomness.random() < 0.48:
+            heap.free(living.pop(randomness.randrange(len(living))))
+        else:
+            heap.take(block, randomness.randrange(1, 64) * PAGE_BYTES)
+            living.append(block)
+            block += 1
+        assert heap.held_bytes >= sum(heap._placed[number][1] for number in living)
+    heap.trim()
+    used = {page for number in living for page in pages_of(heap, number)}
+    assert heap.held_bytes == pytest.approx(len(used) * PAGE_BYTES, abs=PAGE_BYTES)
+    for number in living:
+        heap.free(number)
+    heap.trim()
+    assert heap.held_bytes == 0
+
+
+def pages_of(heap: Heap, block: int) -> set[int]:
+    address, size = heap._placed[block]
+    return set(range(address // PAGE_BYTES, -(-(address + size) // PAGE_BYTES)))
