@@ -1,10 +1,11 @@
-"""Claim: after a kill a run goes on sooner than a bare script under torchrun begins again; it begins somewhat later.
+"""Claim: a run begins about as soon as a bare script under torchrun does, and goes on sooner after a kill.
 
 `python benchmarks/launch.py` times, in turns, from the command to the end of step 1: `windlass train` with each of its
 launchers on 1, 2 and 4 gloo ranks, and `torchrun` of a script of 60 lines that has torch alone (`launch_bare.py`; a
 model of the same sizes under DDP). Data is prepared before. Then a worker of 2 is killed with SIGKILL, and what is
 timed is from there to the next step that all have finished: windlass goes on from its memory (`checkpoint=erasure`, a
-snapshot each step), while the bare script has saved nothing and begins at step 0.
+snapshot each step), while the bare script has saved nothing and begins at step 0. With Ray the time has the start of a
+cluster of its own in it.
 
 A step is seen to be done by the line that rank 0 writes, looked for each 5 ms. Timings are printed and never asserted:
 the exit code is 0 unless something fails.

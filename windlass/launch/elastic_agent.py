@@ -185,6 +185,7 @@ class NodeAgent(SimpleElasticAgent):
         self._config_file, self._environment = config_file, environment
         self._processes: list[ForkServerProcess] = []
         self._others_ended_at: float | None = None
+        self._first_end_at: float | None = None
         self._last_s = LAST_S
 
     # --- What torch's agent calls. ---
@@ -226,7 +227,10 @@ class NodeAgent(SimpleElasticAgent):
         self._raise_if_others_ended()
         outcome = reported_outcome()
         if outcome is not None and not outcome.is_common:
-            self._end(outcome, is_own=True)
+            # The rest may wait for it where ranks meet. Those that are about to refuse, too, have time to say so.
+            self._first_end_at = self._first_end_at or time.monotonic()
+            if not outcome.has_begun or time.monotonic() > self._first_end_at + DYING_S:
+                self._end(outcome, is_own=True)
         return RunResult(WorkerState.HEALTHY)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
