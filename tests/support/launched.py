@@ -82,17 +82,18 @@ def command_line(config: runs.Config) -> list[str]:
 
 
 def start_launcher(
-    config: runs.Config, scratch: Path, output: Path | None = None, **environment: str
+    config: runs.Config, scratch: Path, output: Path | None = None, *, prefix: Sequence[str] = (), **environment: str
 ) -> subprocess.Popen[str]:
     """A launcher in a session of its own; its output comes through a pipe, or goes to a file.
 
     Args:
         scratch: for its temporary files.
+        prefix: a command that becomes the one that follows.
     """
     with contextlib.ExitStack() as stack:
         stdout = subprocess.PIPE if output is None else stack.enter_context(output.open("ab"))
         return subprocess.Popen(
-            [sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
+            [*prefix, sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.STDOUT,
@@ -150,8 +151,9 @@ class Machines:
         self._root, self._num_started = root, 0
         self.all: list[Machine] = []
 
-    def start(self, config: runs.Config, **changes: Any) -> Machine:
+    def start(self, config: runs.Config, prefix: Sequence[str] = (), **changes: Any) -> Machine:
         """Args:
+        prefix: a command that becomes the launcher's.
         changes: of `config.launch`, for this machine alone.
         """
         own = copy.deepcopy(config)
@@ -163,7 +165,7 @@ class Machines:
         node.shm_dir.mkdir(parents=True)
         scratch.mkdir()
         own.checkpoint.shm_dir = str(node.shm_dir)
-        machine = Machine(start_launcher(own, scratch, scratch / "output"), node, scratch)
+        machine = Machine(start_launcher(own, scratch, scratch / "output", prefix=prefix), node, scratch)
         self.all.append(machine)
         return machine
 

@@ -115,7 +115,8 @@ class JobRendezvous(RendezvousHandler):
         if info.store.add(f"windlass/node/{rank}", 1) > 1:
             raise ConfigError("launch.node_rank", rank, "two nodes have it", "number the nodes from 0")
         if self.launch.max_nodes > 1:
-            sys.stderr.write(f"windlass: {info.world_size} nodes have met; this is number {rank} of them\n")
+            met = f"{info.world_size} nodes have met; this is number {rank} of them"
+            sys.stderr.write(f"windlass: {met if info.world_size > 1 else 'this node goes on without others'}\n")
         return RendezvousInfo(info.store, rank, info.world_size, RendezvousStoreInfo(place.host, place.port))
 
     def _meet(self) -> RendezvousInfo:

@@ -109,7 +109,7 @@ def _run(agent: NodeAgent) -> JobEnded:
 def _without_host(place: Place) -> Outcome:
     return Outcome(
         EXIT_FAILURE,
-        f"the launcher at launch.address={place.host}:{place.port} is lost, where the nodes meet; "
+        f"the launcher at launch.address={place.host}:{place.port} is lost or out of reach, where the nodes meet; "
         "the same command on every node goes on from the newest checkpoint",
         LAUNCHER,
     )

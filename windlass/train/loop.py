@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from windlass.offload.tiers import OffloadFigures
@@ -80,7 +82,9 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         if agreement.ending is not None or state.step == cfg.steps:
             stall_s = run.save()
         elif run.checkpoint is not None and run.checkpoint.due(state.step):
-            stall_s = run.snapshot()  # returns at once: copy, parity and disk come behind
+            # In memory it takes a moment: copy, parity and disk come behind. To a disk it may take any time.
+            with nullcontext() if run.checkpoint.is_durable_only else heartbeat.watched(state.step):
+                stall_s = run.snapshot()
         if agreement.ending is not None and state.step < cfg.steps:
             record_ending(run, agreement)
             return agreement.ending

@@ -68,6 +68,13 @@ class Heartbeat:
 
     def end_step(self, step: int) -> None: ...
 
+    @contextmanager
+    def watched(self, step: int) -> Iterator[None]:
+        """What is in `with`, after `step`, may take as long as a step."""
+        self.begin_step()
+        yield
+        self.end_step(step)
+
 
 @dataclass(frozen=True)
 class Place:
@@ -179,7 +186,8 @@ class AlarmBell:
 
 
 class Watchdog(Heartbeat):
-    """Watches this rank from `with` on. What is between `end_step` and `begin_step`, such as a save, may take any time.
+    """Watches this rank from `with` on. What is between `end_step` and `begin_step`, such as a save to a disk, may take
+    any time, unless it is `watched`.
 
     Args:
         log: where stacks go, open as long as this.

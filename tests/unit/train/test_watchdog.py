@@ -159,6 +159,20 @@ def save_for_long(mesh: Mesh, heartbeat: Heartbeat) -> None:
     heartbeat.end_step(8)
 
 
+def wait_for_rank_1_between_steps(mesh: Mesh, heartbeat: Heartbeat) -> None:
+    """As in a snapshot, where the other machine cannot be reached."""
+    with heartbeat.watched(7):
+        if mesh.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        mesh.barrier()
+
+
+def test_all_ranks_may_hang_between_steps_where_they_wait_for_each_other(tmp_path: Path) -> None:
+    assert live(wait_for_rank_1_between_steps, tmp_path, 2)[0] == EXIT_FAILURE
+    assert [event["step"] for event in hang_events(tmp_path)] == [7]
+    assert "wait_for_rank_1_between_steps" in log_of(tmp_path, 0)
+
+
 def test_what_is_between_steps_may_take_long(tmp_path: Path) -> None:
     assert live(save_for_long, tmp_path, 2) == [EXIT_DONE] * 2
     assert hang_events(tmp_path) == []
