@@ -98,7 +98,7 @@ def test_a_second_ctrl_c_ends_a_job_that_cannot_stop(tmp_path: Path, cluster: Ra
     time.sleep(SECOND_PRESS_S + 0.5)
     assert driver.process.poll() is None, driver.output
     driver.interrupt()
-    assert driver.join(30) == EXIT_FAILURE, driver.output
+    assert driver.join() == EXIT_FAILURE, driver.output  # agents may have to give up on each other
     assert messages(driver) == ["windlass: error: interrupted"]
     assert_nothing_is_left(cluster, tmp_path)
 

@@ -19,7 +19,7 @@ from windlass.train.data.loader import Batch
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.model import Llama
 from windlass.train.plan_memory import live_peak
-from windlass.train.plan_recorder import Trace
+from windlass.train.plan_recorder import MemoryKind, Trace
 from windlass.train.plan_trace import NUM_STEPS, state_bytes, trace_step
 
 SMALL = ("model.vocab_size=256", "model.num_layers=2", "train.batch_size=2", "train.seq_len=32", "parallel=none")
@@ -114,7 +114,7 @@ def test_everything_but_what_lasts_is_given_back() -> None:
     trace = trace_step(compose(list(SMALL)), 1)
     alive: dict[int, int] = {}
     for event in trace.memory:
-        if event.is_free:
+        if event.kind == MemoryKind.free:
             assert alive.pop(event.block) == event.num_bytes
         else:
             alive[event.block] = event.num_bytes
