@@ -33,8 +33,6 @@ OVERRIDES = {
     "dies": ("train.steps=100000", "launch.max_restarts=0"),
     "is interrupted": ("train.steps=100000",),
 }
-
-
 MAY_EXIT_WITH = {
     "completes": {EXIT_DONE},
     "is refused": {EXIT_USER_ERROR},
