@@ -3,7 +3,9 @@
     python benchmarks/offload.py --dir /data/swap
 
 Every round trains each way in turn, each in a process of its own, on the same tokens from the same weights; windlass's
-ways are `windlass train` as a user types it. Bars (the default shape is that of `offload_peer.py`, 162M parameters):
+ways are `windlass train` as a user types it. Every other round takes them in the opposite order, and ratios are taken
+within a round, as a machine that others share changes its speed from minute to minute. Bars (the default shape is that
+of `offload_peer.py`, 162M parameters):
 
 - a step with the optimizer's state on the SSD takes at most 1.15x one in RAM, at 1.5 times the break-even tokens or
   more: as many as make computing last as long as the SSD's share does (C * kappa / 6; both are measured in this run);
@@ -59,6 +61,10 @@ class Way:
     stall_s: float = 0.0
     losses: list[float] = field(default_factory=list)
     resume_difference: float | None = None
+
+    def over(self, other: Way) -> Spread:
+        """Of steps, round by round."""
+        return Spread.of([own / theirs for own, theirs in zip(self.step_s, other.step_s, strict=True)])
 
 
 def median(values: Sequence[float]) -> float:
@@ -193,7 +199,8 @@ def main() -> int:
         read_s.append(of_read)
         write_s.append(of_write)
         is_first = number == 0 and not options.no_resume
-        for name, overrides in ours.items():
+        turn = 1 if number % 2 == 0 else -1
+        for name, overrides in list(ours.items())[::turn]:
             with tempfile.TemporaryDirectory(prefix="windlass-benchmark-", dir=options.dir) as folder:
                 measure_windlass(options, ways[name], overrides, Path(folder))
                 if is_first and name != "windlass, RAM":
@@ -216,9 +223,9 @@ def report(options: argparse.Namespace, ways: dict[str, Way], flops: float, read
     tokens = options.batch_size * options.seq_len * options.grad_accum_steps
     kappa = 8 * (read_s + write_s)
     break_even = flops * kappa / 6
-    ram = median(ways["windlass, RAM"].step_s)
+    ram = ways["windlass, RAM"]
     deepspeed = [way for name, way in ways.items() if name.startswith("DeepSpeed")]
-    fastest = min((median(way.step_s) for way in deepspeed), default=None)
+    fastest = min(deepspeed, key=lambda way: median(way.step_s), default=None)
     leanest = min((way.peak_rss_bytes for way in deepspeed), default=None)
     rows, results = [], {}
     for name, way in ways.items():
@@ -226,8 +233,8 @@ def report(options: argparse.Namespace, ways: dict[str, Way], flops: float, read
         traffic = max(way.read_bytes, way.write_bytes) / (8 * num_parameters)
         results[name] = {
             "step_s": step.to_dict(),
-            "over_ram": step.median / ram,
-            "over_deepspeed": None if fastest is None else step.median / fastest,
+            "over_ram": way.over(ram).to_dict(),
+            "over_deepspeed": None if fastest is None else way.over(fastest).to_dict(),
             "peak_rss_bytes": way.peak_rss_bytes,
             "rss_over_deepspeed": None if leanest is None else way.peak_rss_bytes / leanest,
             "read_bytes": way.read_bytes,
@@ -241,8 +248,8 @@ def report(options: argparse.Namespace, ways: dict[str, Way], flops: float, read
             [
                 name,
                 step.text(".2f"),
-                f"{step.median / ram:.2f}",
-                "" if fastest is None else f"{step.median / fastest:.2f}",
+                way.over(ram).text(".2f"),
+                "" if fastest is None else way.over(fastest).text(".2f"),
                 f"{way.peak_rss_bytes / 2**30:.2f}",
                 f"{way.read_bytes / num_parameters:.2f}",
                 f"{way.write_bytes / num_parameters:.2f}",
@@ -264,9 +271,9 @@ def report(options: argparse.Namespace, ways: dict[str, Way], flops: float, read
         f"{tokens / break_even:.1f}x (bar: at least {BARS['break_even']}x)"
     )
     ours = results["windlass, SSD"]
-    print(f"step over RAM {ours['over_ram']:.3f} (bar {BARS['over_ram']})")
+    print(f"step over RAM {ours['over_ram']['median']:.3f} (bar {BARS['over_ram']})")
     if ours["over_deepspeed"] is not None:
-        print(f"step over DeepSpeed's fastest {ours['over_deepspeed']:.3f} (bar {BARS['over_deepspeed']})")
+        print(f"step over DeepSpeed's fastest {ours['over_deepspeed']['median']:.3f} (bar {BARS['over_deepspeed']})")
         print(f"peak RSS over DeepSpeed's leanest {ours['rss_over_deepspeed']:.3f} (bar {BARS['rss_over_deepspeed']})")
     print(f"bytes over 8 a parameter {ours['traffic_over_8_bytes']:.3f} (bar {BARS['traffic']})")
     identical = ways["windlass, SSD"].losses == ways["windlass, RAM"].losses
