@@ -63,13 +63,15 @@ def test_a_signal_to_one_launcher_stops_all_and_the_same_commands_go_on(tmp_path
 
 
 def test_a_node_that_cannot_prepare_its_data_ends_the_job_with_its_message(tmp_path: Path) -> None:
-    """The other waits for its rank in the meantime, and is told."""
+    """The other waits for its rank in the meantime, and is told, by the launcher that all meet at."""
     config = endless(tmp_path, "refused")
     in_the_way = tmp_path / "file"
     in_the_way.write_text("")
+    usable, config.data.cache_dir = config.data.cache_dir, str(in_the_way / "cache")
     with launched.machines() as machines:
         first = machines.start(config)
-        config.data.cache_dir = str(in_the_way / "cache")
+        launched.wait_for_listener(config.launch.address)
+        config.data.cache_dir = usable
         second = machines.start(config)
         assert [first.join(60), second.join(60)] == [EXIT_USER_ERROR] * NUM_NODES, machines.outputs()
         for machine in (first, second):
