@@ -131,11 +131,23 @@ def forecast(config: Config, num_ranks: int, machine: Machine) -> Plan:
     Raises:
         ConfigError: the configuration cannot run.
     """
+    trace, memory = _needs(config, num_ranks, machine)
+    return judge(config, num_ranks, trace, memory, machine)
+
+
+def forecast_if_fits(config: Config, num_ranks: int, machine: Machine) -> Plan | None:
+    """As `forecast`; None, and nothing is timed, where the run does not fit."""
+    trace, memory = _needs(config, num_ranks, machine)
+    if not (_judge_memory(config, num_ranks, memory)[1] and _judge_disk(config, num_ranks, memory)[0]):
+        return None
+    return judge(config, num_ranks, trace, memory, machine)
+
+
+def _needs(config: Config, num_ranks: int, machine: Machine) -> tuple[Trace, Memory]:
     trace = trace_step(config, num_ranks)
     kind = process_kind(num_ranks, config.train.dtype)
     num_versions = 1 if config.checkpoint.name == CheckpointKind.none else 2
-    memory = memory_of(trace, machine.process_bytes[kind], machine.process_end_bytes.get(kind, 0), num_versions)
-    return judge(config, num_ranks, trace, memory, machine)
+    return trace, memory_of(trace, machine.process_bytes[kind], machine.process_end_bytes.get(kind, 0), num_versions)
 
 
 def memory_of(trace: Trace, process: int, process_at_end: int = 0, num_versions: int = 1) -> Memory:

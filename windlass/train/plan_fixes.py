@@ -11,7 +11,7 @@ from windlass.offload.config import OffloadKind, WeightsPlace
 from windlass.optim.config import ApolloConfig, InBackward
 from windlass.train.config import ActivationCheckpoint
 from windlass.train.machine import Machine
-from windlass.train.plan import Plan, forecast
+from windlass.train.plan import Plan, forecast_if_fits
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
@@ -42,8 +42,8 @@ def cheapest_fix(config: Config, num_ranks: int, machine: Machine) -> Fix | None
     of training is only proposed where none of these fits: gradients that are used as they come, then APOLLO.
     """
     for keeps_result, candidates in _kinds(config):
-        plans = ((overrides, forecast(changed, num_ranks, machine)) for overrides, changed in candidates)
-        fixes = [_fix(overrides, plan, keeps_result) for overrides, plan in plans if plan.fits]
+        plans = ((overrides, forecast_if_fits(changed, num_ranks, machine)) for overrides, changed in candidates)
+        fixes = [_fix(overrides, plan, keeps_result) for overrides, plan in plans if plan is not None]
         if fixes:
             return min(fixes, key=lambda fix: fix.step_s)
     return None
