@@ -83,12 +83,14 @@ def test_the_node_where_all_meet_goes_on_alone_and_the_other_ends(tmp_path: Path
         launched.wait_for_step(config, 1)
         launched.wait_for_step(config, launched.newest_step(config) + 5)
         num_before = len(runs.events(config, "recovered"))
+        cut_off = launched.workers(there.launcher)
+        assert len(cut_off) == 1
         cable.cut()
         nodes.wait_until(lambda: len(runs.events(config, "recovered")) > num_before, "a recovery", 60)
         recovered = runs.events(config, "recovered")[-1]
         assert "goes on without others" in here.output
         launched.wait_for_step(config, recovered["step"] + 5, 60)
         nodes.wait_until(lambda: "is lost or out of reach" in there.output, "words of the other", 60)
-        assert launched.workers(there.launcher) == []
+        assert not any(worker.is_running() for worker in cut_off)
         assert here.launcher.poll() is None
     assert recovered["source"] == "parity"
