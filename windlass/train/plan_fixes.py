@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -41,28 +41,38 @@ def cheapest_fix(config: Config, num_ranks: int, machine: Machine) -> Fix | None
     The kinds, from the cheapest on: smaller passes; optimizer state on the disk; weights too. What changes the result
     of training is only proposed where none of these fits: gradients that are used as they come, then APOLLO.
     """
-    for keeps_result, candidates in _kinds(config):
-        plans = ((overrides, forecast_if_fits(changed, num_ranks, machine)) for overrides, changed in candidates)
-        fixes = [_fix(overrides, plan, keeps_result) for overrides, plan in plans if plan is not None]
+    for keeps_result, places in _kinds(config):
+        fixes = [
+            Fix(overrides, keeps_result, plan.memory.peak.expected, plan.time.step.expected)
+            for candidates in places
+            for overrides, plan in _fitting(candidates, num_ranks, machine)
+        ]
         if fixes:
             return min(fixes, key=lambda fix: fix.step_s)
     return None
 
 
-def _fix(overrides: list[str], plan: Plan, keeps_result: bool) -> Fix:
-    return Fix(overrides, keeps_result, plan.memory.peak.expected, plan.time.step.expected)
+def _fitting(candidates: Sequence[Candidate], num_ranks: int, machine: Machine) -> Iterator[tuple[list[str], Plan]]:
+    """Those that fit. The last takes the least memory, and is tried first: without it none of them does."""
+    for overrides, changed in reversed(candidates):
+        plan = forecast_if_fits(changed, num_ranks, machine)
+        if plan is not None:
+            yield overrides, plan
+        elif changed is candidates[-1][1]:
+            return
 
 
-def _kinds(config: Config) -> Iterator[tuple[bool, Iterator[Candidate]]]:
-    """Whether it keeps the result, and what to try."""
-    yield True, _smaller_passes(config)
+def _kinds(config: Config) -> Iterator[tuple[bool, list[list[Candidate]]]]:
+    """Whether it keeps the result, and what to try: of each place for the state, the leanest candidate last."""
+    yield True, [list(_smaller_passes(config))]
     for elsewhere in _elsewhere(config):
-        yield True, iter([elsewhere, _leanest(elsewhere)])
+        leanest = _leanest(elsewhere)
+        yield True, [[elsewhere] if leanest[0] == elsewhere[0] else [elsewhere, leanest]]
     places = [_leanest(([], config)), *(_leanest(elsewhere) for elsewhere in _elsewhere(config))]
     if config.optim.in_backward == InBackward.none:
-        yield False, (_in_backward(place) for place in places)
+        yield False, [[_in_backward(place)] for place in places]
     if not isinstance(config.optim, ApolloConfig):
-        yield False, (candidate for place in places for candidate in _with_apollo(place))
+        yield False, [list(_with_apollo(place)) for place in places]
 
 
 def _elsewhere(config: Config) -> list[Candidate]:
