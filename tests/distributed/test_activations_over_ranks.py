@@ -39,7 +39,12 @@ def test_a_fraction_trains_like_the_whole(weights: str, tmp_path: Path) -> None:
 def test_ranks_decide_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     machine = Machine(machine_key(), matmul_flops={"float32": 1e10}, memcpy_bytes_per_s=1e12)
-    machine.ssd[ssd_key(tmp_path)] = {"read_bytes_per_s": 8e7, "write_bytes_per_s": 8e7, "is_direct": True}
+    machine.ssd[ssd_key(tmp_path)] = {
+        "read_bytes_per_s": 8e7,
+        "write_bytes_per_s": 8e7,
+        "cpu_s_per_byte": 0.0,
+        "is_direct": True,
+    }
     save_machine(machine)
     moving = ("offload=ssd", "offload.max_activation_bytes=1000000")
     auto = config_of(tmp_path, "auto", *moving, "train.activation_checkpoint=auto")

@@ -16,7 +16,7 @@ import torch
 
 from windlass.files import atomic_file
 
-FORMAT = 1
+FORMAT = 2
 """Of the file; one of another format is measured anew."""
 
 
@@ -40,7 +40,8 @@ class Machine:
     gloo_bytes_per_s: float | None = None
     """Logical bytes a second of a collective between two ranks of this machine."""
     ssd: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT."""
+    """By device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT, and the processor's
+    `cpu_s_per_byte` of reading or writing and checking one."""
     host_to_device_bytes_per_s: float | None = None
     device_to_host_bytes_per_s: float | None = None
 

@@ -256,7 +256,12 @@ def _disk_speed(config: Config, num_ranks: int, trace: Trace, machine: Machine) 
     if folder is None or not trace.transfers:
         return None
     speed = machine.ssd[ssd_key(folder)]
-    return DiskSpeed(speed["read_bytes_per_s"] / num_ranks, speed["write_bytes_per_s"] / num_ranks)
+    has_spare_cores = num_ranks * threads_of_rank(num_ranks) < len(os.sched_getaffinity(0))
+    return DiskSpeed(
+        speed["read_bytes_per_s"] / num_ranks,
+        speed["write_bytes_per_s"] / num_ranks,
+        0.0 if has_spare_cores else speed["cpu_s_per_byte"],
+    )
 
 
 def _break_even_tokens(time: StepTime, step_tokens: int) -> int | None:

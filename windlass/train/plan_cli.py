@@ -99,6 +99,8 @@ def render(plan: Plan, fix: Fix | None) -> str:
         f"  {'  calling them':<27} {time.overhead_s:>8.3f} s",
         f"  {'  communication':<27} {time.comm_s:>8.3f} s  {size(plan.comm_bytes)}",
         f"  {'  waiting for the disk':<27} {time.stall_s:>8.3f} s  of {time.disk_s:.3f} s that it works",
+        f"  {'  moving and checking bytes':<27} {time.disk_cpu_s:>8.3f} s",
+        f"  {'  fresh memory':<27} {time.pages_s:>8.3f} s",
         f"  {'tokens a second':<27} {plan.tokens_per_s:>8,.0f}    (bound by {plan.bottleneck})",
         f"  {'SSD read, written':<27} {size(plan.ssd_read_bytes):>10}, {size(plan.ssd_write_bytes)}"
         f"  ({plan.ssd_written_tb_per_day:.2f} TB a day)",

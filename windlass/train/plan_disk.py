@@ -22,6 +22,8 @@ class DiskSpeed:
 
     read_bytes_per_s: float
     write_bytes_per_s: float
+    cpu_s_per_byte: float = 0.0
+    """Processor time that a byte takes from computing, to be moved and checked; 0 where there are cores to spare."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class DiskUse:
     busy_s: float = 0.0
     stall_s: float = 0.0
     """What the step waits for."""
+    cpu_s: float = 0.0
+    """What the step computes longer."""
 
 
 def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[str, float], disk: DiskSpeed) -> DiskUse:
@@ -39,11 +43,11 @@ def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[st
     Args:
         call_s: seconds of a call, by key.
     """
-    now = disk_free = busy = stall = 0.0
+    now = disk_free = busy = stall = cpu = 0.0
     first = next((event.number for event in timeline if isinstance(event, DiskTransfer)), 0)
     ends: list[float] = []  # of the transfers of this step
     for _ in range(NUM_ROUNDS):
-        before, ends, busy, stall = ends, [], 0.0, 0.0
+        before, ends, busy, stall, cpu = ends, [], 0.0, 0.0, 0.0
         for event in timeline:
             if isinstance(event, Calls):
                 now += event.times * call_s[event.key]
@@ -51,6 +55,7 @@ def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[st
                 seconds = event.num_bytes / (disk.write_bytes_per_s if event.is_write else disk.read_bytes_per_s)
                 disk_free = max(now, disk_free) + seconds
                 busy += seconds
+                cpu += event.num_bytes * disk.cpu_s_per_byte
                 ends.append(disk_free)
             else:
                 index = event.number - first  # below 0: it was begun in the step before, as this step's last are
@@ -58,4 +63,4 @@ def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[st
                 ready = known[index] if index >= -len(known) else 0.0  # what is older has ended
                 stall += max(0.0, ready - now)
                 now = max(now, ready)
-    return DiskUse(busy, stall)
+    return DiskUse(busy, stall, cpu)

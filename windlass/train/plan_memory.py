@@ -11,14 +11,13 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Iterable
 
-from windlass.train.plan_recorder import MemoryEvent, MemoryKind
+from windlass.train.plan_recorder import MMAP_THRESHOLD_MAX, MemoryEvent, MemoryKind
 
 PAGE_BYTES = 4096
 _HEADER_BYTES = 16
 _ALIGNMENT = 64
 """Of tensors: torch asks for it."""
 _MMAP_THRESHOLD = 128 * 1024
-_MMAP_THRESHOLD_MAX = 32 * 1024 * 1024
 _TOP_PAD = 128 * 1024
 _SLIVER_BYTES = 96
 """What an aligned request asks for besides: the piece is cut off again and holds small objects for a while."""
@@ -44,7 +43,7 @@ class Heap:
     def __init__(self, small_objects: float = SMALL_OBJECTS, mmap_threshold: int | None = None) -> None:
         self._is_fixed = mmap_threshold is not None
         self.mmap_threshold = mmap_threshold or _MMAP_THRESHOLD
-        self._trim_threshold = 2 * (_MMAP_THRESHOLD_MAX if self._is_fixed else _MMAP_THRESHOLD)
+        self._trim_threshold = 2 * (MMAP_THRESHOLD_MAX if self._is_fixed else _MMAP_THRESHOLD)
         self.end = 0
         """What the heap has taken from the system."""
         self.top = 0
@@ -123,7 +122,7 @@ class Heap:
             self._give_back(address, size)
             return
         self.mapped_bytes -= size
-        if self.mmap_threshold < size <= _MMAP_THRESHOLD_MAX and not self._is_fixed:
+        if self.mmap_threshold < size <= MMAP_THRESHOLD_MAX and not self._is_fixed:
             self.mmap_threshold, self._trim_threshold = size, 2 * size
 
     def _give_back(self, address: int, size: int) -> None:

@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
 
 _NAMESPACES_WITHOUT_WORK = frozenset({"prim", "profiler"})
+MMAP_THRESHOLD_MAX = 32 << 20
+"""From which size on glibc takes every piece from the system anew, whatever was given back before."""
+_EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
 _SELDOM = 1 << 16
 """One element in so many is found where a step looks for some: 16-bit rests that are ties (`windlass.offload.hilo`)."""
 
@@ -133,6 +136,8 @@ class Trace:
     """What the last step does, in order."""
     memory: list[MemoryEvent] = field(default_factory=list)
     """From the start to the end of the last step."""
+    fresh_bytes: int = 0
+    """Of a step where `mmap_threshold` is set: memory that comes from the system anew, and is in no timed call."""
     mmap_threshold: int | None = None
     """From which size on memory is given back to the system, where that is set."""
 
@@ -175,7 +180,7 @@ class Recorder(TorchDispatchMode):
         def resized(storage: torch.UntypedStorage, num_bytes: int) -> torch.UntypedStorage:
             result = resize(storage, num_bytes)
             recorder._freed(id(storage))
-            recorder._take_storage(storage)
+            recorder._take_storage(storage, is_timed=False)
             return result
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign]  # FSDP2 frees gathered weights by it
@@ -198,13 +203,13 @@ class Recorder(TorchDispatchMode):
         is_shape = bool(tensors) and all(tensor.device.type == "meta" for tensor in tensors)
         if func.namespace not in _NAMESPACES_WITHOUT_WORK and not is_shape:
             self._count(func, args, kwargs, result)
-            for tensor in tensors:
-                self.take(tensor)
+            for tensor in tensors:  # whoever writes first to what is empty pays for its pages
+                self._take_storage(tensor.untyped_storage(), is_timed=func.overloadpacket not in _EMPTY)
         return result
 
     def take(self, tensor: torch.Tensor) -> None:
         """Counts the memory of `tensor`, unless another one has it already."""
-        self._take_storage(tensor.untyped_storage())
+        self._take_storage(tensor.untyped_storage(), is_timed=False)
 
     def map(self, num_bytes: int) -> torch.Tensor:
         """Bytes of a mapping of its own, which take no memory until `touch` says that they are used."""
@@ -242,7 +247,8 @@ class Recorder(TorchDispatchMode):
                 self.trace.memory.append(MemoryEvent(kind, block, num_bytes))
         self._num_blocks += len(pieces)
 
-    def _take_storage(self, storage: torch.UntypedStorage) -> None:
+    def _take_storage(self, storage: torch.UntypedStorage, is_timed: bool) -> None:
+        """`is_timed`: by an operator whose timed calls take such a piece, too, with the process's usual threshold."""
         identity, num_bytes = id(storage), storage.nbytes()
         if identity in self._blocks or identity in self._mappings or num_bytes == 0:
             return
@@ -250,6 +256,9 @@ class Recorder(TorchDispatchMode):
         self._references[identity] = weakref.ref(storage, lambda _: self._freed(identity))
         self.trace.memory.append(MemoryEvent(MemoryKind.take, self._num_blocks, num_bytes))
         self._num_blocks += 1
+        threshold = self.trace.mmap_threshold
+        if threshold is not None and num_bytes >= threshold and not (is_timed and num_bytes >= MMAP_THRESHOLD_MAX):
+            self.trace.fresh_bytes += self._repeats * num_bytes
 
     def _freed(self, identity: int) -> None:
         if identity not in self._blocks:

@@ -32,6 +32,8 @@ COLD_BYTES = 64 << 20
 MAX_COPIES = 32
 MIN_REPEATS, MAX_REPEATS = 4, 100
 REPEATS_BUDGET_S = 0.15
+FRESH_BYTES = 64 << 20
+"""Of a piece that no C library keeps for the next one to ask."""
 
 
 TIME_SPREAD = 0.15
@@ -62,6 +64,10 @@ class StepTime:
     """How long the disk works, most of it beside the above."""
     stall_s: float = 0.0
     """Of these, what the step waits for."""
+    disk_cpu_s: float = 0.0
+    """Processor time of transfers and their checksums, which a step that uses all cores is longer by."""
+    pages_s: float = 0.0
+    """Of memory that is taken from the system anew, beyond what the kernels' own times have in them."""
     moving_s: float = 0.0
     """Of kernels and calls: updates, and what brings and takes back what is elsewhere; the same for any batch."""
 
@@ -80,6 +86,7 @@ def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | No
     assert machine.op_overhead_s is not None and machine.gloo_bytes_per_s is not None, "see plan_measure"
     with _threads(threads):
         call_s = {key: _call_s(trace.op_of[key], machine, threads) for key in trace.ops}
+        pages = trace.fresh_bytes * _fresh_s_per_byte(machine, threads) if trace.fresh_bytes else 0.0
     kernels = sum(count * call_s[key] for key, count in trace.ops.items())
     overhead = trace.ops.total() * machine.op_overhead_s
     comm = trace.comm_bytes / machine.gloo_bytes_per_s
@@ -88,7 +95,7 @@ def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | No
         event.times * cost[event.key] for event in trace.timeline if isinstance(event, Calls) and event.is_moving
     )
     use = DiskUse() if disk is None else play(trace.timeline, cost, disk)
-    expected = kernels + overhead + comm + use.stall_s
+    expected = kernels + overhead + comm + use.stall_s + use.cpu_s + pages
     return StepTime(
         Range(expected, (1 - TIME_SPREAD) * expected, (1 + TIME_SPREAD) * expected),
         kernels,
@@ -96,6 +103,8 @@ def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | No
         comm,
         use.busy_s,
         use.stall_s,
+        use.cpu_s,
+        pages,
         moving,
     )
 
@@ -112,6 +121,16 @@ def _call_s(op: Op, machine: Machine, threads: int) -> float:
     kept = f"{threads} {op.key}"
     if kept not in machine.op_s:
         machine.op_s[kept] = measure(op)
+    return machine.op_s[kept]
+
+
+def _fresh_s_per_byte(machine: Machine, threads: int) -> float:
+    """What writing to memory costs more if the system has just given it."""
+    kept = f"{threads} fresh pages"
+    if kept not in machine.op_s:
+        used = torch.ones(FRESH_BYTES, dtype=torch.uint8)
+        fresh_s = _best_s(lambda: torch.empty(FRESH_BYTES, dtype=torch.uint8).fill_(1))
+        machine.op_s[kept] = max(0.0, fresh_s - _best_s(lambda: used.fill_(1))) / FRESH_BYTES
     return machine.op_s[kept]
 
 

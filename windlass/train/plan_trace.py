@@ -80,6 +80,7 @@ def _trace(config: Config, mesh: Mesh) -> Trace:
             for recorder.step in range(1, NUM_STEPS + 1):
                 trace.ops.clear()
                 trace.timeline.clear()
+                trace.fresh_bytes = 0
                 comm_bytes = COMM.total_bytes
                 _step(parts, batch, recorder)
                 trace.comm_bytes = COMM.total_bytes - comm_bytes

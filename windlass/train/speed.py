@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from windlass.checksum import crc32c
 from windlass.offload.direct_io import DirectFile, Engine, disk_error, why_not_direct
 from windlass.train.flops import measured_matmul_flops
 from windlass.train.machine import Machine, ssd_key
@@ -45,29 +46,47 @@ def measure_speed(machine: Machine, folder: Path) -> None:
 
 
 def ssd_speed(folder: Path) -> dict[str, float]:
-    """Writes and reads a file as tiers do, past the page cache where the file system allows it; removes it again.
+    """Writes and reads a file as tiers do, with checksums, past the page cache where the file system allows it.
 
     Raises:
         OffloadError: the folder cannot be written to.
     """
     is_direct, engine = why_not_direct(folder) is None, Engine()
     path = folder / f".windlass-speed-{secrets.token_hex(4)}"
-    pages = mmap.mmap(-1, PART_BYTES)
-    pages[:] = os.urandom(PART_BYTES)  # disks that compress would flatter zeros
-    offsets, part = range(0, SSD_BYTES, PART_BYTES), memoryview(pages)
+    pages = mmap.mmap(-1, SSD_BYTES)  # of its full size: a part that stays in the cache is checked faster
+    pages[:] = os.urandom(PART_BYTES) * (SSD_BYTES // PART_BYTES)  # disks that compress would flatter zeros
+    offsets, data = range(0, SSD_BYTES, PART_BYTES), memoryview(pages)
+
+    def write(offset: int) -> None:
+        part = data[offset : offset + PART_BYTES]
+        crc32c(part)
+        file.write_from(part, offset)
+
+    def read(offset: int) -> None:
+        part = data[offset : offset + PART_BYTES]
+        file.read_into(part, offset)
+        crc32c(part)
+
     try:
         file = DirectFile(path, SSD_BYTES, is_direct, engine.figures)
-        writes = [functools.partial(file.write_from, part, offset) for offset in offsets]
-        reads = [functools.partial(file.read_into, part, offset) for offset in offsets]  # all read the same bytes
+        writes = [functools.partial(write, offset) for offset in offsets]
+        reads = [functools.partial(read, offset) for offset in offsets]
+        cpu_begin = time.process_time()
         write_s = _best_s(lambda: engine.submit(*writes).wait())
         read_s = _best_s(lambda: engine.submit(*reads).wait())
+        cpu_s = (time.process_time() - cpu_begin) / (2 * ROUNDS * SSD_BYTES)
         file.close()
     except OSError as error:
         raise disk_error(folder, f"cannot make a file of {SSD_BYTES} bytes", error) from error
     finally:
         engine.close()
         path.unlink(missing_ok=True)
-    return {"read_bytes_per_s": SSD_BYTES / read_s, "write_bytes_per_s": SSD_BYTES / write_s, "is_direct": is_direct}
+    return {
+        "read_bytes_per_s": SSD_BYTES / read_s,
+        "write_bytes_per_s": SSD_BYTES / write_s,
+        "cpu_s_per_byte": cpu_s,
+        "is_direct": is_direct,
+    }
 
 
 def memcpy_bytes_per_s() -> float:

@@ -55,7 +55,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """This machine, as if it had been measured: with a disk that is never waited for."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     machine = Machine(machine_key(), matmul_flops={"float32": 1e10, "bfloat16": 1e10}, memcpy_bytes_per_s=1e10)
-    machine.ssd[ssd_key(tmp_path)] = {"read_bytes_per_s": 1e12, "write_bytes_per_s": 1e12, "is_direct": True}
+    machine.ssd[ssd_key(tmp_path)] = {
+        "read_bytes_per_s": 1e12,
+        "write_bytes_per_s": 1e12,
+        "cpu_s_per_byte": 0.0,
+        "is_direct": True,
+    }
     save_machine(machine)
     return machine
 

@@ -33,7 +33,12 @@ Usage = namedtuple("Usage", "total used free")
 
 def _made_up(machine: Machine, folder: Path) -> None:
     machine.memcpy_bytes_per_s = 1e9
-    machine.ssd[ssd_key(folder)] = {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9, "is_direct": True}
+    machine.ssd[ssd_key(folder)] = {
+        "read_bytes_per_s": 1e9,
+        "write_bytes_per_s": 1e9,
+        "cpu_s_per_byte": 0.0,
+        "is_direct": True,
+    }
 
 
 def only(name: str, folder: Path) -> Check:

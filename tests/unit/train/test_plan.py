@@ -39,7 +39,12 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     machine.process_bytes = {process_kind(1, "float32"): PROCESS_BYTES, process_kind(2, "float32"): PROCESS_BYTES}
     machine.op_overhead_s, machine.gloo_bytes_per_s, machine.memcpy_bytes_per_s = 1e-5, 1e9, 1e10
     machine.matmul_flops = {"float32": 1e11, "bfloat16": 1e11}
-    machine.ssd[ssd_key(tmp_path)] = {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9, "is_direct": True}
+    machine.ssd[ssd_key(tmp_path)] = {
+        "read_bytes_per_s": 1e9,
+        "write_bytes_per_s": 1e9,
+        "cpu_s_per_byte": 0.0,
+        "is_direct": True,
+    }
     return machine
 
 

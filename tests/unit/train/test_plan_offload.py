@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,12 @@ def machine(tmp_path: Path) -> Machine:
     machine = Machine(machine_key())
     machine.process_bytes = {process_kind(1, "float32"): PROCESS_BYTES}
     machine.op_overhead_s, machine.gloo_bytes_per_s, machine.memcpy_bytes_per_s = 1e-5, 1e9, 1e10
-    machine.ssd[ssd_key(tmp_path)] = {"read_bytes_per_s": 1e9, "write_bytes_per_s": 1e9, "is_direct": True}
+    machine.ssd[ssd_key(tmp_path)] = {
+        "read_bytes_per_s": 1e9,
+        "write_bytes_per_s": 1e9,
+        "cpu_s_per_byte": 0.0,
+        "is_direct": True,
+    }
     return machine
 
 
@@ -145,6 +151,21 @@ def test_a_step_waits_only_for_what_has_not_come() -> None:
 def test_a_step_waits_for_what_the_one_before_has_begun_to_read() -> None:
     timeline = [DiskWait(4), Calls("pass", 1, False), DiskTransfer(5, 3, is_write=False)]
     assert play(timeline, {"pass": 1.0}, DiskSpeed(1.0, 1.0)) == DiskUse(busy_s=3.0, stall_s=3.0)
+
+
+def test_a_step_that_uses_all_cores_is_longer_by_what_transfers_take_of_them(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    machine.ssd[ssd_key(tmp_path)]["cpu_s_per_byte"] = 1e-8
+    config = compose([*SMALL, f"run_dir={tmp_path}", *STREAMED])
+    monkeypatch.setenv("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    plan = forecast(config, 1, machine)
+    time = plan.time
+    assert time.disk_cpu_s == pytest.approx(1e-8 * (plan.ssd_read_bytes + plan.ssd_write_bytes))
+    parts = (time.kernels_s, time.overhead_s, time.comm_s, time.stall_s, time.disk_cpu_s, time.pages_s)
+    assert time.step.expected == pytest.approx(sum(parts))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(1024)))
+    assert forecast(config, 1, machine).time.disk_cpu_s == 0.0
 
 
 def test_a_disk_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

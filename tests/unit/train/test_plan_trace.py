@@ -9,6 +9,7 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.conf.compose import compose
@@ -19,7 +20,7 @@ from windlass.train.data.loader import Batch
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.model import Llama
 from windlass.train.plan_memory import live_peak
-from windlass.train.plan_recorder import MemoryKind, Trace
+from windlass.train.plan_recorder import MMAP_THRESHOLD_MAX, MemoryKind, Recorder, Trace
 from windlass.train.plan_trace import NUM_STEPS, state_bytes, trace_step
 
 SMALL = ("model.vocab_size=256", "model.num_layers=2", "train.batch_size=2", "train.seq_len=32", "parallel=none")
@@ -119,6 +120,26 @@ def test_everything_but_what_lasts_is_given_back() -> None:
         else:
             alive[event.block] = event.num_bytes
     assert trace.weights_bytes + trace.optimizer_bytes <= live_peak(trace.memory)
+
+
+def test_memory_that_comes_from_the_system_anew_is_counted_unless_a_timed_call_has_it() -> None:
+    piece = 1 << 20
+    trace = Trace(mmap_threshold=piece)
+    with FakeTensorMode(), Recorder(trace):
+        torch.empty(piece - 1, dtype=torch.uint8)
+        assert trace.fresh_bytes == 0
+        held = torch.empty(piece, dtype=torch.uint8)
+        assert trace.fresh_bytes == piece
+        held + 1  # timed in a process that reuses pieces of this size
+        assert trace.fresh_bytes == 2 * piece
+        large = torch.empty(MMAP_THRESHOLD_MAX, dtype=torch.uint8)
+        expected = 2 * piece + MMAP_THRESHOLD_MAX
+        assert trace.fresh_bytes == expected
+        large + 1  # timed in a process that does not
+        assert trace.fresh_bytes == expected
+        held.untyped_storage().resize_(0)
+        held.untyped_storage().resize_(piece)
+        assert trace.fresh_bytes == expected + piece
 
 
 def test_activation_checkpoints_and_smaller_batches_take_less() -> None:
