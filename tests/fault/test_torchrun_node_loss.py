@@ -68,7 +68,7 @@ def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int) -> list[R
                 found.append(replace(machines, running, randomness.randrange(1, NUM_NODES), config))
             assert [machine.join(200) for machine in running] == [EXIT_DONE] * NUM_NODES
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{machines.outputs()}") from error
+            raise AssertionError(f"{error}\n{machines.stacks()}") from error
         for machine in running:
             machine.node.wait_until_left()
 

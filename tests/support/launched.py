@@ -165,12 +165,25 @@ class Machines:
         node.shm_dir.mkdir(parents=True)
         scratch.mkdir()
         own.checkpoint.shm_dir = str(node.shm_dir)
-        machine = Machine(start_launcher(own, scratch, scratch / "output", prefix=prefix), node, scratch)
+        launcher = start_launcher(own, scratch, scratch / "output", prefix=prefix, PYTHONFAULTHANDLER="1")
+        machine = Machine(launcher, node, scratch)
         self.all.append(machine)
         return machine
 
     def outputs(self) -> str:
         return "\n".join(f"--- machine {number}\n{machine.output}" for number, machine in enumerate(self.all))
+
+    def stacks(self) -> str:
+        """The outputs, and at their ends what each launcher was doing: it prints that, and is no more."""
+        running = [machine for machine in self.all if machine.launcher.poll() is None]
+        for machine in running:
+            children = psutil.Process(machine.launcher.pid).children(recursive=True)
+            send(machine, signal.SIGABRT)
+            machine.launcher.wait()
+            for process in children:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        return self.outputs()
 
     def __enter__(self) -> Machines:
         return self
