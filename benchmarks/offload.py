@@ -4,8 +4,8 @@
 
 Every round trains each way in turn, each in a process of its own, on the same tokens from the same weights; windlass's
 ways are `windlass train` as a user types it. Every other round takes windlass's in the opposite order, and ratios are
-taken within a round, as a machine that others share changes its speed from minute to minute. Bars (the default shape is that
-of `offload_peer.py`, 162M parameters):
+taken within a round, as a machine that others share changes its speed from minute to minute. Bars (the default shape is
+that of `offload_peer.py`, 162M parameters):
 
 - a step with the optimizer's state on the SSD takes at most 1.15x one in RAM, at 1.5 times the break-even tokens or
   more: as many as make computing last as long as the SSD's share does (C * kappa / 6; both are measured in this run);
