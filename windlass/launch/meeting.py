@@ -22,10 +22,10 @@ from windlass.launch.versions import VERSIONS, versions
 from windlass.train.outcome import LAUNCHER, Outcome
 from windlass.train.run_folder import flatten
 
-SIGN_OFF_S = 15.0
+SIGN_OFF_S = 8.0
 """How long the node that serves the store waits for others to have read the outcome, and ended their workers: while one
-is left that waits for a rank, it would take the end of the store for a failure of its own. So it is well above
-`windlass.launch.elastic_agent.DYING_S`."""
+is left that waits for a rank, it would take the end of the store for a failure of its own. So it is above
+`windlass.launch.elastic_agent.DYING_S`; not far, as launchers that were lost are waited for in vain."""
 OWN_KEYS = frozenset(
     {
         "checkpoint.agent_host",
