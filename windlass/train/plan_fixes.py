@@ -54,11 +54,11 @@ def cheapest_fix(config: Config, num_ranks: int, machine: Machine) -> Fix | None
 
 def _fitting(candidates: Sequence[Candidate], num_ranks: int, machine: Machine) -> Iterator[tuple[list[str], Plan]]:
     """Those that fit. The last takes the least memory, and is tried first: without it none of them does."""
-    for overrides, changed in reversed(candidates):
+    for number, (overrides, changed) in enumerate(reversed(candidates)):
         plan = forecast_if_fits(changed, num_ranks, machine)
         if plan is not None:
             yield overrides, plan
-        elif changed is candidates[-1][1]:
+        elif number == 0:
             return
 
 

@@ -21,7 +21,6 @@ from torch.utils.flop_counter import flop_registry
 _NAMESPACES_WITHOUT_WORK = frozenset({"prim", "profiler"})
 MMAP_THRESHOLD_MAX = 32 << 20
 """From which size on glibc takes every piece from the system anew, whatever was given back before."""
-_EMPTY = (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty)
 _SELDOM = 1 << 16
 """One element in so many is found where a step looks for some: 16-bit rests that are ties (`windlass.offload.hilo`)."""
 
@@ -57,6 +56,11 @@ class Op:
     def can_replay(self) -> bool:
         """Collectives and FSDP2's own copies need ranks and buffers that are not in the arguments."""
         return self.name.startswith("aten.")
+
+    @property
+    def only_takes(self) -> bool:
+        """Takes memory, and leaves its pages to whoever writes to it first."""
+        return self.name.startswith(("aten.empty", "aten.new_empty"))
 
     @property
     def key(self) -> str:
@@ -202,9 +206,9 @@ class Recorder(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
         is_shape = bool(tensors) and all(tensor.device.type == "meta" for tensor in tensors)
         if func.namespace not in _NAMESPACES_WITHOUT_WORK and not is_shape:
-            self._count(func, args, kwargs, result)
-            for tensor in tensors:  # whoever writes first to what is empty pays for its pages
-                self._take_storage(tensor.untyped_storage(), is_timed=func.overloadpacket not in _EMPTY)
+            op = self._count(func, args, kwargs, result)
+            for tensor in tensors:
+                self._take_storage(tensor.untyped_storage(), is_timed=not op.only_takes)
         return result
 
     def take(self, tensor: torch.Tensor) -> None:
@@ -267,7 +271,7 @@ class Recorder(TorchDispatchMode):
         del self._references[identity]
         self.trace.memory.append(MemoryEvent(MemoryKind.free, block, num_bytes))
 
-    def _count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+    def _count(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> Op:
         returns = [value.alias_info for value in func._schema.returns]
         is_view = bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
         formula = flop_registry.get(func.overloadpacket)
@@ -284,6 +288,7 @@ class Recorder(TorchDispatchMode):
         self.trace.op_of.setdefault(key, op)
         self.trace.ops[key] += self._repeats
         self.trace.timeline.append(Calls(key, self._repeats, self.is_moving()))
+        return op
 
 
 def _found(func: Any, args: Any) -> torch.Tensor | None:

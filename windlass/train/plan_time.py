@@ -110,10 +110,8 @@ def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | No
 
 
 def _call_s(op: Op, machine: Machine, threads: int) -> float:
-    if op.is_view or op.num_bytes == 0:
+    if op.is_view or op.num_bytes == 0 or op.only_takes:
         return 0.0
-    if op.name.startswith("aten.empty"):
-        return 0.0  # whoever writes to it first pays for its pages
     makes_much = op.num_bytes > MAX_REPLAY_BYTES and not _bytes((op.args, op.kwargs))
     if not op.can_replay or makes_much:
         assert machine.memcpy_bytes_per_s is not None
