@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from support import launched, nodes, runs
 from support.launched import Recovery, beside_the_bar
 
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.launch.elastic_agent import SAVE_S
 from windlass.train.data.loader import Loader
 from windlass.train.data.prepare import prepared_folder
 from windlass.train.data.shards import TokenDataset
@@ -114,7 +116,9 @@ def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once
         launched.wait_for_listener(config.launch.address)
         running += [machines.start(config) for _ in range(NUM_NODES - 1)]
         try:
+            # The fourth may come after the first life began without it: that is one more restart.
             wait_for_life(config, 4)
+            recovered_before, restarts_before = len(recoveries(config)), len(runs.events(config, "restart"))
             running.pop().lose()
             wait_for_life(config, 3)
             running.append(machines.start(config))
@@ -128,10 +132,44 @@ def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once
             assert [machine.join() for machine in running] == [EXIT_STOPPED] * 3
         except AssertionError as error:
             raise AssertionError(f"{error}\n{machines.outputs()}") from error
-    recovered = recoveries(config)
+    recovered = recoveries(config)[recovered_before:]
     assert [event["source"] for event in recovered][:2] == ["parity", "local_ram"]
-    assert len(runs.events(config, "restart")) == 3
+    assert len(runs.events(config, "restart")) == restarts_before + 3
     assert delivered_once(config)
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_that_dies_while_all_are_asked_to_end_is_not_waited_for(tmp_path: Path) -> None:
+    """The launchers are ending the life by then, for a node that came, with all the time there is to save."""
+    config = config_of(
+        tmp_path, "asked", "launch.nnodes=2:3", "launch.wait_for_nodes_s=1", "model.dropout=0.0", "train.steps=100000"
+    )
+    with launched.machines() as machines:
+        running = [machines.start(config)]
+        launched.wait_for_listener(config.launch.address)
+        running.append(machines.start(config))
+        try:
+            wait_for_life(config, 2)
+            (first,), (second,) = (launched.workers(machine.launcher) for machine in running)
+            first.suspend()
+            second.suspend()  # as one that waits for the first
+            running.append(machines.start(config))
+            nodes.wait_until(lambda: is_asked_to_end(first) and is_asked_to_end(second), "both to be asked to end")
+            first.kill()
+            begin = time.monotonic()
+            wait_for_life(config, 3)
+            assert time.monotonic() - begin < SAVE_S / 4
+            launched.send(running[0], signal.SIGINT)
+            assert [machine.join() for machine in running] == [EXIT_STOPPED] * 3
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{machines.stacks()}") from error
+
+
+def is_asked_to_end(worker: psutil.Process) -> bool:
+    """Whether SIGTERM waits for a process that is stopped."""
+    status = Path(f"/proc/{worker.pid}/status").read_text()
+    pending = next(line.split()[1] for line in status.splitlines() if line.startswith("ShdPnd:"))
+    return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def wait_for_life(config: runs.Config, num_nodes: int) -> None:

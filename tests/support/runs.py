@@ -80,8 +80,7 @@ class Life:
 
     def kill(self) -> None:
         for process in self.processes:
-            if process.pid is not None and process.is_alive():
-                os.kill(process.pid, signal.SIGKILL)
+            process.kill()
 
     def signal(self, number: signal.Signals) -> None:
         for process in self.processes:

@@ -107,9 +107,10 @@ class JobRendezvous(RendezvousHandler):
         """
         place = self.meeting.place
         with self._waiting():
-            info = self._meet()
-            while (life := self.meeting.begin_life(info.store, info.world_size)) is None:
+            info, life = None, None
+            while info is None or life is None:
                 info = self._meet()
+                life = self.meeting.begin_life(info.store, info.rank, info.world_size, self.launch.min_nodes)
         self.life = life
         rank = info.rank if self.launch.node_rank is None else self.launch.node_rank
         if info.store.add(f"windlass/node/{rank}", 1) > 1:
@@ -217,7 +218,7 @@ class NodeAgent(SimpleElasticAgent):
         codes = [process.exitcode for process in self._processes]
         if all(code == EXIT_DONE for code in codes):
             self._end(reported_outcome() or Outcome(EXIT_DONE), is_own=True)
-        failed = {rank: code for rank, code in enumerate(codes) if code not in (None, EXIT_DONE)}
+        failed = self._failed()
         if failed:
             self._raise_if_reported()
             if set(failed.values()) == {EXIT_RESTART}:
@@ -237,12 +238,17 @@ class NodeAgent(SimpleElasticAgent):
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         """Ends what is left of a life: after what it saves, unless one of its workers died."""
         begin = time.monotonic()
-        has_asked = False
-        while any(process.exitcode is None for process in self._processes):
+        self._send(signal.SIGTERM)
+        while True:
+            is_running = any(process.exitcode is None for process in self._processes)
             has_death = self._meeting.has_death(self._rendezvous_of_job.life)
-            if not has_asked:
-                self._send(signal.SIGTERM)
-                has_asked = True
+            died = {rank: code for rank, code in self._failed().items() if code != EXIT_RESTART}
+            if died and not has_death:
+                # Every launcher may be here before one sees a death, as when a node comes while another is lost.
+                self._raise_if_reported()
+                self._count_death(died)
+            if not is_running:
+                break
             if time.monotonic() > begin + (DYING_S if has_death else SAVE_S):
                 self._send(signal.SIGKILL)
             time.sleep(_POLL_S)
@@ -295,6 +301,11 @@ class NodeAgent(SimpleElasticAgent):
             f"{launch.max_restarts} is used up"
         )
         self._end(self._meeting.publish(Outcome(EXIT_FAILURE, message, LAUNCHER)), is_own=True)
+
+    def _failed(self) -> dict[int, int]:
+        """The exit codes of this node's workers that have ended otherwise than well."""
+        codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
+        return {rank: code for rank, code in codes.items() if code not in (None, EXIT_DONE)}
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:

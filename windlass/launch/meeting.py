@@ -97,14 +97,26 @@ class Meeting:
 
     # --- Lives. ---
 
-    def begin_life(self, round_store: Store, num_nodes: int) -> int | None:
-        """The number of the next life, once all nodes of a rendezvous are here; None if one of them does not come."""
+    def begin_life(self, round_store: Store, rank: int, num_nodes: int, min_nodes: int) -> int | None:
+        """The number of the next life, once all nodes of a rendezvous are here.
+
+        None: they are to meet again. One of them does not come, or torch gave one up just when they had met: then its
+        rank is missing among theirs, or they differ in how many they are.
+
+        Args:
+            round_store: of this rendezvous alone.
+            rank: of this node among `num_nodes`.
+        """
+        size = str(num_nodes)
+        if not (rank < num_nodes >= min_nodes and round_store.compare_set("windlass/size", "", size).decode() == size):
+            round_store.set("windlass/void", "")
+            return None
         num_here = round_store.add("windlass/here", 1)
         if num_here == 1:
             round_store.set("windlass/life", str(self._store.add("lives", 1) - 1))
         deadline = time.monotonic() + ANSWER_S
         while num_here < num_nodes or not round_store.check(["windlass/life"]):
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or round_store.check(["windlass/void"]):
                 return None
             time.sleep(_POLL_S)
             num_here = round_store.add("windlass/here", 0)

@@ -17,7 +17,7 @@ from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch import meeting_place
 from windlass.launch.meeting import Meeting, card_of, disagreement, job_name
-from windlass.launch.meeting_place import Place, open_place
+from windlass.launch.meeting_place import ANSWER_S, Place, open_place
 from windlass.train.outcome import Outcome
 
 PLACE = Place("127.0.0.1", 1, "127.0.0.1", is_host=False)
@@ -37,13 +37,30 @@ def test_a_life_has_one_number_on_all_its_nodes_and_another_the_next_time() -> N
     with ThreadPoolExecutor(4) as nodes:
         for life in range(3):
             round_store = PrefixStore(str(life), store)
-            numbers = nodes.map(lambda place, r=round_store: Meeting(store, place).begin_life(r, 4), [PLACE] * 4)
+            numbers = nodes.map(lambda rank, r=round_store: Meeting(store, PLACE).begin_life(r, rank, 4, 2), range(4))
             assert list(numbers) == [life] * 4
 
 
 def test_a_life_does_not_begin_without_all_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("windlass.launch.meeting.ANSWER_S", 0.1)
-    assert Meeting(HashStore(), PLACE).begin_life(HashStore(), 2) is None
+    assert Meeting(HashStore(), PLACE).begin_life(HashStore(), 0, 2, 2) is None
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [(0, 3), (1, 3), (2, 2)],  # rank 2 asked who is in after one was given up, the others before
+        [(0, 2), (2, 2)],  # rank 1 was given up before any asked
+        [(0, 1)],  # likewise, and rank 0 is not enough
+    ],
+)
+def test_a_life_does_not_begin_with_nodes_that_differ_in_who_is_there(members: list[tuple[int, int]]) -> None:
+    store, round_store = HashStore(), HashStore()
+    begin = time.monotonic()
+    with ThreadPoolExecutor(len(members)) as nodes:
+        lives = nodes.map(lambda member: Meeting(store, PLACE).begin_life(round_store, *member, 2), members)
+        assert list(lives) == [None] * len(members)
+    assert time.monotonic() - begin < ANSWER_S / 2, "they do not wait for those that will not come"
 
 
 def test_deaths_are_counted_by_lives_and_not_by_nodes() -> None:
@@ -74,7 +91,7 @@ def test_a_node_that_differs_ends_a_job_that_has_not_begun_and_none_that_has() -
         meeting = Meeting(HashStore(), PLACE)
         meeting.join(CARD)
         if has_begun:
-            assert meeting.begin_life(HashStore(), 1) == 0
+            assert meeting.begin_life(HashStore(), 0, 1, 1) == 0
         with pytest.raises(ConfigError, match=r"train\.steps=6"):
             meeting.join({**CARD, "node": "b", "train.steps": "6"})
         outcome = meeting.ended()
