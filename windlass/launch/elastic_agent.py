@@ -40,9 +40,8 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
 from windlass.launch.config import LaunchConfig
-from windlass.launch.fork_server import fork_context
+from windlass.launch.fork_server import fork_context, forked_worker
 from windlass.launch.meeting import JobEnded, Meeting
-from windlass.launch.worker import forked
 from windlass.train.outcome import LAUNCHER, Outcome, reported_outcome
 
 HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
@@ -178,7 +177,7 @@ class NodeAgent(SimpleElasticAgent):
             role="windlass",
             local_world_size=num_local_ranks,
             rdzv_handler=rendezvous,
-            entrypoint=forked,
+            entrypoint=forked_worker,
             max_restarts=UNLIMITED,  # they are counted in `_count_death`
             monitor_interval=MONITOR_S,
         )
@@ -209,7 +208,7 @@ class NodeAgent(SimpleElasticAgent):
                 "TORCHELASTIC_USE_AGENT_STORE": True,
             }
             environment = {**self._environment, **{key: str(value) for key, value in own.items()}}
-            process = context.Process(target=forked, args=(self._config_file, environment))
+            process = context.Process(target=forked_worker, args=(self._config_file, environment))
             process.start()
             self._processes.append(process)
         return {rank: process.pid for rank, process in enumerate(self._processes)}

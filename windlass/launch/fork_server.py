@@ -14,7 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -53,6 +53,13 @@ def shared_cores(num_ranks: int) -> Iterator[None]:
     finally:
         if not is_chosen:
             os.environ.pop("OMP_NUM_THREADS", None)
+
+
+def forked_worker(config_file: str, environment: Mapping[str, str]) -> None:
+    """What a launcher starts here: it has no need itself of all that a worker imports, which takes seconds."""
+    from windlass.launch.worker import forked
+
+    forked(config_file, environment)
 
 
 def hear_signals() -> None:
