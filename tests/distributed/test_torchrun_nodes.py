@@ -129,9 +129,10 @@ def test_another_version_of_windlass_is_named(tmp_path: Path) -> None:
 
 
 def test_nodes_that_do_not_come_are_not_waited_for_for_ever(tmp_path: Path) -> None:
-    config = endless(tmp_path, "lonely", "launch.join_timeout_s=2")
+    config = endless(tmp_path, "lonely", "launch.join_timeout_s=4")
     with launched.machines() as machines:
         lonely = machines.start(config)
         assert lonely.join(60) == EXIT_USER_ERROR
-        assert "launch.nnodes=2: 2 nodes are needed, and fewer have come in 2 s" in lonely.output
+        assert "launch.nnodes=2: 2 nodes are needed, and fewer have come in 4 s" in lonely.output
+        assert "waiting for the job's nodes to meet (launch.nnodes=2)" in lonely.output
         assert "Traceback" not in lonely.output

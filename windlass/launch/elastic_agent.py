@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NoReturn
@@ -42,6 +43,7 @@ from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
 from windlass.launch.config import LaunchConfig
 from windlass.launch.fork_server import fork_context, forked_worker
 from windlass.launch.meeting import JobEnded, Meeting
+from windlass.launch.meeting_place import SAY_AFTER_S
 from windlass.train.outcome import LAUNCHER, Outcome, reported_outcome
 
 HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
@@ -105,7 +107,7 @@ class JobRendezvous(RendezvousHandler):
             ConfigError: too few nodes came, or two have the same `launch.node_rank`.
         """
         place = self.meeting.place
-        with self._waiting():
+        with self._waiting(), self._saying_that_it_waits():
             info, life = None, None
             while info is None or life is None:
                 info = self._meet()
@@ -118,6 +120,18 @@ class JobRendezvous(RendezvousHandler):
             met = f"{info.world_size} nodes have met; this is number {rank} of them"
             sys.stderr.write(f"windlass: {met if info.world_size > 1 else 'this node goes on without others'}\n")
         return RendezvousInfo(info.store, rank, info.world_size, RendezvousStoreInfo(place.host, place.port))
+
+    @contextmanager
+    def _saying_that_it_waits(self) -> Iterator[None]:
+        text = f"windlass: waiting for the job's nodes to meet (launch.nnodes={self.launch.nnodes})\n"
+        timer = threading.Timer(SAY_AFTER_S, sys.stderr.write, (text,))
+        timer.daemon = True
+        if self.launch.max_nodes > 1:
+            timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _meet(self) -> RendezvousInfo:
         launch = self.launch

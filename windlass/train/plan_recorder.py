@@ -21,6 +21,8 @@ from torch.utils.flop_counter import flop_registry
 _NAMESPACES_WITHOUT_WORK = frozenset({"prim", "profiler"})
 MMAP_THRESHOLD_MAX = 32 << 20
 """From which size on glibc takes every piece from the system anew, whatever was given back before."""
+_COPIED_BY_GLOO = frozenset({"c10d._allgather_base_", "c10d._reduce_scatter_base_"})
+"""Collectives of gloo that copy the longer one of their two tensors; the others work in place. Measured."""
 _SELDOM = 1 << 16
 """One element in so many is found where a step looks for some: 16-bit rests that are ties (`windlass.offload.hilo`)."""
 
@@ -209,6 +211,8 @@ class Recorder(TorchDispatchMode):
             op = self._count(func, args, kwargs, result)
             for tensor in tensors:
                 self._take_storage(tensor.untyped_storage(), is_timed=not op.only_takes)
+        if str(func.overloadpacket) in _COPIED_BY_GLOO:
+            self.pass_by(max(tensor.nbytes for tensor in args[:2]))
         return result
 
     def take(self, tensor: torch.Tensor) -> None:
