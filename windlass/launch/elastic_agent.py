@@ -108,10 +108,11 @@ class JobRendezvous(RendezvousHandler):
         """
         place = self.meeting.place
         with self._waiting(), self._saying_that_it_waits():
-            info, life = None, None
-            while info is None or life is None:
+            while True:
                 info = self._meet()
                 life = self.meeting.begin_life(info.store, info.rank, info.world_size, self.launch.min_nodes)
+                if life is not None:
+                    break
         self.life = life
         rank = info.rank if self.launch.node_rank is None else self.launch.node_rank
         if info.store.add(f"windlass/node/{rank}", 1) > 1:
