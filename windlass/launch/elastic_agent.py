@@ -9,7 +9,6 @@ rendezvous or in the barrier at the exit of its agents.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 import threading
@@ -41,7 +40,7 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRende
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
 from windlass.launch.config import LaunchConfig
-from windlass.launch.fork_server import fork_context, forked_worker
+from windlass.launch.fork_server import fork_context, forked_worker, send_signal
 from windlass.launch.meeting import JobEnded, Meeting
 from windlass.launch.meeting_place import SAY_AFTER_S
 from windlass.train.outcome import LAUNCHER, Outcome, reported_outcome
@@ -323,8 +322,8 @@ class NodeAgent(SimpleElasticAgent):
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:
-            if process.exitcode is None and process.pid is not None:
-                os.kill(process.pid, number)
+            if process.exitcode is None:
+                send_signal(process, number)
 
 
 def _how(exit_code: int) -> str:

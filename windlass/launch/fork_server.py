@@ -15,9 +15,10 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 
 MODULES = (
     "windlass.launch.worker",
@@ -60,6 +61,14 @@ def forked_worker(config_file: str, environment: Mapping[str, str]) -> None:
     from windlass.launch.worker import forked
 
     forked(config_file, environment)
+
+
+def send_signal(process: BaseProcess, number: int) -> None:
+    """Sends a signal to a child of the server. If it has ended that is no error: its ID goes when the server has waited
+    for it, which is before this process hears of it."""
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def hear_signals() -> None:

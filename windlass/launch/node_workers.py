@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from windlass.launch.fork_server import fork_context
+from windlass.launch.fork_server import fork_context, send_signal
 from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome
 
 NUM_LAST_WORDS = 20
@@ -232,8 +232,7 @@ class NodeWorkers:
         with self._changed:
             for worker in self._workers:
                 if not worker.has_ended:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(worker.process.pid or 0, number)
+                    send_signal(worker.process, number)
 
     def stop(self) -> None:
         """Asks for a stop, also of workers that do not listen yet."""
