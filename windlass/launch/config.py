@@ -52,8 +52,8 @@ class LaunchConfig:
     """`torchrun` only: how long nodes wait until the fewest of them have met; those of a batch job start minutes
     apart."""
     hang_timeout_s: float | None = None
-    """A step that takes longer has hung: all workers write where they are to their logs and are started again. Null is
-    10 times the longest step so far and at least 120 s."""
+    """A step, or a batch of an evaluation, that takes longer has hung: all workers write where they are to their logs
+    and are started again. Null is 10 times the longest step so far and at least 120 s."""
     cpus_per_rank: float = 1.0
     """`ray` only: what is reserved for each rank; and a GPU for each where ranks have one."""
     runtime_env: str | None = None

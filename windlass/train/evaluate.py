@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -26,9 +26,18 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, sharder: Sharder, batches: Iterable[Batch], mask_documents: bool, mesh: Mesh
+    model: nn.Module,
+    sharder: Sharder,
+    batches: Iterable[Batch],
+    mask_documents: bool,
+    mesh: Mesh,
+    goes_on: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """The loss over all ranks' `batches`, exact per token. Every rank must bring the same number of batches."""
+    """The loss over all ranks' `batches`, exact per token. Every rank must bring the same number of batches.
+
+    Args:
+        goes_on: called after each batch.
+    """
     begin = time.perf_counter()
     # float64: the sum of many batches must not depend on how they were dealt to ranks.
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
@@ -36,6 +45,7 @@ def evaluate(
     for batch in batches:
         totals[0] += forward_loss_sum(model, batch.to(mesh.device), mask_documents)
         totals[1] += count_tokens([batch])
+        goes_on()
     model.train()
     sharder.free_gathered(model)
     all_reduce(totals, mesh.group)

@@ -75,7 +75,7 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         heartbeat.end_step(state.step)
         stragglers.look(state.step - 1, agreement.work_s)
         if evaluation_due(state.step, cfg.eval_every, cfg.steps):
-            run.evaluate()
+            evaluate(run, heartbeat)
         # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.
         run.record_snapshots()
         stall_s = 0.0
@@ -89,9 +89,15 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
             record_ending(run, agreement)
             return agreement.ending
     if run.last_evaluation is None:  # resumed at the end: nothing was left to train
-        run.evaluate()
+        evaluate(run, heartbeat)
     run.metrics.event("done", state.step)
     return Ending.done
+
+
+def evaluate(run: Run, heartbeat: Heartbeat) -> None:
+    """The validation loss, of which a batch may take as long as a step."""
+    with heartbeat.watched(run.state.step):
+        run.evaluate(goes_on=heartbeat.begin_step)
 
 
 def record_ending(run: Run, agreement: StepAgreement) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -150,8 +150,12 @@ class Run(StepParts):
             elif kind == "snapshot_given_up":
                 self.console.message(f"warning: a snapshot in memory was given up: {event['reason']}")
 
-    def evaluate(self) -> None:
-        """Measures the validation loss on the same samples as always, and records it."""
+    def evaluate(self, goes_on: Callable[[], None]) -> None:
+        """Measures the validation loss on the same samples as always, and records it.
+
+        Args:
+            goes_on: called after each batch.
+        """
         train = self.config.train
         batches = evaluation_batches(
             self.validation,
@@ -162,7 +166,7 @@ class Run(StepParts):
             world_size=self.mesh.world_size,
             borders=self.config.data.borders,
         )
-        result = evaluate(self.model, self.sharder, batches, self.mask_documents, self.mesh)
+        result = evaluate(self.model, self.sharder, batches, self.mask_documents, self.mesh, goes_on)
         self.console.update(self.metrics.evaluated(self.state.step, result.loss, result.seconds, result.num_tokens))
         self.last_evaluation = result
 

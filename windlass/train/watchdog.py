@@ -187,7 +187,7 @@ class AlarmBell:
 
 class Watchdog(Heartbeat):
     """Watches this rank from `with` on. What is between `end_step` and `begin_step`, such as a save to a disk, may take
-    any time, unless it is `watched`.
+    any time, unless it is `watched`; what is watched and calls `begin_step` has its time anew.
 
     Args:
         log: where stacks go, open as long as this.
