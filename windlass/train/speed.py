@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
-import mmap
-import os
-import secrets
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from windlass.checksum import crc32c
-from windlass.offload.direct_io import DirectFile, Engine, disk_error, why_not_direct
+from windlass.offload.arena import Arena
+from windlass.offload.direct_io import Engine
+from windlass.offload.tier_file import TierFolder
 from windlass.train.flops import measured_matmul_flops
 from windlass.train.machine import Machine, ssd_key
 
 SSD_BYTES = 256 << 20
 """Of the file that a disk is tried with."""
-PART_BYTES = 4 << 20
-"""As tiers are read and written (`windlass.offload.tier_file`)."""
 COPY_BYTES = 64 << 20
 ROUNDS = 3
 
@@ -29,6 +25,7 @@ def measure_speed(machine: Machine, folder: Path) -> None:
     """Adds to `machine` what it has not got of the disk of `folder`, memory, matrix products and the GPU's bus.
 
     Raises:
+        DoesNotFit: the disk has no room for a file to try it with.
         OffloadError: the folder cannot be written to.
     """
     key = ssd_key(folder)
@@ -49,43 +46,27 @@ def ssd_speed(folder: Path) -> dict[str, float]:
     """Writes and reads a file as tiers do, with checksums, past the page cache where the file system allows it.
 
     Raises:
+        DoesNotFit: the disk has no room for the file.
         OffloadError: the folder cannot be written to.
     """
-    is_direct, engine = why_not_direct(folder) is None, Engine()
-    path = folder / f".windlass-speed-{secrets.token_hex(4)}"
-    pages = mmap.mmap(-1, SSD_BYTES)  # of its full size: a part that stays in the cache is checked faster
-    pages[:] = os.urandom(PART_BYTES) * (SSD_BYTES // PART_BYTES)  # disks that compress would flatter zeros
-    offsets, data = range(0, SSD_BYTES, PART_BYTES), memoryview(pages)
-
-    def write(offset: int) -> None:
-        part = data[offset : offset + PART_BYTES]
-        crc32c(part)
-        file.write_from(part, offset)
-
-    def read(offset: int) -> None:
-        part = data[offset : offset + PART_BYTES]
-        file.read_into(part, offset)
-        crc32c(part)
-
-    try:
-        file = DirectFile(path, SSD_BYTES, is_direct, engine.figures)
-        writes = [functools.partial(write, offset) for offset in offsets]
-        reads = [functools.partial(read, offset) for offset in offsets]
+    engine, arena = Engine(), Arena(SSD_BYTES)
+    with contextlib.ExitStack() as stack:
+        stack.callback(arena.close)
+        stack.callback(engine.close)
+        tier = TierFolder(folder, engine, "windlass-speed")
+        stack.callback(tier.close)
+        file, buffer = tier.create(SSD_BYTES), arena.allocate(SSD_BYTES)
+        # Disks that compress would flatter zeros. A run's own random numbers stay as they are.
+        buffer.data.view(torch.int64).random_(generator=torch.Generator())
         cpu_begin = time.process_time()
-        write_s = _best_s(lambda: engine.submit(*writes).wait())
-        read_s = _best_s(lambda: engine.submit(*reads).wait())
+        write_s = _best_s(lambda: file.write(buffer.data).wait())
+        read_s = _best_s(lambda: file.read(buffer.data).wait())
         cpu_s = (time.process_time() - cpu_begin) / (2 * ROUNDS * SSD_BYTES)
-        file.close()
-    except OSError as error:
-        raise disk_error(folder, f"cannot make a file of {SSD_BYTES} bytes", error) from error
-    finally:
-        engine.close()
-        path.unlink(missing_ok=True)
     return {
         "read_bytes_per_s": SSD_BYTES / read_s,
         "write_bytes_per_s": SSD_BYTES / write_s,
         "cpu_s_per_byte": cpu_s,
-        "is_direct": is_direct,
+        "is_direct": tier.reason_not_direct is None,
     }
 
 
