@@ -16,7 +16,7 @@ import torch
 
 from windlass.files import atomic_file
 
-FORMAT = 2
+FORMAT = 3
 """Of the file; one of another format is measured anew."""
 
 

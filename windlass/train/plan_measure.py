@@ -11,6 +11,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def _op_overhead_s() -> float:
         begin = time.thread_time()
         model(ids).sum().backward()
         seconds.append(time.thread_time() - begin)
-    return min(seconds) / counter.count
+    return median(seconds) / counter.count
 
 
 def _gloo_bytes_per_s() -> float:

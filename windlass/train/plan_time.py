@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from windlass.train.machine import Machine
 from windlass.train.plan_disk import DiskSpeed, DiskUse, play
-from windlass.train.plan_recorder import Calls, Op, TensorSpec, Trace
+from windlass.train.plan_recorder import MMAP_THRESHOLD_MAX, Calls, Op, TensorSpec, Trace
 
 MAX_REPLAY_BYTES = 96 << 20
 """Tensors of a call are cut to about this much: what is larger than any cache costs in proportion."""
@@ -86,7 +87,9 @@ def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | No
     assert machine.op_overhead_s is not None and machine.gloo_bytes_per_s is not None, "see plan_measure"
     with _threads(threads):
         call_s = {key: _call_s(trace.op_of[key], machine, threads) for key in trace.ops}
-        pages = trace.fresh_bytes * _fresh_s_per_byte(machine, threads) if trace.fresh_bytes else 0.0
+        fresh_bytes = trace.fresh_bytes
+        fresh_bytes += sum(count * _fresh_bytes_left_out(trace.op_of[key]) for key, count in trace.ops.items())
+        pages = fresh_bytes * _fresh_s_per_byte(machine, threads) if fresh_bytes else 0.0
     kernels = sum(count * call_s[key] for key, count in trace.ops.items())
     overhead = trace.ops.total() * machine.op_overhead_s
     comm = trace.comm_bytes / machine.gloo_bytes_per_s
@@ -127,9 +130,16 @@ def _fresh_s_per_byte(machine: Machine, threads: int) -> float:
     kept = f"{threads} fresh pages"
     if kept not in machine.op_s:
         used = torch.ones(FRESH_BYTES, dtype=torch.uint8)
-        fresh_s = _best_s(lambda: torch.empty(FRESH_BYTES, dtype=torch.uint8).fill_(1))
-        machine.op_s[kept] = max(0.0, fresh_s - _best_s(lambda: used.fill_(1))) / FRESH_BYTES
+        fresh_s = _typical_s(lambda: torch.empty(FRESH_BYTES, dtype=torch.uint8).fill_(1))
+        machine.op_s[kept] = max(0.0, fresh_s - _typical_s(lambda: used.fill_(1))) / FRESH_BYTES
     return machine.op_s[kept]
+
+
+def _fresh_bytes_left_out(op: Op) -> int:
+    """What `op` makes, if it is a product that takes it from the system anew and is timed on smaller matrices, whose
+    product a heap has room for."""
+    made = op.num_bytes - _bytes((op.args, op.kwargs))
+    return made if op.flops > MAX_REPLAY_FLOPS and made >= MMAP_THRESHOLD_MAX else 0
 
 
 def measure(op: Op) -> float:
@@ -146,24 +156,20 @@ def measure(op: Op) -> float:
         args, kwargs = next(made)
         function(*args, **kwargs)
 
-    return _best_s(call) / share
+    return _typical_s(call) / share
 
 
-def _best_s(call: Callable[[], Any]) -> float:
-    """The fastest of a few calls, since other programs only slow down.
-
-    CPU seconds are a second bound, which other programs take no part of: of one thread they are what a quiet machine
-    would take, of several what it would take at most.
-    """
+def _typical_s(call: Callable[[], Any]) -> float:
+    """The median of a few calls. The fastest would be what no step is made of: a machine whose cores are shared is
+    slower most of the time, by a tenth where it was tried."""
     call()
-    best, deadline = math.inf, time.perf_counter() + REPEATS_BUDGET_S
-    for repeat in range(MAX_REPEATS):
-        begin, cpu_begin = time.perf_counter(), time.process_time()
+    seconds: list[float] = []
+    deadline = time.perf_counter() + REPEATS_BUDGET_S
+    while len(seconds) < MIN_REPEATS or (len(seconds) < MAX_REPEATS and time.perf_counter() < deadline):
+        begin = time.perf_counter()
         call()
-        best = min(best, time.perf_counter() - begin, time.process_time() - cpu_begin)
-        if repeat + 1 >= MIN_REPEATS and time.perf_counter() > deadline:
-            break
-    return best
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds)
 
 
 @contextmanager

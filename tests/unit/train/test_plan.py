@@ -22,7 +22,7 @@ from windlass.train.machine import (
 )
 from windlass.train.plan import Plan, forecast, resolve_vocabulary
 from windlass.train.plan_fixes import cheapest_fix
-from windlass.train.plan_time import measure
+from windlass.train.plan_time import MAX_REPLAY_FLOPS, measure, step_time
 from windlass.train.plan_trace import trace_step
 
 SMALL = ["model.vocab_size=256", "model.num_layers=2", "train.batch_size=4", "train.seq_len=128"]
@@ -77,6 +77,18 @@ def test_a_product_that_is_cut_is_priced_whole() -> None:
     largest, smallest = max(seconds), min(seconds)
     assert largest > 50 * smallest
     assert seconds[largest] > 5 * seconds[smallest]
+
+
+def test_what_a_cut_product_takes_anew_is_counted(machine: Machine) -> None:
+    """The logits of 256 tokens are 64 MiB, taken anew each time; the product that is timed is smaller."""
+    config = compose([*SMALL, "train.batch_size=2", "model.vocab_size=65536"])
+    trace = trace_step(config, 1)
+    time = step_time(trace, machine, 1)
+    (logits,) = (op for op in trace.op_of.values() if op.flops and op.args[-1].shape == (192, 65536))
+    assert logits.flops > MAX_REPLAY_FLOPS and trace.ops[logits.key] == 1
+    products = [op for op in trace.op_of.values() if op.flops > MAX_REPLAY_FLOPS]
+    assert 0 < time.pages_s <= len(products) * (64 << 20) * machine.op_s["1 fresh pages"]
+    assert time.pages_s >= (64 << 20) * machine.op_s["1 fresh pages"]
 
 
 @pytest.mark.parametrize(("share", "fits", "is_close"), [(1.2, True, False), (0.99, False, True), (0.5, False, False)])
