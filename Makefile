@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+PYTEST := $(BIN)/coverage run -m pytest -q --durations=10
 
 .PHONY: train test lint format bench soak clean
 
@@ -16,7 +17,12 @@ train: $(STAMP)
 
 test: $(STAMP) lint
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -q --durations=10 $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(PYTEST) --numprocesses=auto tests/unit; unit=$$?; \
+	$(PYTEST) tests/distributed tests/fault tests/gpu && exit $$unit # these use all cores themselves
+else
+	$(PYTEST) $(ARGS)
+endif
 	-$(BIN)/coverage combine -q --append # processes that a test killed leave torn files: those are passed over
 	$(BIN)/coverage report --fail-under=85
 
