@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from windlass.offload.tiers import Tiers
 
 MIB = 1 << 20
-BUFFER_BYTES = 384 * MIB
-"""Host memory for what is on its way between the disk and its use."""
+BUFFER_BYTES = 464 * MIB
+"""Host memory for what is on its way between the disk and its use. With a bucket's temporaries it is below 512 MB; the
+more, the earlier the state of a large tensor begins to come."""
 
 
 class OffloadKind(StrEnum):
