@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Idle:
         self._command = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits"]
         self._command += ["--id=0", f"--loop-ms={SAMPLE_MS}"]
         self._is_gpu = device == "cuda"
-        self.samples: list[float] = []
+        self._samples: list[tuple[float, float]] = []  # (seconds since the epoch, percent of the time in use)
 
     def __enter__(self) -> Idle:
         if self._is_gpu:
@@ -91,7 +92,7 @@ class Idle:
     def _read(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self.samples.append(float(line))
+            self._samples.append((time.time(), float(line)))
 
     def __exit__(self, *_: object) -> None:
         if self._is_gpu:
@@ -99,10 +100,10 @@ class Idle:
             self._process.wait()
             self._thread.join()
 
-    def share(self, seconds: float) -> float | None:
-        """Of the last `seconds`, how much was idle; None where nothing was sampled."""
-        last = self.samples[-round(seconds * 1000 / SAMPLE_MS) :]
-        return 1 - statistics.mean(last) / 100 if last else None
+    def share(self, begin: float, end: float) -> float | None:
+        """How much of that time, in seconds since the epoch, was idle; None where nothing was sampled."""
+        used = [percent for when, percent in self._samples if begin <= when <= end]
+        return 1 - statistics.mean(used) / 100 if used else None
 
 
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "step_s": step.to_dict(),
         "tflops": flops / step.median / 1e12,
         "device_peak_bytes": max(peaks, default=None),
-        "idle": idle.share(sum(line["throughput/step_s"] for line in steps)),
+        "idle": idle.share(steps[0]["time"] - steps[0]["throughput/step_s"], steps[-1]["time"]),
         **{
             key: Spread.of([line[f"offload/{key}"] for line in steps]).median
             for key in ("stall_s", "read_bytes", "write_bytes")

@@ -136,8 +136,8 @@ def _fresh_s_per_byte(machine: Machine, threads: int) -> float:
 
 
 def _fresh_bytes_left_out(op: Op) -> int:
-    """What `op` makes, if it is a product that takes it from the system anew and is timed on smaller matrices, whose
-    product a heap has room for."""
+    """What `op` makes, if it is a product, or attention, that takes it from the system anew and is timed on smaller
+    tensors, for whose result a heap has room."""
     made = op.num_bytes - _bytes((op.args, op.kwargs))
     return made if op.flops > MAX_REPLAY_FLOPS and made >= MMAP_THRESHOLD_MAX else 0
 
