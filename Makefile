@@ -8,7 +8,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
-PYTEST := $(BIN)/coverage run -m pytest -q --durations=10
 
 .PHONY: train test lint format bench soak clean
 
@@ -17,12 +16,7 @@ train: $(STAMP)
 
 test: $(STAMP) lint
 	rm -f .coverage .coverage.*
-ifeq ($(strip $(ARGS)),)
-	$(PYTEST) --numprocesses=auto tests/unit; unit=$$?; \
-	$(PYTEST) tests/distributed tests/fault tests/gpu && exit $$unit # these use all cores themselves
-else
-	$(PYTEST) $(ARGS)
-endif
+	$(BIN)/coverage run -m pytest -q --durations=10 $(ARGS)
 	-$(BIN)/coverage combine -q --append # processes that a test killed leave torn files: those are passed over
 	$(BIN)/coverage report --fail-under=85
 
