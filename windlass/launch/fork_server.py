@@ -12,8 +12,10 @@ until then they wait, and none is lost.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
@@ -26,6 +28,8 @@ MODULES = (
     "torch.distributed.checkpoint.state_dict",
     "torch._inductor",  # what `torch.use_deterministic_algorithms` imports, most of the start of a rank
 )
+LONGEST_TEMP_DIR = 70
+"""Of a path in which multiprocessing's sockets have names of at most 107 bytes, as the system wants them."""
 HELD_BACK = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -37,10 +41,22 @@ def fork_context() -> ForkServerContext:
     resource_tracker.ensure_running()
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
     try:
+        _make_socket_folder()
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+def _make_socket_folder() -> None:
+    """Has multiprocessing make its folder, which it does once a process: in /tmp if the usual place is too long."""
+    usual = tempfile.gettempdir()
+    if len(os.fsencode(usual)) > LONGEST_TEMP_DIR:
+        tempfile.tempdir = "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = usual
 
 
 @contextmanager

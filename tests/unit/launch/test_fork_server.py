@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 from support.ranks import CONTEXT
 
@@ -21,3 +25,26 @@ def test_a_process_that_ends_just_now_may_be_sent_a_signal() -> None:
         while process.exitcode is None:
             send_signal(process, signal.SIGTERM)
         assert process.exitcode == -signal.SIGKILL
+
+
+FORKS_ONE = """
+import sys
+from windlass.launch.fork_server import fork_context
+
+if __name__ == "__main__":
+    process = fork_context().Process(target=sys.exit, args=(7,))
+    process.start()
+    process.join()
+    print(process.exitcode)
+"""
+
+
+def test_temporary_files_may_have_long_paths(tmp_path: Path) -> None:
+    """As on clusters, whose jobs have folders of their own. A socket's path has at most 107 bytes."""
+    folder = tmp_path / ("job" * 40)
+    folder.mkdir()
+    script = tmp_path / "forks_one.py"
+    script.write_text(FORKS_ONE)
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr
