@@ -260,7 +260,7 @@ def test_a_file_system_without_direct_io_serves_and_says_so(
 def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path, engine: Engine) -> None:
     (tmp_path / "file").write_text("x")
     for place, reason in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "below", "Not a directory")):
-        with pytest.raises(OffloadError, match=rf"offload\.dir={place}: cannot be used: {reason}\. Fix: "):
+        with pytest.raises(OffloadError, match=rf"offload\.dir={place}: cannot be used: {reason}\. Fix: set off"):
             TierFolder(place, engine, "rank0")
     with mounted("tmpfs", "none", tmp_path / "mount", "ro") as place, pytest.raises(OffloadError, match="Read-only"):
         TierFolder(place, engine, "rank0")

@@ -42,10 +42,10 @@ _FIXES = {
 _CHECK_DISK = "see what the system says about the disk (`dmesg`), and resume from the last checkpoint"
 
 
-def disk_error(path: Path, what: str, error: OSError) -> OffloadError:
-    """An OffloadError: `what`, as "cannot read 10 bytes at 0", failed at `path`."""
+def disk_error(path: Path, what: str, error: OSError, fix: str | None = None) -> OffloadError:
+    """An OffloadError: `what`, as "cannot read 10 bytes at 0", failed at `path`. `fix`: if not the usual one."""
     rule = f"{what}: {error.strerror or error}"
-    return OffloadError("offload.dir", path, rule, _FIXES.get(error.errno or 0, _CHECK_DISK))
+    return OffloadError("offload.dir", path, rule, fix or _FIXES.get(error.errno or 0, _CHECK_DISK))
 
 
 def round_to_pages(num_bytes: int) -> int:

@@ -39,6 +39,7 @@ HEADER_BYTES = 64 << 10
 """What lies before the data of a file, for the header of who pins it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ class TierFolder:
             remove_leftovers(folder)
             self._own = OwnFolder(folder, name)
         except OSError as error:
-            raise disk_error(folder, "cannot be used", error) from error
+            fix = "set offload.dir to a folder on a local disk" if error.errno in _NO_FOLDER else None
+            raise disk_error(folder, "cannot be used", error, fix) from error
         self.path, self.engine = self._own.path, engine
         self._files: list[TierFile] = []
         self._numbers = itertools.count()
