@@ -51,12 +51,17 @@ def fork_context() -> ForkServerContext:
 def _make_socket_folder() -> None:
     """Has multiprocessing make its folder, which it does once a process: in /tmp if the usual place is too long."""
     usual = tempfile.gettempdir()
-    if len(os.fsencode(usual)) > LONGEST_TEMP_DIR:
-        tempfile.tempdir = "/tmp"
+    tempfile.tempdir = place_for_sockets(LONGEST_TEMP_DIR)
     try:
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = usual
+
+
+def place_for_sockets(longest: int) -> str:
+    """Where temporary files go, or /tmp if that has a path of more than `longest` bytes."""
+    usual = tempfile.gettempdir()
+    return usual if len(os.fsencode(usual)) <= longest else "/tmp"
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from windlass.launch.fork_server import fork_context, send_signal
+from windlass.launch.fork_server import fork_context, place_for_sockets, send_signal
 from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome
 
 NUM_LAST_WORDS = 20
@@ -271,8 +271,7 @@ class NodeWorkers:
 
 def temporary_folder(prefix: str, longest: int) -> str:
     """A new folder for sockets, whose paths the system limits to 107 bytes: in /tmp if the usual place is longer."""
-    usual = tempfile.gettempdir()
-    return tempfile.mkdtemp(prefix=prefix, dir=usual if len(usual) <= longest else "/tmp")
+    return tempfile.mkdtemp(prefix=prefix, dir=place_for_sockets(longest))
 
 
 # --- What runs in forked processes. ---
