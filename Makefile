@@ -1,24 +1,41 @@
-# make train   set up and train the small model on real text with 2 workers (ARGS="key=value ..." overrides)
-# make test    set up and run the tests, coverage printed
-# make lint    ruff, type checker, import contracts
-# make bench   the benchmarks, each with its bars
-# make soak    the full fault campaigns (long)
+# make train     set up and train the small model on real text with 2 workers (ARGS="key=value ..." overrides)
+# make test      set up, lint, and the tests of every promise, each with one layout (ARGS="tests/unit -k data ..." chooses)
+# make test-all  the same with every layout, place and launcher, under an hour
+# make soak      the full fault campaigns (long)
+# make cover     test-all's tests with their coverage
+# make lint      ruff, type checker, import contracts
+# make bench     the benchmarks, each with its bars
+#
+# Markers choose the tests of a lane: docs/design/tests.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
 
-.PHONY: train test lint format bench soak clean
+# $(1): the tests, as an expression of markers; $(2): what runs pytest. On all cores, then those that want the machine alone.
+define run_tests
+	$(2) -n logical -m "($(1)) and not serial" $(ARGS)
+	$(2) -m "($(1)) and serial" $(ARGS) || test $$? -eq 5 # 5: ARGS has chosen none of these
+endef
+
+.PHONY: train test test-all lint format bench soak cover clean
 
 train: $(STAMP)
 	$(BIN)/windlass train +experiment=first_run $(ARGS)
 
 test: $(STAMP) lint
+	$(call run_tests,not full and not soak,$(BIN)/python -m pytest -q)
+
+test-all: $(STAMP) lint
+	$(call run_tests,not soak,$(BIN)/python -m pytest -q)
+
+cover: $(STAMP)
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest -q --durations=10 $(ARGS)
+	$(call run_tests,not soak,$(BIN)/coverage run -m pytest -q)
 	-$(BIN)/coverage combine -q --append # processes that a test killed leave torn files: those are passed over
 	$(BIN)/coverage report --fail-under=85
+	$(BIN)/coverage report --include="windlass/checkpoint/*" --fail-under=90
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

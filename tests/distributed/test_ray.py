@@ -38,8 +38,7 @@ def messages(driver: Driver) -> list[str]:
 
 @pytest.mark.timeout(200)
 def test_two_nodes_train_the_bits_of_two_ranks_and_the_driver_shows_them(tmp_path: Path, cluster: RayNodes) -> None:
-    calm = runs.run_config(tmp_path, "calm")
-    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES
+    calm = runs.undisturbed(NUM_NODES)
     variables = tmp_path / "environment.yaml"
     variables.write_text("env_vars: {WINDLASS_TEST_MARK: here}\n")
     config = runs.run_config(
@@ -53,11 +52,11 @@ def test_two_nodes_train_the_bits_of_two_ranks_and_the_driver_shows_them(tmp_pat
     assert driver.join() == EXIT_DONE, driver.output
 
     assert driver.said("nodes   2: ") and driver.said("done    step 12")
-    assert runs.losses(config) == runs.losses(calm)
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: Path, cluster: RayNodes) -> None:
     config = ray_config(tmp_path, "stopped", cluster, "2", *LONG)
@@ -75,6 +74,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path: 
     assert again.said(f"resumed at step {stopped['step']}")
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("delay_s", [0.0, *(pytest.param(n / 5, marks=pytest.mark.soak) for n in range(1, 10))])
 def test_ctrl_c_while_workers_start_ends_the_job(tmp_path: Path, cluster: RayNodes, delay_s: float) -> None:
@@ -88,6 +88,7 @@ def test_ctrl_c_while_workers_start_ends_the_job(tmp_path: Path, cluster: RayNod
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 def test_a_second_ctrl_c_ends_a_job_that_cannot_stop(tmp_path: Path, cluster: RayNodes) -> None:
     driver = Driver(ray_config(tmp_path, "stuck", cluster, "2", *LONG), tmp_path / "scratch")
@@ -103,6 +104,7 @@ def test_a_second_ctrl_c_ends_a_job_that_cannot_stop(tmp_path: Path, cluster: Ra
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_driver_that_is_killed_leaves_nothing_and_what_was_in_memory_is_written(
@@ -124,6 +126,7 @@ def newest_step(config: runs.Config) -> int:
     return max(int(path.name.removeprefix("step-")) for path in runs.checkpoints(config).glob("step-????????"))
 
 
+@pytest.mark.full
 @pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_a_worker_that_keeps_dying_ends_the_job_with_its_name(tmp_path: Path, cluster: RayNodes) -> None:
@@ -141,6 +144,7 @@ def test_a_worker_that_keeps_dying_ends_the_job_with_its_name(tmp_path: Path, cl
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.soak
 @pytest.mark.timeout(200)
 def test_what_one_rank_refuses_ends_the_job_with_its_words(tmp_path: Path, cluster: RayNodes) -> None:
@@ -152,6 +156,7 @@ def test_what_one_rank_refuses_ends_the_job_with_its_words(tmp_path: Path, clust
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 def test_a_cluster_that_is_too_small_says_what_it_has(tmp_path: Path, cluster: RayNodes) -> None:
     config = ray_config(tmp_path, "big", cluster, "3", "launch.wait_for_nodes_s=1")
@@ -164,6 +169,7 @@ def test_a_cluster_that_is_too_small_says_what_it_has(tmp_path: Path, cluster: R
     assert_nothing_is_left(cluster, tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("package", ["windlass", pytest.param("torch", marks=pytest.mark.soak)])
 def test_a_node_with_another_version_is_named(tmp_path: Path, cluster: RayNodes, package: str) -> None:
@@ -189,6 +195,7 @@ def test_a_node_with_another_version_is_named(tmp_path: Path, cluster: RayNodes,
         cluster.lose(node)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(200)
 def test_a_cluster_of_its_own_on_this_machine_goes_with_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import launched, nodes, runs
 
+import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR
 
 NUM_NODES = 2
@@ -25,8 +26,7 @@ def endless(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
 def test_two_nodes_train_the_bits_of_two_ranks(tmp_path: Path, is_static: bool) -> None:
     """A static job gives each node its rank, and may restart as any other: one of its workers is killed."""
     steps = "train.steps=40" if is_static else "train.steps=8"
-    calm = runs.run_config(tmp_path, "calm", steps)
-    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES
+    calm = runs.undisturbed(NUM_NODES, steps)
     config = config_of(tmp_path, "launched", steps)
     with launched.machines() as machines:
         ranks = (1, 0) if is_static else (None, None)  # the second to come is the first in rank
@@ -40,11 +40,7 @@ def test_two_nodes_train_the_bits_of_two_ranks(tmp_path: Path, is_static: bool) 
         if is_static:
             assert [event["count"] for event in runs.events(config, "restart")] == [1]
             assert "done    step 40" in started[1].output and "done" not in started[0].output
-    expected = runs.losses(calm)
-    assert {step: set(values) for step, values in runs.losses(config).items()} == {
-        step: set(values) for step, values in expected.items()
-    }
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -113,18 +109,20 @@ def test_nodes_that_differ_do_not_train(tmp_path: Path) -> None:
             assert "windlass: error: optim.lr=" in machine.output and "Traceback" not in machine.output
 
 
+def be_older() -> None:
+    windlass.__version__ = "0.0.1"
+
+
 def test_another_version_of_windlass_is_named(tmp_path: Path) -> None:
     config = endless(tmp_path, "versions")
-    (tmp_path / "sitecustomize.py").write_text("import windlass\nwindlass.__version__ = '0.0.1'\n")
     with launched.machines() as machines:
         first = machines.start(config)
         launched.wait_for_listener(config.launch.address)
         scratch = tmp_path / "scratch"
         scratch.mkdir()
-        second = launched.start_launcher(config, scratch, PYTHONPATH=str(tmp_path))
-        printed, _ = second.communicate(timeout=60)
-        assert (first.join(60), second.returncode) == (EXIT_USER_ERROR, EXIT_USER_ERROR), first.output + printed
-        for text in (printed, first.output):
+        second = launched.start_launcher(config, scratch, before=be_older)
+        assert [first.join(60), second.wait(60)] == [EXIT_USER_ERROR] * NUM_NODES, first.output + second.output
+        for text in (second.output, first.output):
             assert "windlass=0.0.1: on node" in text and "install the same windlass on all nodes" in text
 
 

@@ -50,8 +50,9 @@ def test_a_dim_that_does_not_divide_still_trains_the_same_model() -> None:
 def toy_run_first_rows(layout: Layout, num_steps: int) -> dict:
     import support.toy as toy
 
-    toy.GLOBAL_ROWS = 3
-    return toy_run(layout, num_steps)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "GLOBAL_ROWS", 3)
+        return toy_run(layout, num_steps)
 
 
 @pytest.mark.parametrize("sharding", ["zero1", "zero3"])

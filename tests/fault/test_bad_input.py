@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support import runs
+from support.runs import refused
 
 from windlass.checkpoint.durable.chunk_file import chunk_name
 from windlass.checkpoint.durable.manifest import MANIFEST, Manifest, committed_steps, step_folder
@@ -18,19 +19,6 @@ from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
 
 CONSTANT = "optim.schedule=constant"
 """So that more steps do not change the first ones."""
-
-
-def refused(config: runs.Config, num_ranks: int = 1, largest_file_bytes: int | None = None) -> str:
-    """The message of a run that must refuse; it must be one line, and the same exit code on all ranks."""
-    before = runs.output(config)
-    exit_codes = runs.run(config, num_ranks, largest_file_bytes)
-    printed = runs.output(config).removeprefix(before)
-    assert exit_codes == [EXIT_USER_ERROR] * num_ranks, printed
-    assert "Traceback" not in printed
-    errors = [line for line in printed.splitlines() if line.startswith("windlass: error: ")]
-    assert len(errors) == 1, printed
-    assert "Fix: " in errors[0]
-    return errors[0]
 
 
 def test_a_data_folder_that_is_not_there(tmp_path: Path) -> None:
@@ -93,11 +81,9 @@ def test_a_text_shorter_than_one_sequence(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> runs.Config:
+def finished() -> runs.Config:
     """A run of two ranks with two checkpoints. Tests copy it."""
-    root = tmp_path_factory.mktemp("finished")
-    config = runs.run_config(root, "run", "train.steps=6", CONSTANT)
-    assert runs.run(config, 2) == [EXIT_DONE] * 2, runs.output(config)
+    config = runs.undisturbed(2, "train.steps=6", CONSTANT)
     assert committed_steps(runs.checkpoints(config)) == [3, 6]
     return config
 

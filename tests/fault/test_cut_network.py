@@ -62,6 +62,7 @@ def cable() -> Iterator[Cable]:
         laid.remove()
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_the_node_where_all_meet_goes_on_alone_and_the_other_ends(tmp_path: Path, cable: Cable) -> None:
     config = nodes.erasure_config(
@@ -92,5 +93,5 @@ def test_the_node_where_all_meet_goes_on_alone_and_the_other_ends(tmp_path: Path
         launched.wait_for_step(config, recovered["step"] + 5, 60)
         nodes.wait_until(lambda: "is lost or out of reach" in there.output, "words of the other", 60)
         assert not any(worker.is_running() for worker in cut_off)
-        assert here.launcher.poll() is None
+        assert here.launcher.returncode is None
     assert recovered["source"] == "parity"

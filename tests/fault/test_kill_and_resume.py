@@ -31,12 +31,8 @@ def survive(
     """Runs undisturbed, then with `num_kills` kills, and compares. Returns when each kill struck, for the log."""
     overrides = (f"parallel={sharding}", f"train.grad_accum_steps={accumulation}", f"train.dtype={dtype}")
     overrides += ("model.dropout=0.1", "train.steps=30", "checkpoint.persist_every=2", *optim)
-    calm = runs.run_config(tmp_path, "calm", *overrides)
-    begin = time.monotonic()
-    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(calm)
-    life_s = time.monotonic() - begin
-    expected = runs.losses(calm)
-
+    calm = runs.undisturbed(NUM_RANKS, *overrides)
+    life_s = runs.life_s(calm)
     stormy = runs.run_config(tmp_path, "stormy", *overrides)
     randomness = random.Random(seed)
     struck = []
@@ -51,12 +47,7 @@ def survive(
         life.join()
         struck.append(moment)
     assert runs.run(stormy, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(stormy)
-
-    seen = runs.losses(stormy)
-    assert seen.keys() == expected.keys()
-    for step, values in seen.items():
-        assert set(values) == set(expected[step]), f"step {step} after kills {struck}"
-    assert runs.newest_digest(stormy) == runs.newest_digest(calm)
+    runs.assert_same_training(stormy, calm, f"kills {struck}")
     return struck
 
 

@@ -45,8 +45,7 @@ class Strike:
 
 def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int, may_strike_early: bool) -> list[Strike]:
     """Runs undisturbed, then with kills, and compares. Returns what struck."""
-    calm = nodes.erasure_config(tmp_path, "calm", "checkpoint=durable", f"train.steps={num_steps}")
-    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES, runs.output(calm)
+    calm = nodes.undisturbed(NUM_NODES, f"train.steps={num_steps}")
     stormy = nodes.erasure_config(
         tmp_path, "stormy", f"train.steps={num_steps}", f"checkpoint.num_parity_shards={NUM_PARITY}"
     )
@@ -64,12 +63,7 @@ def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int, may_strik
         for node in cluster.nodes:
             node.wait_until_left()
 
-    log = "\n".join(strike.row for strike in strikes)
-    expected, seen = runs.losses(calm), runs.losses(stormy)
-    assert seen.keys() == expected.keys(), log
-    for step, values in seen.items():
-        assert set(values) == set(expected[step]), f"step {step} after\n{log}"
-    assert runs.newest_digest(stormy) == runs.newest_digest(calm), log
+    runs.assert_same_training(stormy, calm, "\n".join(strike.row for strike in strikes))
     return strikes
 
 

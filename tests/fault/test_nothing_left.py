@@ -49,7 +49,7 @@ class TorchrunJob:
         return launched.workers(self.machines[-1].launcher)
 
     def has_ended(self) -> bool:
-        return all(machine.launcher.poll() is not None for machine in self.machines)
+        return all(machine.launcher.returncode is not None for machine in self.machines)
 
     def interrupt(self) -> None:
         for machine in self.machines:
@@ -141,6 +141,8 @@ def ways(num_runs: int, randomness: random.Random) -> list[str]:
     return [*HOW, *randomness.choices((*HOW, "is interrupted"), k=num_runs - len(HOW))]
 
 
+@pytest.mark.serial
+@pytest.mark.full
 @pytest.mark.parametrize("num_runs", [4, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.timeout(900)
 def test_under_torchrun(tmp_path: Path, num_runs: int) -> None:
@@ -161,6 +163,7 @@ def test_under_torchrun(tmp_path: Path, num_runs: int) -> None:
             assert shared_entries() == before
 
 
+@pytest.mark.serial
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_under_ray(tmp_path: Path) -> None:

@@ -41,10 +41,7 @@ def survive(tmp_path: Path, num_ranks: int, overrides: tuple[str, ...], num_kill
     settings = (*SIZES, "model.dropout=0.1", "train.steps=24", "checkpoint.persist_every=2", "train.grad_accum_steps=2")
     calm_overrides = [item for item in overrides if not item.startswith(("offload.", "checkpoint="))]
     calm_overrides += ["offload=ssd", STREAMED] if STREAMED in overrides else []
-    calm = runs.run_config(tmp_path, "calm", *settings, *calm_overrides)
-    assert runs.run(calm, num_ranks) == [EXIT_DONE] * num_ranks, runs.output(calm)
-    expected = runs.losses(calm)
-
+    calm = runs.undisturbed(num_ranks, *settings, *calm_overrides)
     stormy = runs.run_config(tmp_path, "stormy", *settings, "offload=ssd", *overrides)
     randomness = random.Random(seed)
     struck = []
@@ -61,12 +58,7 @@ def survive(tmp_path: Path, num_ranks: int, overrides: tuple[str, ...], num_kill
         life.join()
         struck.append(moment)
     assert runs.run(stormy, num_ranks) == [EXIT_DONE] * num_ranks, runs.output(stormy)
-
-    seen = runs.losses(stormy)
-    assert seen.keys() == expected.keys()
-    for step, values in seen.items():
-        assert set(values) == set(expected[step]), f"step {step} after kills {struck}"
-    assert runs.newest_digest(stormy) == runs.newest_digest(calm)
+    runs.assert_same_training(stormy, calm, f"kills {struck}")
     assert are_sound(runs.checkpoints(stormy))
     assert any(is_pinned(chunk) for chunk in (runs.checkpoints(stormy) / "chunks").iterdir())
     left = [path.name for path in (Path(stormy.run_dir) / "offload").iterdir()]

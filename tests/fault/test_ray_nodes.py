@@ -40,21 +40,10 @@ def recoveries(config: runs.Config) -> list[dict]:
     return runs.events(config, "recovered")
 
 
-def same_losses(config: runs.Config, calm: runs.Config) -> bool:
-    """Whether every step that was logged, also twice, has the loss of the undisturbed run, to the bit."""
-    expected, seen = runs.losses(calm), runs.losses(config)
-    return seen.keys() == expected.keys() and all(set(seen[step]) == set(expected[step]) for step in expected)
-
-
-def calm_run(tmp_path: Path, num_steps: int) -> runs.Config:
-    calm = nodes.erasure_config(tmp_path, "calm", "checkpoint=durable", f"train.steps={num_steps}")
-    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES, runs.output(calm)
-    return calm
-
-
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_a_lost_node_is_replaced_and_the_bits_are_the_same(tmp_path: Path, cluster: RayNodes) -> None:
-    calm = calm_run(tmp_path, num_steps=60)
+    calm = nodes.undisturbed(NUM_NODES, "train.steps=60")
     config = ray_config(tmp_path, "stormy", cluster, str(NUM_NODES), "train.steps=60")
     driver = Driver(config, tmp_path / "scratch")
     driver.wait_for_step(8)
@@ -69,12 +58,12 @@ def test_a_lost_node_is_replaced_and_the_bits_are_the_same(tmp_path: Path, clust
     assert (recovered["source"], recovered["lost_nodes"]) == ("parity", 1)
     assert recovered["step"] >= 7
     assert [event["step"] for event in runs.events(config, "persisted")] == [60], "no durable checkpoint was needed"
-    assert same_losses(config, calm)
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
     cluster.wait_until_left()
     assert list((tmp_path / "scratch").glob("windlass*")) == []
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_without_a_replacement_it_goes_on_with_three_and_grows_when_a_node_comes(
     tmp_path: Path, cluster: RayNodes
@@ -188,7 +177,7 @@ def steps_after(config: runs.Config, moment: float) -> list[float]:
 def test_ten_kills_in_one_run_end_with_the_same_bits(tmp_path: Path) -> None:
     """Each time any node of the job is lost and a spare takes its place, and a new spare comes."""
     num_steps, randomness = 600, random.Random(10)
-    calm = calm_run(tmp_path, num_steps)
+    calm = nodes.undisturbed(NUM_NODES, f"train.steps={num_steps}")
     found: list[Recovery] = []
     with ray_nodes(NUM_NODES + 1) as cluster:
         config = ray_config(tmp_path, "stormy", cluster, str(NUM_NODES), f"train.steps={num_steps}")
@@ -204,6 +193,5 @@ def test_ten_kills_in_one_run_end_with_the_same_bits(tmp_path: Path) -> None:
         assert driver.join(300) == EXIT_DONE, driver.output
         cluster.wait_until_left()
     assert [event["source"] for event in recoveries(config)] == ["parity"] * 10
-    assert same_losses(config, calm)
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
     print(beside_the_bar(found))

@@ -24,7 +24,7 @@ from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.checkpoint.manager import Checkpointer
 from windlass.checkpoint.net.handshake import RefusedPeer
 from windlass.checkpoint.net.transport import connect
-from windlass.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError
+from windlass.errors import EXIT_DONE, ConfigError
 from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.mesh import Mesh
 
@@ -60,14 +60,9 @@ def wait_for(checkpointer: Checkpointer, kind: str, step: int) -> dict:
 
 def refused(config: runs.Config, num_ranks: int) -> str:
     """The message of a run that must refuse, before its first step."""
-    assert runs.run(config, num_ranks) == [EXIT_USER_ERROR] * num_ranks, runs.output(config)
-    printed = runs.output(config)
-    errors = [line for line in printed.splitlines() if line.startswith("windlass: error: ")]
-    assert len(errors) == 1 and "Traceback" not in printed, printed
-    assert "Fix: " in errors[0]
-    metrics = Path(config.run_dir) / "metrics.jsonl"
-    assert not metrics.exists() or "train/loss" not in metrics.read_text()
-    return errors[0]
+    message = runs.refused(config, num_ranks)
+    assert not runs.losses(config)
+    return message
 
 
 # --- What cannot work is refused before the first step. ---

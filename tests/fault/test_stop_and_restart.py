@@ -13,7 +13,7 @@ import pytest
 from support import runs
 from support.launched import command_line, start_launcher, wait_for_step, workers
 
-from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_STOPPED
 
 NUM_RANKS = 2
 
@@ -22,8 +22,7 @@ NUM_RANKS = 2
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_same(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    calm = runs.run_config(tmp_path, "calm", "train.steps=40", "checkpoint.persist_every=1000")
-    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    calm = runs.undisturbed(NUM_RANKS, "train.steps=40", "checkpoint.persist_every=1000")
     config = runs.run_config(tmp_path, "stopped", "train.steps=40", "checkpoint.persist_every=1000")
     life = runs.start(config, NUM_RANKS)
     wait_for_step(config, 5)
@@ -36,14 +35,13 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_s
     assert "the same command resumes" in runs.output(config)
     assert runs.run(config, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
     assert runs.losses(config) == runs.losses(calm), "a stop trains no step twice and changes none"
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
 
 
 def test_plain_torchrun_runs_the_same_loop(tmp_path: Path) -> None:
     """`torchrun -m windlass.train`: every rank composes the configuration, and the bits are those of any launcher."""
-    calm = runs.run_config(tmp_path, "calm", "train.steps=6")
-    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
-    config = runs.run_config(tmp_path, "plain", "train.steps=6")
+    calm = runs.undisturbed(NUM_RANKS)
+    config = runs.run_config(tmp_path, "plain")
     torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}", "-m", "windlass.train"]
     result = subprocess.run(
         [*torchrun, *command_line(config)],
@@ -54,9 +52,8 @@ def test_plain_torchrun_runs_the_same_loop(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == EXIT_DONE, result.stderr
-    assert "done    step 6" in result.stdout
-    assert runs.losses(config) == runs.losses(calm)
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    assert "done    step 12" in result.stdout
+    runs.assert_same_training(config, calm)
     assert not (tmp_path / "outputs").exists() and not (tmp_path / ".hydra").exists(), "Hydra writes nothing"
 
 
@@ -67,24 +64,18 @@ def torchrun_config(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
 def test_the_torchrun_launcher_restarts_a_killed_worker_and_ends_with_the_same_bits(tmp_path: Path) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    calm = runs.run_config(tmp_path, "calm", "train.steps=60")
-    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    calm = runs.undisturbed(NUM_RANKS, "train.steps=60")
     config = torchrun_config(tmp_path, "restarted", "train.steps=60")
     launcher = start_launcher(config, scratch)
     wait_for_step(config, 5)
     victim = workers(launcher)[-1]
     victim.kill()
 
-    printed, _ = launcher.communicate(timeout=200)
-
-    assert launcher.returncode == EXIT_DONE, printed
+    assert launcher.wait(200) == EXIT_DONE, launcher.output
     assert [event["count"] for event in runs.events(config, "restart")] == [1]
     (recovered,) = runs.events(config, "recovered")
     assert recovered["source"] == "durable" and recovered["step"] >= 3
-    assert {step: set(values) for step, values in runs.losses(config).items()} == {
-        step: set(values) for step, values in runs.losses(calm).items()
-    }
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
     assert list(scratch.glob("windlass-*")) == [], "temporary folders are left"
 
 
@@ -97,9 +88,7 @@ def test_sigterm_to_the_launcher_saves_and_exits_75_and_leaves_no_process(tmp_pa
     ranks = workers(launcher)
     launcher.send_signal(signal.SIGTERM)
 
-    printed, _ = launcher.communicate(timeout=120)
-
-    assert launcher.returncode == EXIT_STOPPED, printed
+    assert launcher.wait() == EXIT_STOPPED, launcher.output
     (stopped,) = runs.events(config, "preempted")
     assert [event["step"] for event in runs.events(config, "persisted")] == [stopped["step"]]
     assert len(ranks) == NUM_RANKS and not any(rank.is_running() for rank in ranks)
@@ -113,10 +102,9 @@ def test_sigterm_while_workers_start_is_heard_too(tmp_path: Path) -> None:
     config = torchrun_config(tmp_path, "early", "train.steps=4000")
     launcher = start_launcher(config, scratch)
     while len(workers(launcher)) < NUM_RANKS:
-        assert launcher.poll() is None
+        assert launcher.returncode is None
     launcher.send_signal(signal.SIGTERM)
-    printed, _ = launcher.communicate(timeout=120)
-    assert launcher.returncode == EXIT_STOPPED, printed
+    assert launcher.wait() == EXIT_STOPPED, launcher.output
     assert not (Path(config.run_dir) / "metrics.jsonl").exists() or len(runs.losses(config)) == 1
 
 
@@ -128,7 +116,7 @@ def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path) -> None:
     wait_for_step(config, 5)
     ranks = workers(launcher)
     launcher.kill()
-    launcher.communicate(timeout=120)
+    launcher.wait()
     _, alive = psutil.wait_procs(ranks, timeout=60)
     assert not alive
     (ended,) = runs.events(config, "restarting")
@@ -142,7 +130,6 @@ def test_a_run_that_keeps_dying_ends_with_a_message(tmp_path: Path) -> None:
     launcher = start_launcher(config, scratch)
     wait_for_step(config, 3)
     workers(launcher)[0].kill()
-    printed, _ = launcher.communicate(timeout=120)
-    assert launcher.returncode == 1
-    assert "died (SIGKILL) and launch.max_restarts=0 is used up" in printed
-    assert "Traceback" not in printed
+    assert launcher.wait() == EXIT_FAILURE
+    assert "died (SIGKILL) and launch.max_restarts=0 is used up" in launcher.output
+    assert "Traceback" not in launcher.output

@@ -53,8 +53,7 @@ def recoveries(config: runs.Config) -> list[dict]:
 
 def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int) -> list[Recovery]:
     """Runs undisturbed, then with machines that are lost and replaced, and compares."""
-    calm = nodes.erasure_config(tmp_path, "calm", "checkpoint=durable", f"train.steps={num_steps}")
-    assert runs.run(calm, NUM_NODES) == [EXIT_DONE] * NUM_NODES, runs.output(calm)
+    calm = nodes.undisturbed(NUM_NODES, f"train.steps={num_steps}")
     config = config_of(tmp_path, "stormy", f"train.steps={num_steps}")
     randomness = random.Random(seed)
     found = []
@@ -73,11 +72,7 @@ def survive(tmp_path: Path, num_steps: int, num_kills: int, seed: int) -> list[R
         for machine in running:
             machine.node.wait_until_left()
 
-    expected, seen = runs.losses(calm), runs.losses(config)
-    assert seen.keys() == expected.keys()
-    for step, values in seen.items():
-        assert set(values) == set(expected[step]), step
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
     assert [event["step"] for event in runs.events(config, "persisted")] == [num_steps], "none was needed on the way"
     return found
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -20,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from support import nodes, runs
+from support import commands, nodes, runs
 from support.ranks import free_port
 from windlass.conf.store import to_plain
 from windlass.train.run_folder import flatten
@@ -81,29 +78,19 @@ def command_line(config: runs.Config) -> list[str]:
     return chosen + [f"{key}={value}" for key, value in values.items()]
 
 
-def start_launcher(
-    config: runs.Config, scratch: Path, output: Path | None = None, *, prefix: Sequence[str] = (), **environment: str
-) -> subprocess.Popen[str]:
-    """A launcher in a session of its own; its output comes through a pipe, or goes to a file.
+def start_launcher(config: runs.Config, scratch: Path, output: Path | None = None, **more: Any) -> commands.Command:
+    """Starts `windlass train` as `config` says.
 
     Args:
         scratch: for its temporary files.
-        prefix: a command that becomes the one that follows.
+        output: where its output goes; beside `scratch` if there is none.
+        more: of `commands.start`.
     """
-    with contextlib.ExitStack() as stack:
-        stdout = subprocess.PIPE if output is None else stack.enter_context(output.open("ab"))
-        return subprocess.Popen(
-            [*prefix, sys.executable, "-m", "windlass.cli", "train", *command_line(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch), **environment},
-        )
+    output = output or scratch.with_name(f"{scratch.name}.output")
+    return commands.start(["train", *command_line(config)], output, **{"TMPDIR": str(scratch), **more})
 
 
-def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(launcher: commands.Command) -> list[psutil.Process]:
     """The ranks of a launcher: what its fork server has forked."""
     found = []
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -117,19 +104,16 @@ def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
 class Machine:
     """A launcher, and the memory of its node."""
 
-    launcher: subprocess.Popen[str]
+    launcher: commands.Command
     node: nodes.Node
     scratch: Path
 
     @property
     def output(self) -> str:
-        return (self.scratch / "output").read_text()
+        return self.launcher.output
 
     def join(self, timeout_s: float = 120) -> int:
-        try:
-            return self.launcher.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            raise AssertionError(f"a launcher is still running: {self.output}") from None
+        return self.launcher.wait(timeout_s)
 
     def lose(self) -> None:
         """SIGKILL to all that runs on the machine, at once, and its memory is gone."""
@@ -175,7 +159,7 @@ class Machines:
 
     def stacks(self) -> str:
         """The outputs, and at their ends what each launcher was doing: it prints that, and is no more."""
-        running = [machine for machine in self.all if machine.launcher.poll() is None]
+        running = [machine for machine in self.all if machine.launcher.returncode is None]
         for machine in running:
             children = psutil.Process(machine.launcher.pid).children(recursive=True)
             send(machine, signal.SIGABRT)
@@ -190,7 +174,7 @@ class Machines:
 
     def __exit__(self, *_: object) -> None:
         for machine in self.all:
-            if machine.launcher.poll() is None:
+            if machine.launcher.returncode is None:
                 machine.lose()
             elif machine.node.shm_dir.exists():
                 machine.node.kill_agent()

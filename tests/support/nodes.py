@@ -199,6 +199,11 @@ def erasure_config(root: Path, run_dir: str, *overrides: str) -> runs.Config:
     )
 
 
+def undisturbed(num_nodes: int, *overrides: str) -> runs.Config:
+    """The run of `erasure_config` as nothing disturbs it, whatever protects it: with checkpoints on a disk."""
+    return runs.undisturbed(num_nodes, "checkpoint=durable", *overrides, like=erasure_config)
+
+
 def kill_trainers(life: runs.Life) -> None:
     """As a launcher ends those that are left when one has died."""
     life.kill()

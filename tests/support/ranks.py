@@ -1,8 +1,11 @@
-"""Runs a function on several ranks, each a process of its own, over gloo on loopback."""
+"""Runs a function on several ranks over gloo on loopback, in processes that are kept from one test to the next."""
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
+import signal
 import socket
 import traceback
 from collections.abc import Callable
@@ -10,9 +13,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# A server process that has imported torch and is forked for each rank: seconds a test less than fresh interpreters.
+# One server a session has imported all that ranks and launchers need; those are forked from it: seconds less a process.
 CONTEXT = mp.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -23,7 +27,10 @@ CONTEXT.set_forkserver_preload(
         "pytest",
         "support.toy",
         "support.runs",
+        "support.commands",
         "support.optimizers",
+        "windlass.launch.main",
+        "windlass.launch.torchrun",
         "windlass.optim.apollo",
         "windlass.optim.natural_galore",
         "windlass.optim.muon",
@@ -32,54 +39,133 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
+PORTS_A_WORKER = 1000
+_next_port = 0
+
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that nobody listens at, and that no other test of this session is given.
+
+    It is below those that the system gives to whoever asks for any, and each of pytest's workers has a range.
+    """
+    global _next_port
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12000 + PORTS_A_WORKER * (worker % 16) + _next_port % PORTS_A_WORKER
+        _next_port += 1
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, local_world_size: int | None = None) -> list:
+class _Rank:
+    """A process that runs one function after another."""
+
+    def __init__(self) -> None:
+        self.connection, end = CONTEXT.Pipe()
+        self.process = CONTEXT.Process(target=_serve, args=(end,), daemon=True)
+        self.process.start()
+        end.close()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+_idle: list[_Rank] = []
+"""Ranks of whatever number: a job of two takes the first two."""
+
+
+@atexit.register
+def end_ranks() -> None:
+    """Ends the processes that wait for another function."""
+    while _idle:
+        _idle.pop().end()
+
+
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, local_world_size: int | None = None, fresh: bool = False
+) -> list:
     """`function(*args)` on `num_ranks` ranks; what each returned, in rank order.
 
     `function` must be importable and find its rank in torchrun's environment, as `ParallelConfig.build` does.
+
+    Args:
+        fresh: in processes that nothing else has run in, for what measures memory or ends its process.
     """
     port = free_port()
-    processes, pipes = [], []
-    for rank in range(num_ranks):
-        receiver, sender = CONTEXT.Pipe(duplex=False)
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank % (local_world_size or num_ranks)),
-            "WORLD_SIZE": str(num_ranks),
-            "LOCAL_WORLD_SIZE": str(local_world_size or num_ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        process = CONTEXT.Process(target=_rank_main, args=(environment, sender, function, args))
-        process.start()
-        sender.close()
-        processes.append(process)
-        pipes.append(receiver)
-    outcomes = []
-    for rank, receiver in enumerate(pipes):
-        try:
-            outcomes.append(receiver.recv())
-        except EOFError:
-            outcomes.append((None, f"rank {rank} died without a word"))
-    for process in processes:
-        process.join()
-    failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
-    assert not failures, "\n".join(failures)
-    return [result for result, _ in outcomes]
-
-
-def _rank_main(environment: dict[str, str], sender: Connection, function: Callable[..., Any], args: tuple) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+    ranks = [_Rank() if fresh or not _idle else _idle.pop(0) for _ in range(num_ranks)]
+    is_sound = False
     try:
-        sender.send((function(*args), None))
-    except BaseException:
-        sender.send((None, traceback.format_exc()))
+        for rank, place in enumerate(ranks):
+            environment = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank % (local_world_size or num_ranks)),
+                "WORLD_SIZE": str(num_ranks),
+                "LOCAL_WORLD_SIZE": str(local_world_size or num_ranks),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            place.connection.send((environment, function, args))
+        outcomes = [_outcome_of(rank, place) for rank, place in enumerate(ranks)]
+        failures = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error]
+        assert not failures, "\n".join(failures)
+        is_sound = True
+        return [result for result, _ in outcomes]
     finally:
-        sender.close()
+        if is_sound and not fresh:
+            _idle[:0] = ranks
+        else:
+            for place in ranks:
+                place.end()
+
+
+def _outcome_of(rank: int, place: _Rank) -> tuple[Any, str | None]:
+    try:
+        return place.connection.recv()
+    except (EOFError, ConnectionResetError):
+        return None, f"rank {rank} died without a word"
+
+
+def _serve(connection: Connection) -> None:
+    torch.set_num_threads(1)
+    gc.freeze()  # what was imported needs no look at the end of each function
+    while True:
+        try:
+            environment, function, args = connection.recv()
+        except EOFError:
+            return
+        before = _State()
+        os.environ.update(environment)
+        try:
+            connection.send((function(*args), None))
+        except BaseException:
+            connection.send((None, traceback.format_exc()))
+            return
+        before.restore()
+
+
+class _State:
+    """What a function may leave changed in its process."""
+
+    def __init__(self) -> None:
+        self.environment = dict(os.environ)
+        self.folder = os.getcwd()  # noqa: PTH109
+        self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+
+    def restore(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(self.environment)
+        os.chdir(self.folder)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_dtype(torch.float32)
+        torch.set_num_threads(1)
+        gc.collect()

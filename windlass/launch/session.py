@@ -342,10 +342,7 @@ def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending)
             f"validation loss {run.last_evaluation.loss:.4f} nats/token; "
             f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token (a model that knows only frequencies)",
         ]
-        if importlib.util.find_spec("matplotlib") is not None:
-            lines.append(f"report  {_report_or_reason(Path(config.run_dir))}")
-        else:
-            lines.append(f"report  windlass report {config.run_dir} (needs `pip install 'windlass[report]'`)")
+        lines.append(f"report  {_report(config)}")
         if saved:
             more = 2 * config.train.steps
             lines.append(f"resume  the same command with train.steps={more} trains on from here")
@@ -365,6 +362,13 @@ def _what_is_saved(config: Config, ending: Ending) -> str:
         if config.resume != "auto":
             text += " (without resume=PATH, which would begin from there again)"
     return text
+
+
+def _report(config: Config) -> str:
+    """The path of the report, or the command that makes it."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return f"windlass report {config.run_dir} (needs `pip install 'windlass[report]'`)"
+    return _report_or_reason(Path(config.run_dir)) if config.metrics.report else f"windlass report {config.run_dir}"
 
 
 def _report_or_reason(run_dir: Path) -> str:

@@ -138,10 +138,10 @@ class Cosmos(WholeMatrixOptimizer):
             reflections, turned, one_by_one(direction, orthogonal, exp_avg_sq), strict=True
         ):
             is_direction = _norm(outside) > MIN_RESIDUAL * _norm(part)
-            outer = outer * torch.where(is_direction, group["gamma"] * size / _norm(outer), 0.0)
+            outer = outer * torch.where(is_direction, _scale_to(group["gamma"] * size, outer), 0.0)
             inner = inside / (square / correction).sqrt_().add_(group["eps"])
             step = torch.cat((inner, outer), dim=-1)
-            step.mul_(group["ratio"] * size / _norm(step))
+            step.mul_(_scale_to(group["ratio"] * size, step))
             steps.append(torch.ormqr(*reflection, step, left=False, transpose=True))
         return join(steps)
 
@@ -188,5 +188,11 @@ def _leading_directions(gradient: Tensor, rank: int) -> Tensor:
 
 
 def _norm(matrices: Tensor) -> Tensor:
-    """Frobenius norms [k, 1, 1], above 0."""
-    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+    """Frobenius norms [k, 1, 1], float64: squares of small entries would be 0 in float32."""
+    return torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+
+
+def _scale_to(length: float, matrices: Tensor) -> Tensor:
+    """Factors [k, 1, 1] that give matrices [k, a, b] the Frobenius norm `length`. Finite: a matrix of zeros stays one,
+    and one next to zero becomes shorter than `length`."""
+    return (length / _norm(matrices).clamp_(min=4 * length * torch.finfo(torch.float32).tiny)).float()

@@ -65,8 +65,7 @@ def wait_for_step(config: runs.Config, step: int) -> None:
 
 
 def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path, scratch: Path) -> None:
-    calm = runs.run_config(tmp_path, "calm")
-    assert runs.run(calm, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS
+    calm = runs.undisturbed(NUM_RANKS)
     config = runs.run_config(tmp_path, "kept")
     workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
@@ -77,8 +76,7 @@ def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Pa
     assert outcomes(ends) == [Outcome(EXIT_DONE, None, rank) for rank in range(NUM_RANKS)]
     assert [line.number for line in lines] == list(range(len(lines)))
     assert any(line.text.startswith("done    step 12") for line in lines)
-    assert runs.losses(config) == runs.losses(calm)
-    assert runs.newest_digest(config) == runs.newest_digest(calm)
+    runs.assert_same_training(config, calm)
 
 
 def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path, scratch: Path) -> None:

@@ -152,6 +152,7 @@ def test_the_manifest_is_of_the_published_schema(tmp_path: Path, capsys: Capture
             kubernetes_validate.validate(document, "1.31", strict=True)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not CAN_ISOLATE, reason="no namespace for mounts without privileges")
 def test_two_pods_train_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     """Each is a process with a shared memory of its own, in which the first pod's name is loopback."""
