@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.runs import run, run_config
+from support.runs import assert_trained, run, run_config
 
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
@@ -25,11 +25,12 @@ def config_of(root: Path, name: str, *overrides: str) -> Config:
 
 def losses(config: Config) -> list[float]:
     assert run(config, 2) == [0, 0]
+    assert_trained(config)
     lines = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
-@pytest.mark.parametrize("weights", ["memory", "streamed"])
+@pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.full), "streamed"])
 def test_a_fraction_trains_like_the_whole(weights: str, tmp_path: Path) -> None:
     where = ("offload=ssd", f"offload.weights={weights}", "train.grad_accum_steps=2")
     whole, half = (config_of(tmp_path, name, *where, *more) for name, more in (("whole", ()), ("half", FRACTION)))

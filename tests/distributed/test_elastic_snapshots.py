@@ -57,7 +57,9 @@ def restore(directory: Path, shm: Path, num_parity_shards: int) -> tuple[int, st
     [
         # Of four nodes two are no more; those that come have nothing.
         pytest.param(False, {2: "parity", 3: "parity", 6: "local_ram"}, id="nodes"),
-        pytest.param(True, {2: "local_ram", 3: "local_ram", 6: "local_ram"}, id="ranks of one machine"),
+        pytest.param(
+            True, {2: "local_ram", 3: "local_ram", 6: "local_ram"}, id="ranks of one machine", marks=pytest.mark.full
+        ),
     ],
 )
 def test_four_ranks_become_two_three_and_six(tmp_path: Path, is_one_machine: bool, sources: dict[int, str]) -> None:
@@ -90,6 +92,7 @@ LIVES = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18), (6, 2, 1, 24)]
 """Ranks, batch size, micro-steps, and the step that the life is to reach, at the least."""
 
 
+@pytest.mark.full
 def test_nodes_may_come_and_go_between_lives_and_every_sample_is_seen_once(tmp_path: Path) -> None:
     """4 -> 2 -> 3 -> 6 nodes at a global batch of 12, from memory to memory."""
     common = ("model.dropout=0.0", "data.borders=none", "train.steps=24")

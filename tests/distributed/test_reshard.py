@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     }
 
 
-@pytest.mark.parametrize("sharding", ["zero3", "zero1"])
+@pytest.mark.parametrize("sharding", ["zero3", pytest.param("zero1", marks=pytest.mark.full)])
 def test_four_to_two_to_one_ranks_restores_every_bit(tmp_path: Path, sharding: str) -> None:
     saved = run_ranks(save_toy, 4, Layout(sharding), tmp_path, 2)[0]
     on_two = run_ranks(load_toy, 2, Layout(sharding), tmp_path, 3)
@@ -69,8 +70,8 @@ def test_four_to_two_to_one_ranks_restores_every_bit(tmp_path: Path, sharding: s
     ("before", "after"),
     [
         (Layout("zero3"), Layout("zero1", cut="dim0")),
-        (Layout("hsdp", num_replicas=2), Layout("zero3")),
-        (Layout("zero2"), Layout("ddp")),
+        pytest.param(Layout("hsdp", num_replicas=2), Layout("zero3"), marks=pytest.mark.full),
+        pytest.param(Layout("zero2"), Layout("ddp"), marks=pytest.mark.full),
         (Layout("ddp"), Layout("hsdp", num_replicas=2)),
     ],
 )
@@ -166,7 +167,7 @@ def run_until(config: runs.Config, num_ranks: int, last_step: int) -> None:
         assert life.join() == [EXIT_DONE] * num_ranks, runs.output(config)
         return
     while life.is_alive() and not runs.is_committed(config, last_step):
-        pass
+        time.sleep(0.005)
     life.kill()
     life.join()
     assert runs.is_committed(config, last_step), runs.output(config)

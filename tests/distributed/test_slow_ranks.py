@@ -64,8 +64,8 @@ def train_late(config: runs.Config, late_rank: int, place: str) -> int:
     ("overrides", "late_rank", "place"),
     [
         (("parallel=zero3",), 2, "forward"),
-        (("parallel=zero3",), 0, "data"),
-        (("parallel=ddp",), 0, "forward"),
+        pytest.param(("parallel=zero3",), 0, "data", marks=pytest.mark.full),
+        pytest.param(("parallel=ddp",), 0, "forward", marks=pytest.mark.full),
     ],
 )
 def test_a_rank_that_is_200_ms_late_is_named_within_10_steps(
@@ -94,6 +94,7 @@ def train_with_noise(config: runs.Config) -> int:
     return run_worker(config)
 
 
+@pytest.mark.full
 def test_nobody_is_named_where_all_are_as_fast(tmp_path: Path) -> None:
     config = runs.run_config(tmp_path, "noisy", "train.steps=20", "checkpoint=none", "parallel=zero3")
     assert run_ranks(train_with_noise, NUM_RANKS, config) == [EXIT_DONE] * NUM_RANKS

@@ -132,7 +132,7 @@ def snapshot_and_step(checkpointer: Checkpointer, optimizer: torch.optim.Optimiz
     checkpointer.mesh.barrier()
 
 
-@pytest.mark.parametrize("num_parity_shards", [1, 2])
+@pytest.mark.parametrize("num_parity_shards", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_memory_and_network_are_what_was_promised(tmp_path: Path, shm_dir: Path, num_parity_shards: int) -> None:
     m, k = num_parity_shards, NUM_RANKS - num_parity_shards
     ranks = run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, m, 1024, 3, WARM_UP)
@@ -147,6 +147,7 @@ def test_memory_and_network_are_what_was_promised(tmp_path: Path, shm_dir: Path,
     assert not list(shm_dir.iterdir()), "the agents have left something behind"
 
 
+@pytest.mark.full
 def test_a_full_block_is_sent_m_times_within_two_percent(tmp_path: Path, shm_dir: Path) -> None:
     """The size is such that padding is small, as it is for every node of some hundred MB."""
     m, k = 1, NUM_RANKS - 1
@@ -170,6 +171,7 @@ def check_drift(ranks: list[Costs], limit: float) -> None:
     assert max(drifts.values()) < limit, drifts
 
 
+@pytest.mark.full
 def test_nothing_grows_from_snapshot_to_snapshot(tmp_path: Path, shm_dir: Path) -> None:
     check_drift(run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, 1, 256, 60, 40), 0.03)
 

@@ -22,7 +22,7 @@ def endless(tmp_path: Path, name: str, *overrides: str) -> runs.Config:
     return config_of(tmp_path, name, "train.steps=100000", "checkpoint.persist_every=100000", *overrides)
 
 
-@pytest.mark.parametrize("is_static", [False, True])
+@pytest.mark.parametrize("is_static", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_two_nodes_train_the_bits_of_two_ranks(tmp_path: Path, is_static: bool) -> None:
     """A static job gives each node its rank, and may restart as any other: one of its workers is killed."""
     steps = "train.steps=40" if is_static else "train.steps=8"
@@ -43,7 +43,7 @@ def test_two_nodes_train_the_bits_of_two_ranks(tmp_path: Path, is_static: bool) 
     runs.assert_same_training(config, calm)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
 def test_a_signal_to_one_launcher_stops_all_and_the_same_commands_go_on(tmp_path: Path, number: signal.Signals) -> None:
     """Nodes are fixed, so the job cannot do without the one that is told to go. The port is free again at once."""
     config = endless(tmp_path, "stopped")
@@ -74,6 +74,7 @@ def test_a_node_that_cannot_prepare_its_data_ends_the_job_with_its_message(tmp_p
             assert str(in_the_way) in machine.output and "Traceback" not in machine.output
 
 
+@pytest.mark.full
 def test_a_job_that_has_died_too_often_ends_on_all_nodes(tmp_path: Path) -> None:
     config = endless(tmp_path, "dying", "launch.max_restarts=1")
     with launched.machines() as machines:

@@ -131,7 +131,7 @@ def check_snapshots(nodes: Cluster) -> None:
     assert nodes.read(snapshot) == nodes.expected(13)
 
 
-@pytest.mark.parametrize("victims", [[0], [0, 1, 2]], ids=["one", "all"])
+@pytest.mark.parametrize("victims", [[0], pytest.param([0, 1, 2], marks=pytest.mark.full)], ids=["one", "all"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_trainers_that_live_go_on(moment: Callable[[Cluster], SnapshotId], victims: list[int], nodes: Cluster) -> None:
     moment(nodes)
@@ -146,7 +146,7 @@ def test_trainers_that_live_go_on(moment: Callable[[Cluster], SnapshotId], victi
     check_snapshots(nodes)
 
 
-@pytest.mark.parametrize("victims", [[0], [0, 1, 2]], ids=["one", "all"])
+@pytest.mark.parametrize("victims", [[0], pytest.param([0, 1, 2], marks=pytest.mark.full)], ids=["one", "all"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_trainers_that_are_started_again_lose_nothing(
     moment: Callable[[Cluster], SnapshotId], victims: list[int], nodes: Cluster
@@ -223,7 +223,7 @@ def gated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Clu
         yield nodes, gate
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["the writer", "another"])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.full)], ids=["the writer", "another"])
 @pytest.mark.parametrize("word", ["chunks", "manifest.json", "latest.json"])
 def test_an_agent_killed_while_it_persists(word: str, victim: int, gated: tuple[Cluster, Gate]) -> None:
     nodes, gate = gated
@@ -249,7 +249,15 @@ def test_an_agent_killed_while_it_persists(word: str, victim: int, gated: tuple[
 # --- While an agent takes over what another has left. ---
 
 
-@pytest.mark.parametrize("name", ["0.head", "1.head", "0.table", "generation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "0.head",
+        pytest.param("1.head", marks=pytest.mark.full),
+        "0.table",
+        pytest.param("generation", marks=pytest.mark.full),
+    ],
+)
 def test_an_agent_killed_while_it_adopts(name: str, nodes: Cluster) -> None:
     """It stands at one of the files, which is a pipe that nobody writes to."""
     nodes.take(2)

@@ -71,7 +71,9 @@ def launch_and_hang(config: runs.Config, scratch: Path, is_stopped: bool) -> str
     return launcher.output
 
 
-@pytest.mark.parametrize("is_stopped", [True, False], ids=["stopped", "asleep"])
+@pytest.mark.parametrize(
+    "is_stopped", [pytest.param(True, id="stopped", marks=pytest.mark.full), pytest.param(False, id="asleep")]
+)
 def test_a_job_goes_on_after_a_rank_has_hung(tmp_path: Path, is_stopped: bool) -> None:
     calm = runs.undisturbed(NUM_RANKS, like=config_of)
     launched = ("launch=torchrun", f"launch.nproc_per_node={NUM_RANKS}", f"launch.hang_timeout_s={TIMEOUT_S}")

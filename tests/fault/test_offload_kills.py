@@ -93,7 +93,7 @@ def modified(run_dir: Path) -> dict[str, int]:
     return found
 
 
-@pytest.mark.parametrize("number", range(len(SHORT)), ids=["one", "two"])
+@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.full)], ids=["one", "two"])
 def test_killed_runs_end_with_the_bits_of_a_calm_run(tmp_path: Path, number: int) -> None:
     survive(tmp_path, *SHORT[number], num_kills=2, seed=number)
 

@@ -218,6 +218,7 @@ def test_agents_that_stop_or_die_are_waited_for_or_started_again_and_no_bit_chan
     check_same_bits(calm, config)
 
 
+@pytest.mark.full
 def test_a_trainer_that_was_stopped_while_it_copied_changes_nothing_when_it_wakes(tmp_path: Path) -> None:
     with nodes.cluster(3) as cluster:
         calm, config = start_small(tmp_path, cluster, num_steps=40)

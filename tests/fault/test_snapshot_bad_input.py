@@ -58,9 +58,9 @@ def wait_for(checkpointer: Checkpointer, kind: str, step: int) -> dict:
     return wait_until(look, f"{kind} of step {step}")
 
 
-def refused(config: runs.Config, num_ranks: int) -> str:
+def refused(config: runs.Config, num_ranks: int, ends_process: bool = False) -> str:
     """The message of a run that must refuse, before its first step."""
-    message = runs.refused(config, num_ranks)
+    message = runs.refused(config, num_ranks, ends_process=ends_process)
     assert not runs.losses(config)
     return message
 
@@ -85,7 +85,7 @@ def test_parity_for_more_nodes_than_there_are(tmp_path: Path, shm: Path) -> None
     config = runs.run_config(
         tmp_path, "run", "checkpoint=erasure", "checkpoint.num_parity_shards=1", f"checkpoint.shm_dir={shm}"
     )
-    message = refused(config, 2)
+    message = refused(config, 2, ends_process=True)
     assert "checkpoint.num_parity_shards=1" in message and "checkpoint.failure_domain=rank" in message
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -103,6 +104,7 @@ def test_sigterm_while_workers_start_is_heard_too(tmp_path: Path) -> None:
     launcher = start_launcher(config, scratch)
     while len(workers(launcher)) < NUM_RANKS:
         assert launcher.returncode is None
+        time.sleep(0.005)
     launcher.send_signal(signal.SIGTERM)
     assert launcher.wait() == EXIT_STOPPED, launcher.output
     assert not (Path(config.run_dir) / "metrics.jsonl").exists() or len(runs.losses(config)) == 1

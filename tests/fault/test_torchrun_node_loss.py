@@ -93,6 +93,7 @@ def test_ten_machines_are_lost_in_one_run(tmp_path: Path) -> None:
     print(beside_the_bar(found))
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once(tmp_path: Path) -> None:
     """4 nodes, one is lost and none comes; another comes; one is told to go."""
@@ -132,6 +133,7 @@ def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once
     assert delivered_once(config)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_worker_that_dies_while_all_are_asked_to_end_is_not_waited_for(tmp_path: Path) -> None:
     """The launchers are ending the life by then, for a node that came, and would give workers 10 minutes to save."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path, dtype: 
     broken = runs.run_config(tmp_path, "broken", *overrides)
     life = runs.start(broken, 1)
     while life.is_alive() and not runs.is_committed(broken, 6):
-        pass
+        time.sleep(0.005)
     life.kill()
     life.join()
     assert runs.run(broken, 1) == [EXIT_DONE], runs.output(broken)

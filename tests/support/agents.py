@@ -42,7 +42,7 @@ def wait_until(condition: Callable[[], Any], what: str, late_s: float = LATE_S) 
     deadline = time.monotonic() + late_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what}: not within {late_s:.0f} s"
-        time.sleep(0.001)
+        time.sleep(0.005)
     return value
 
 
@@ -244,7 +244,7 @@ class Cluster:
             deadline = time.monotonic() + LATE_S
             while self.phase(node, snapshot) != phase:
                 assert time.monotonic() < deadline, f"node {node} is not {phase} in time:\n{self.describe(snapshot)}"
-                time.sleep(0.001)
+                time.sleep(0.002)
 
     def describe(self, snapshot: SnapshotId) -> str:
         """How far a snapshot is, and what the agents have to say."""

@@ -199,7 +199,7 @@ def wait_for_step(config: runs.Config, step: int, timeout_s: float = 90) -> None
     while time.monotonic() < deadline:
         if path.exists() and newest_step(config) >= step:
             return
-        time.sleep(0.01)
+        time.sleep(0.02)
     raise AssertionError(f"step {step} did not come: {runs.output(config)}")
 
 

@@ -75,7 +75,9 @@ class Node:
         """Stops a process of this node at a moment at which a slot is in `phase`, and stays so."""
         deadline = time.monotonic() + WAIT_S
         while True:
-            wait_until(lambda: phase in self.phases(), f"a slot that is {phase}", deadline - time.monotonic())
+            wait_until(
+                lambda: phase in self.phases(), f"a slot that is {phase}", deadline - time.monotonic(), every_s=0.001
+            )
             stop(process)
             time.sleep(0.01)
             if phase in self.phases():
@@ -216,11 +218,12 @@ def is_running(process: psutil.Process) -> bool:
     return False
 
 
-def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = WAIT_S) -> None:
+def wait_until(is_so: Callable[[], bool], what: str, timeout_s: float = WAIT_S, every_s: float = 0.02) -> None:
+    """Looks `every_s` seconds: what is waited for needs the cores."""
     deadline = time.monotonic() + timeout_s
     while not is_so():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
-        time.sleep(0.001)
+        time.sleep(every_s)
 
 
 def stop(process: psutil.Process) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from support.trained import assert_moved
 from windlass.checkpoint.manager import Checkpointer
 from windlass.offload.direct_io import Engine
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -82,6 +83,8 @@ class Offloaded:
         num_layers: int = 3,
     ) -> None:
         self.model = net(seed, num_layers)
+        self.first = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self.num_steps = 0
         self.optimizer = OPTIMIZERS[kind](self.model)
         if tier is not None or in_host_memory:
             folder = None if tier is None else TierFolder(tier, Engine(), "optimizer")
@@ -91,6 +94,7 @@ class Offloaded:
             self.optimizer.owns_folder = True
 
     def run(self, num_steps: int) -> None:
+        self.num_steps += num_steps
         for _ in range(num_steps):
             if isinstance(self.optimizer, OffloadedOptimizer):
                 self.optimizer.update(self.model.parameters())  # as a forward pass does
@@ -104,6 +108,8 @@ class Offloaded:
     def bits(self) -> dict[str, Any]:
         """All that training mutates, but the generators."""
         optimizer = self.optimizer.state_dict()  # makes updates that were put off
+        if self.num_steps:
+            assert_moved(self.first, self.model.parameters())
         state: dict[str, Any] = {f"model.{name}": value.clone() for name, value in self.model.state_dict().items()}
         for index, entries in optimizer["state"].items():
             state |= {f"optimizer.{index}.{key}": value for key, value in entries.items()}

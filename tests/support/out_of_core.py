@@ -10,6 +10,7 @@ import torch
 from lion_pytorch import Lion
 from torch import Tensor, nn
 
+from support.trained import assert_finite
 from windlass.offload.direct_io import Engine, IOFigures
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.tier_file import TierFolder
@@ -112,13 +113,14 @@ class Training:
 
     def run(self, num_steps: int, num_micro_batches: int = 1, max_norm: float = 1.0) -> list[float]:
         """The losses of the steps. Gradients are clipped."""
-        losses = []
+        losses: list[float] = []
         for _ in range(num_steps):
             losses.append(self.backward(num_micro_batches))
             nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
+        assert_finite(losses, num_steps)
         return losses
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -131,6 +132,14 @@ def _outcome_of(rank: int, place: _Rank) -> tuple[Any, str | None]:
         return None, f"rank {rank} died without a word"
 
 
+def _patchable() -> list[Any]:
+    """The modules of windlass and of what supports its tests, and their classes."""
+    names = [name for name in sys.modules if name.partition(".")[0] in ("windlass", "support")]
+    modules = [module for name in names if (module := sys.modules[name]) is not None]
+    classes = {value for module in modules for value in vars(module).values() if isinstance(value, type)}
+    return [*modules, *(kind for kind in classes if kind.__module__ in names)]
+
+
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported needs no look at the end of each function
@@ -150,14 +159,19 @@ def _serve(connection: Connection) -> None:
 
 
 class _State:
-    """What a function may leave changed in its process."""
+    """What a function may leave changed in its process, what it has patched in windlass among it."""
 
     def __init__(self) -> None:
+        self.bindings = [(place, dict(vars(place))) for place in _patchable()]
         self.environment = dict(os.environ)
         self.folder = os.getcwd()  # noqa: PTH109
         self.handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
 
     def restore(self) -> None:
+        for place, names in self.bindings:
+            for name in [name for name, value in vars(place).items() if names.get(name) is not value]:
+                if name in names:
+                    setattr(place, name, names[name])
         if dist.is_initialized():
             dist.destroy_process_group()
         os.environ.clear()

@@ -176,13 +176,19 @@ def life_s(config: Config) -> float:
     return float(Path(f"{config.run_dir}.done").read_text())
 
 
-def refused(config: Config, num_ranks: int = 1, largest_file_bytes: int | None = None) -> str:
+def refused(
+    config: Config, num_ranks: int = 1, largest_file_bytes: int | None = None, ends_process: bool = False
+) -> str:
     """The message of a run that must refuse: one line, and the same exit code on all ranks.
 
-    The ranks are processes that the tests keep: refusals start none.
+    The ranks are processes that the tests keep, unless the refusal `ends_process`, as it does where one rank refuses
+    while others wait for it.
     """
     before = output(config)
-    exit_codes = run_ranks(_run_here, num_ranks, config, largest_file_bytes)
+    if ends_process:
+        exit_codes = run(config, num_ranks, largest_file_bytes)
+    else:
+        exit_codes = run_ranks(_run_here, num_ranks, config, largest_file_bytes)
     printed = output(config).removeprefix(before)
     assert exit_codes == [EXIT_USER_ERROR] * num_ranks, printed
     assert "Traceback" not in printed

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from support.toy import GLOBAL_ROWS, SEQ_LEN, ragged_batch, rows_of_rank
+from support.trained import assert_finite, assert_moved
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -164,13 +165,15 @@ def tiered_run(
     """Trains, looks at the validation loss in between, and goes on."""
     run = TieredRun(run_dir, overrides, is_layer_major, device=device, mesh=mesh)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1 / (1 + step))
-    outcome = Outcome([], [], None)
+    outcome, before = Outcome([], [], None), run.weights()
     for number in range(num_steps):
         outcome.losses.append(run.step())
         schedule.step()
         if number == num_steps // 2:
             outcome.losses.append(run.evaluate())
     outcome.weights = run.weights()
+    assert_finite(outcome.losses, num_steps + 1)
+    assert_moved(before, outcome.weights)
     if run.mesh.world_size == 1:
         outcome.state = run.optimizer.state_dict()
     run.close()

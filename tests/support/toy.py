@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from support.trained import assert_finite, assert_moved
 from windlass.conf.schema import schema_of
 from windlass.optim.config import InBackward
 from windlass.optim.in_backward import StepInBackward
@@ -106,7 +107,8 @@ def train_steps(
     layout: Layout, mesh: Mesh, model: Llama, sharder: Sharder, optimizer: torch.optim.Optimizer, steps: range
 ) -> list[float]:
     """Losses of the steps, as the loop computes them."""
-    losses = []
+    losses: list[float] = []
+    before = [local_tensor(parameter).clone() for parameter in model.parameters()]
     in_backward = make_in_backward(layout, optimizer, mesh)
     for step in steps:
         batches = [rows_of_rank(ragged_batch(step, i, layout.vocab_size), mesh) for i in range(layout.grad_accum_steps)]
@@ -127,6 +129,8 @@ def train_steps(
             assert all(parameter.grad is None for parameter in model.parameters())
         optimizer.zero_grad(set_to_none=True)
         losses.append(float(all_reduce(total.double(), mesh.group)) / num_tokens)
+    assert_finite(losses, len(steps))
+    assert_moved(before, map(local_tensor, model.parameters()))
     return losses
 
 

@@ -108,6 +108,7 @@ def test_cfg_job_prints_the_configuration(capsys: Captured) -> None:
     assert "name: llama_60m" in printed
 
 
+@pytest.mark.slow
 def test_train_help_lists_groups_keys_and_examples(capsys: Captured) -> None:
     with pytest.raises(SystemExit) as raised:
         main(["train", "--help"])

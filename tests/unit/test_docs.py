@@ -24,6 +24,8 @@ def test_an_example_runs(example: str, tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(example, "docs/parts.md", "exec"), {})
 
 
+@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.split("\n", 1)[0] for script in SCRIPTS])
 def test_a_script_runs_as_its_first_line_says(script: str, tmp_path: Path) -> None:
     words = script.split("\n", 1)[0].split()[2:]

@@ -46,6 +46,7 @@ def wait_for_event(nodes: Cluster, kind: str, step: int, node: int = 0) -> dict:
 # --- Snapshots. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(1, 0), (2, 0), (2, 1), (4, 2), (4, 3)])
 def test_snapshots_are_committed_on_all_nodes(n: int, m: int, tmp_path: Path) -> None:
     with cluster(n, m, tmp_path / "checkpoints") as nodes:
@@ -90,6 +91,7 @@ def test_a_trainer_that_ends_while_it_copies_gives_its_snapshot_up(nodes: Cluste
     nodes.take(2)
 
 
+@pytest.mark.slow
 def test_a_push_that_comes_too_late_harms_nothing(tmp_path: Path) -> None:
     """Node 2 takes nothing for a while, so that pushes wait for it until their snapshots are given up."""
     with cluster(3, 1, tmp_path / "checkpoints", tensor_bytes=8 << 20) as nodes:
@@ -177,6 +179,7 @@ def test_a_rebuild_without_sources_is_refused(nodes: Cluster) -> None:
     assert nodes.read(snapshot) == nodes.expected(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "m"), [(3, 1), (4, 2)])
 def test_a_source_that_is_gone_by_now_is_done_without(n: int, m: int, tmp_path: Path) -> None:
     """Two nodes are lost, the second after it was planned to read from it."""
@@ -242,6 +245,7 @@ def test_what_is_to_be_durable_is_written_by_all_nodes(nodes: Cluster) -> None:
     assert are_sound(nodes.store)
 
 
+@pytest.mark.slow
 def test_what_does_not_come_through_a_disk_is_told(tmp_path: Path) -> None:
     with small_tmpfs(tmp_path, 2 << 20) as disk, cluster(2, 1, disk / "checkpoints") as nodes:
         nodes.take(1, persist=True)
@@ -270,6 +274,7 @@ def test_memory_that_has_changed_is_not_made_durable(node: Cluster) -> None:
 # --- The end. ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "the end of the lease"])
 def test_an_agent_writes_what_only_it_has_and_leaves(how: str, tmp_path: Path) -> None:
     lease_s = 60.0 if how == "SIGTERM" else 1.5
@@ -287,6 +292,7 @@ def test_an_agent_writes_what_only_it_has_and_leaves(how: str, tmp_path: Path) -
         assert are_sound(tmp_path / "checkpoints")
 
 
+@pytest.mark.slow
 def test_an_agent_stays_while_a_trainer_is_there(tmp_path: Path) -> None:
     with cluster(1, 0, tmp_path / "checkpoints", lease_s=0.5) as node:
         node.take(1)

@@ -269,6 +269,7 @@ def test_an_agent_removes_what_dead_jobs_have_left(folder: AgentFolder, shm: Pat
     wait_until(lambda: not root(shm).exists(), "the agent's leaving")
 
 
+@pytest.mark.slow
 def test_the_lease_of_a_living_agent_is_renewed(folder: AgentFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     client = AgentClient(folder.start_agent("/nowhere#1", 2, "127.0.0.1", 60.0))
     first = json.loads((folder.path / "lease").read_text())

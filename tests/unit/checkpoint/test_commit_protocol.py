@@ -233,6 +233,13 @@ def explore(small: list[Job], num_walks: int, look_every: int) -> int:
     return total
 
 
+@pytest.mark.slow
+def test_the_protocol_keeps_its_promises_in_some_orders_of_events() -> None:
+    assert explore(SMALL, num_walks=2, look_every=16) >= 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.full
 def test_the_protocol_keeps_its_promises_in_any_order_of_events() -> None:
     assert explore(SMALL, num_walks=25, look_every=8) >= 150_000
 
@@ -243,6 +250,7 @@ def test_the_protocol_keeps_its_promises_in_many_more() -> None:
     assert explore(SMALL + LARGER, num_walks=600, look_every=4) >= 1_500_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ledger", BROKEN)
 def test_a_broken_protocol_is_caught(ledger: type[Ledger]) -> None:
     explorer = Explorer(dataclasses.replace(LONG, ledger=ledger))
@@ -251,6 +259,7 @@ def test_a_broken_protocol_is_caught(ledger: type[Ledger]) -> None:
             explorer.walk(seed, look_every=8)
 
 
+@pytest.mark.slow
 def test_an_agent_that_writes_down_in_another_order_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     in_order = Node._writes
     monkeypatch.setattr(Node, "_writes", lambda node: reversed(list(in_order(node))))

@@ -273,6 +273,7 @@ def test_both_ends_have_the_idle_timeout_once_the_handshake_is_over() -> None:
         assert here._socket.gettimeout() == there._socket.gettimeout() == connection_module.IDLE_S
 
 
+@pytest.mark.slow
 def test_a_peer_that_does_not_read_makes_the_sender_wait() -> None:
     data = np.arange(LARGER_THAN_BUFFERS // 8)
     with pair() as (here, there):
@@ -315,6 +316,7 @@ def test_a_peer_that_says_no_more_is_given_up(sent: bytes) -> None:
         assert connection.is_closed
 
 
+@pytest.mark.slow
 def test_the_wait_for_a_frame_has_a_limit_of_its_own() -> None:
     with raw_pair() as (_, connection), pytest.raises(TransportError, match=f"no frame came within {SOON_S} s"):
         connection.receive(SOON_S)

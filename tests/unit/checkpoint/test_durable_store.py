@@ -190,6 +190,7 @@ def test_the_pointer_resolves_at_every_moment(local: DurableStore, tmp_path: Pat
     assert set(seen) == {"step-00000001", "step-00000001.superseded", "step-00000002", "step-00000003"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [POINTER, MANIFEST])
 def test_a_changed_bit_of_pointer_or_manifest_is_noticed(name: str, local: DurableStore, tmp_path: Path) -> None:
     save(local, 1, [1], num_bytes=SMALL)
@@ -350,6 +351,7 @@ class Distant(MemoryFileSystem):
 fsspec.register_implementation("distant", Distant, clobber=True)
 
 
+@pytest.mark.slow
 def test_a_slow_store_that_fails_now_and_then_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several writers put chunks at the same time; what names a thing is written after it, and deleted before it."""
     monkeypatch.setattr(object_storage, "FIRST_WAIT_S", 0.001)

@@ -102,6 +102,7 @@ def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
     assert told == [12, 32]
 
 
+@pytest.mark.slow
 def test_a_kill_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys, torch\n"

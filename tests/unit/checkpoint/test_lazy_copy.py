@@ -124,6 +124,7 @@ def change_after_waiting(copy: Copy, tensors: dict[str, torch.Tensor], randomnes
             tensor.fill_(float("nan"))
 
 
+@pytest.mark.slow
 def test_no_tensor_is_torn_in_two_hundred_snapshots(slow: Callable[[float, int], None]) -> None:
     slow(0.0005, 1)
     randomness = random.Random(2)
@@ -270,6 +271,7 @@ def differences(content: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     return [name for name, value in expected.items() if name in content and not torch.equal(content[name], value)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("in_backward", "num_snapshots"), [(False, 50), (True, 200)], ids=["after the backward", "in the backward"]
 )
@@ -307,6 +309,7 @@ def test_the_snapshots_of_a_training_are_whole(
     wait_until(lambda: not list(shm.iterdir()), "the agent's leaving")
 
 
+@pytest.mark.slow
 def test_without_its_fence_the_backward_tears_snapshots(
     tmp_path: Path, shm: Path, mesh: Mesh, slow: Callable[[float, int], None]
 ) -> None:

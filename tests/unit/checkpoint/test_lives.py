@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from windlass.checkpoint.agent.listing import list_agents
 from windlass.parallel.mesh import Mesh
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 def test_a_snapshot_is_given_up_after_two_resumes_that_made_no_step(tmp_path: Path, mesh: Mesh, num_steps: int) -> None:
     with shared_memory() as shm:
@@ -23,7 +25,7 @@ def test_a_snapshot_is_given_up_after_two_resumes_that_made_no_step(tmp_path: Pa
             checkpointer.snapshot(step)
             checkpointer.wait_staged()
             while not any(event["kind"] == "snapshot_committed" for event in checkpointer.poll()):
-                pass
+                time.sleep(0.002)
         seen = []
         for _ in range(3):
             life = Training()
@@ -39,6 +41,7 @@ def test_a_snapshot_is_given_up_after_two_resumes_that_made_no_step(tmp_path: Pa
     assert seen == ([2, 2, 2] if num_steps == 2 else [2, 2, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("lazy", "erasure"), ("erasure", "lazy")])
 def test_a_life_of_another_kind_goes_on_from_what_the_agent_holds(
     tmp_path: Path, mesh: Mesh, kinds: tuple[str, str]
@@ -51,7 +54,7 @@ def test_a_life_of_another_kind_goes_on_from_what_the_agent_holds(
         checkpointer.snapshot(3)
         checkpointer.wait_staged()
         while not any(event["kind"] == "snapshot_committed" for event in checkpointer.poll()):
-            pass
+            time.sleep(0.002)
         second = Training(seed=5)
         checkpointer = second.checkpointer(tmp_path, mesh, kind=kinds[1], shm_dir=shm, persist_every=1000)
         restored = checkpointer.restore_latest()
@@ -62,7 +65,7 @@ def test_a_life_of_another_kind_goes_on_from_what_the_agent_holds(
             assert checkpointer.snapshot(step)
             checkpointer.wait_staged()
             while not any(event["kind"] == "snapshot_committed" for event in checkpointer.poll()):
-                pass
+                time.sleep(0.002)
         (agent,) = list_agents(shm)
         checkpointer.close()
         assert agent.step == 6

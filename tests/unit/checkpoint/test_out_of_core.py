@@ -182,6 +182,7 @@ def test_where_files_cannot_be_linked_they_are_copied(place: str, tmp_path: Path
         assert_same(other.bits(), calm.bits())
 
 
+@pytest.mark.slow
 def test_names_that_do_not_fit_before_the_data_have_them_copied(tmp_path: Path, mesh: Mesh) -> None:
     def build() -> tuple[torch.nn.ParameterDict, torch.optim.Optimizer]:
         names = [f"{number}_{'long' * 30}" for number in range(400)]
@@ -466,7 +467,8 @@ print(peak[0] - before)
 """
 
 
-@pytest.mark.parametrize("is_on_another_disk", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_on_another_disk", [pytest.param(False, marks=pytest.mark.full), True])
 def test_memory_is_that_of_chunks_and_not_of_the_state(is_on_another_disk: bool, tmp_path: Path) -> None:
     """400 MiB of state."""
     with shared_memory() as shm:

@@ -46,6 +46,7 @@ def counts(part: Held) -> bool:
     return part.is_sound and part.phase in (Phase.prepared, Phase.committed)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(cluster=CLUSTER)
 def test_a_plan_is_of_one_snapshot_and_enough_of_it_is_there(cluster: list[list[Held]]) -> None:
@@ -65,6 +66,7 @@ def is_of(part: Held, plan: RecoveryPlan) -> bool:
     return all(getattr(part, name) == getattr(plan, name) for name in fields)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(cluster=CLUSTER)
 def test_nothing_newer_would_do(cluster: list[list[Held]]) -> None:

@@ -64,6 +64,7 @@ def content(files: SlotFiles) -> dict[str, bytes]:
     return {"data": bytes(files.data.view), "parity": bytes(files.parity.view), "table": files.table.tobytes()}
 
 
+@pytest.mark.slow
 def test_all_losses_that_parity_makes_up_for(nodes: Cluster, shm: Path) -> None:
     n, m = nodes.num_nodes, nodes.num_parity_shards
     for lost in itertools.chain.from_iterable(itertools.combinations(range(n), r) for r in range(1, m + 1)):

@@ -87,6 +87,7 @@ def test_the_run_folder_follows_the_model() -> None:
     assert compose(["model=llama_60m"]).run_dir == "runs/llama_60m"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "key", "message"),
     [
@@ -171,6 +172,7 @@ def test_run_hydra_runs_the_task_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == [], "Hydra writes nothing"
 
 
+@pytest.mark.slow
 def test_a_sweep_numbers_its_run_folders(tmp_path: Path) -> None:
     exit_code, configs = collect(["-m", "train.steps=3,5", "optim.lr=1e-3,2e-3", f"run_dir={tmp_path}/sweep"], {5: 2})
     assert exit_code == 2, "the largest"
@@ -203,6 +205,7 @@ def test_cfg_job_prints_the_configuration_and_runs_nothing(capsys: pytest.Captur
     assert "persist_every: 100" in printed
 
 
+@pytest.mark.slow
 def test_every_key_has_a_default_or_says_that_it_must_be_given() -> None:
     plain = to_plain(compose())
     for group in GROUPS:

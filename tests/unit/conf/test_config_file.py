@@ -82,6 +82,7 @@ def text_config() -> Config:
 
 
 # "???" is OmegaConf's mark of a value that must be given, so no value of ours.
+@pytest.mark.slow
 @given(values=st.lists((texts | odd_texts).filter(lambda text: text != "???"), min_size=7, max_size=7))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_reads_back_equal(values: list[str], text_config: Config, tmp_path: Path) -> None:
@@ -94,6 +95,7 @@ def test_any_text_reads_back_equal(values: list[str], text_config: Config, tmp_p
     assert load_config(tmp_path / "config.yaml") == config
 
 
+@pytest.mark.slow
 def test_the_file_is_plain_yaml(tmp_path: Path) -> None:
     config = compose()
     save_config(config, tmp_path / "config.yaml")

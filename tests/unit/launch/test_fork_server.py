@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from support.ranks import CONTEXT
 
 from windlass.launch.fork_server import send_signal
@@ -16,6 +17,7 @@ from windlass.launch.fork_server import send_signal
 NUM_PROCESSES = 100
 
 
+@pytest.mark.slow
 def test_a_process_that_ends_just_now_may_be_sent_a_signal() -> None:
     """Its server may have waited for it already, and not yet said so: then nobody has its ID any more."""
     for _ in range(NUM_PROCESSES):
@@ -39,6 +41,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_temporary_files_may_have_long_paths(tmp_path: Path) -> None:
     """As on clusters, whose jobs have folders of their own. A socket's path has at most 107 bytes."""
     folder = tmp_path / ("job" * 40)

@@ -64,6 +64,7 @@ def wait_for_step(config: runs.Config, step: int) -> None:
     nodes.wait_until(lambda: path.exists() and max(runs.losses(config), default=0) >= step, f"step {step}")
 
 
+@pytest.mark.slow
 def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path, scratch: Path) -> None:
     calm = runs.undisturbed(NUM_RANKS)
     config = runs.run_config(tmp_path, "kept")
@@ -79,6 +80,7 @@ def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Pa
     runs.assert_same_training(config, calm)
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "killed", "train.steps=40")
     workers = NodeWorkers(to_yaml(config), scratch)
@@ -99,6 +101,8 @@ def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path:
     assert not any(nodes.is_running(ranks[f"windlass-{rank}"]) for rank in range(NUM_RANKS))
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "asked", *LONG)
     workers = NodeWorkers(to_yaml(config), scratch)
@@ -115,6 +119,7 @@ def test_what_is_asked_by_signal_reaches_the_workers(tmp_path: Path, scratch: Pa
     workers.close()
 
 
+@pytest.mark.slow
 def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "refused", f"data.path={tmp_path / 'nothing'}")
     workers = NodeWorkers(to_yaml(config), scratch)
@@ -137,6 +142,8 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_nothing_outlives_a_keeper_that_is_killed(tmp_path: Path, scratch: Path) -> None:
     """Workers end without a checkpoint, at once; then the fork server, the store, and the temporary folder go."""
     config = runs.run_config(tmp_path, "orphaned", *LONG)

@@ -44,26 +44,31 @@ def test_ray_is_not_installed() -> None:
     assert_told(train(before="sys.modules['ray'] = None"), "launch=ray", "not installed", "pip install 'windlass[ray]'")
 
 
+@pytest.mark.slow
 def test_nobody_answers_at_the_address() -> None:
     address = f"127.0.0.1:{free_port()}"
     told = train(f"launch.address='{address}'")
     assert_told(told, f"launch.address={address}", "cannot be reached: Connection refused", "ray start --head")
 
 
+@pytest.mark.slow
 def test_the_name_of_the_host_is_unknown() -> None:
     assert_told(train("launch.address='no-such-host.invalid:6379'"), "launch.address=no-such-host.invalid:6379")
 
 
+@pytest.mark.slow
 def test_the_address_is_one_of_ray_clients() -> None:
     assert_told(train(RAY_ADDRESS="ray://127.0.0.1:10001"), "launch.address=ray://127.0.0.1:10001", "on a node of")
 
 
+@pytest.mark.slow
 def test_something_else_listens_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         assert_told(train(f"launch.address='{address}'"), f"launch.address={address}", "does not answer within 5 s")
 
 
+@pytest.mark.slow
 def test_a_server_of_something_else_answers_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
@@ -80,6 +85,7 @@ def test_a_server_of_something_else_answers_at_the_address() -> None:
         thread.join()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     any(process.name() == "gcs_server" for process in psutil.process_iter()),
     reason="a Ray cluster runs on this machine",
@@ -115,6 +121,7 @@ def test_the_runtime_environment_is_passed_on_as_it_is(tmp_path: Path) -> None:
     assert read_runtime_env(None) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["train", "--help"], ["train", "launch=ray", "--cfg", "job"]])
 def test_ray_is_imported_by_who_asks_for_it_alone(arguments: list[str]) -> None:
     code = (

@@ -99,6 +99,7 @@ def test_a_node_that_differs_ends_a_job_that_has_not_begun_and_none_that_has() -
         assert outcome is None or (outcome.exit_code == 2 and "train.steps=6: on node b" in (outcome.message or ""))
 
 
+@pytest.mark.slow
 def test_what_is_a_nodes_own_may_differ() -> None:
     base = ["launch=torchrun", "checkpoint=erasure"]
     first = card_of(compose(base), 2)

@@ -106,6 +106,7 @@ def test_other_failures_are_not_hidden(tmp_path: Path, monkeypatch: pytest.Monke
         worker.run_worker(compose([f"run_dir={tmp_path}/run"]))
 
 
+@pytest.mark.slow
 def test_a_worker_process_that_refuses_is_not_started_again(tmp_path: Path) -> None:
     """It exits with 0, which torch's agent takes for done, and leaves 2 for windlass's launcher."""
     config = compose(["data=text", f"data.path={tmp_path}/nothing", f"run_dir={tmp_path}/run"])

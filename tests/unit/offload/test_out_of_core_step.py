@@ -13,6 +13,7 @@ NUM_STEPS = 50
 MICRO_BATCHES = 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_fifty_steps_are_the_same_to_the_bit(kind: str, tmp_path: Path) -> None:
     calm = Training(None, kind)

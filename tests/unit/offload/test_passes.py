@@ -55,6 +55,7 @@ def calm_run(model: str, optimizer: str) -> Outcome:
     return tiered_run(Path("unused"), [*MODELS[model], *OPTIMIZERS[optimizer], "train.grad_accum_steps=3"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "optimizer"), PAIRS)
 @pytest.mark.parametrize(
     ("offload", "is_layer_major"), [(SSD, False), (STREAMED, False), (STREAMED, True)], ids=["state", "loop", "layers"]
@@ -111,6 +112,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["forward", "backward"])
 def test_a_pass_that_is_broken_off_leaves_nothing_behind(stage: str, tmp_path: Path) -> None:
     calm = TieredRun(tmp_path / "calm", ["train.grad_accum_steps=2"])
@@ -137,6 +139,7 @@ def test_a_pass_that_is_broken_off_leaves_nothing_behind(stage: str, tmp_path: P
     run.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [[0], [1, 2]])
 @pytest.mark.parametrize("recompute", ["none", "full"])
 def test_layers_may_be_frozen(frozen: list[int], recompute: str, tmp_path: Path) -> None:
@@ -169,6 +172,7 @@ def test_damage_to_weights_is_met_by_the_pass_that_needs_them(tmp_path: Path) ->
     assert list((tmp_path / "offload").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_weight_of_no_unit_may_be_larger_than_the_buffers(tmp_path: Path) -> None:
     tied = ["model.tie_embeddings=true", "model.vocab_size=4001"]
     expected = tiered_run(tmp_path, tied, num_steps=2)

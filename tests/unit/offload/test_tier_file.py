@@ -281,6 +281,7 @@ def run(program: str, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", START + program, str(folder)], stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "sys.exit(0)", "raise SystemExit(0)"])
 def test_a_program_that_ends_without_closing_leaves_nothing(end: str, tmp_path: Path) -> None:
     with run(end, tmp_path) as process:
@@ -288,6 +289,7 @@ def test_a_program_that_ends_without_closing_leaves_nothing(end: str, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_children_of_a_process_neither_remove_its_folder_nor_keep_it(engine: Engine, tmp_path: Path) -> None:
     """Data loaders are forked, some end like any program, and some live on for seconds when the trainer is killed."""
     program = """

@@ -31,11 +31,13 @@ def check(run: TieredRun, read: float, write: float) -> None:
     run.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_adamw_with_weights_in_memory(micro_batches: int, tmp_path: Path) -> None:
     check(TieredRun(tmp_path, [*EXACT, *ADAMW, f"train.grad_accum_steps={micro_batches}"]), 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 @pytest.mark.parametrize("model", ["tied", "untied", "recompute"])
 def test_adamw_with_streamed_halves(micro_batches: int, model: str, tmp_path: Path) -> None:
@@ -58,6 +60,7 @@ def test_adamw_in_the_backward_pass(tmp_path: Path) -> None:
     check(TieredRun(tmp_path, [*IN_HALVES, *ADAMW, "optim.in_backward=previous_norm"]), 14, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_apollo_with_streamed_halves(micro_batches: int, tmp_path: Path) -> None:
     """6 read and 4 written, and the state: low-rank of the layers, AdamW's of the embedding."""

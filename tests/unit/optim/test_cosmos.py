@@ -139,3 +139,16 @@ def test_the_configuration_builds_it() -> None:
     }
     for group, decay in ((tables, 0.1), (vectors, 0.0)):
         assert (group["algorithm"], group["lr"], group["weight_decay"], group["eps"]) == ("adamw", 0.02, decay, 1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-30, 1e-20])
+def test_an_update_from_next_to_nothing_is_finite_and_no_longer_than_others(size: float, dtype: torch.dtype) -> None:
+    """A direction of zeros stays where it is; the squares of small ones are below what float32 holds."""
+    (parameter,) = parameters_of([(32, 48)], dtype)
+    before = parameter.detach().float().clone()
+    optimizer = Cosmos([parameter], lr=0.1, rank=8, ratio=0.3)
+    parameter.grad = (size * gradient((32, 48), 0)).to(dtype)
+    optimizer.step()
+    moved = (parameter.detach().float() - before).square().mean().sqrt()
+    assert moved == 0.0 if size == 0.0 else 0.0 < moved < 0.04

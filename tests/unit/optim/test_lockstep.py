@@ -71,6 +71,7 @@ def exchange_run(dim: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_what_updates_ask_of_other_ranks(num_ranks: int, dim: int) -> None:

@@ -148,6 +148,7 @@ def test_large_tensors_get_the_same_bits(name: str) -> None:
     check(name, LARGE, ["random"], update_interval=3, rank=37)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 @every_optimizer
 def test_two_threads_give_the_same_bits(name: str) -> None:

@@ -77,6 +77,7 @@ def waits_of_kinds(late_rank: int) -> dict[str, float]:
     return waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late_rank", [0, 1])
 def test_the_others_wait_in_each_collective(late_rank: int) -> None:
     waits = run_ranks(waits_of_kinds, 2, late_rank)
@@ -102,6 +103,7 @@ def waits_of_a_step(layout: Layout, late_rank: int, in_backward: bool) -> float:
     return waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_backward", [False, True])
 @pytest.mark.parametrize("sharding", ["ddp", "zero1", "zero2", "zero3", "hsdp"])
 def test_the_others_wait_in_fsdp2(sharding: str, in_backward: bool) -> None:
@@ -135,6 +137,7 @@ def train_as_on_a_gpu(layout: Layout, counts_stream_waits: bool) -> tuple[str, i
     return weights, num_waits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", ["ddp", "zero2", "zero3"])
 def test_what_counts_waits_of_a_stream_fits_this_fsdp2_and_changes_nothing(sharding: str) -> None:
     """What stands around FSDP2's methods on a GPU finds all that it reads there, of which torch may rename any.

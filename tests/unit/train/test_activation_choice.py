@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.runs import checkpoints, newest_digest, run_config
+from support.runs import assert_trained, checkpoints, newest_digest, run_config
 
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
@@ -33,6 +33,7 @@ def tiny(root: Path, run_dir: str, *overrides: str) -> Config:
 def train(config: Config) -> list[dict[str, Any]]:
     """The lines of `metrics.jsonl` that have a loss, of all lives so far."""
     assert run_worker(config) == 0
+    assert_trained(config)
     lines = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "train/loss" in line]
 
@@ -81,6 +82,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, config: Config, share: float) -> 
     return int(room)
 
 
+@pytest.mark.slow
 def test_a_fraction_trains_like_the_whole_and_resumes_to_the_bit(tmp_path: Path) -> None:
     fraction = ("train.activation_checkpoint=fraction", "train.activation_fraction=0.5", "checkpoint.persist_every=2")
     whole, half = tiny(tmp_path, "whole"), tiny(tmp_path, "half", *fraction)
@@ -90,6 +92,7 @@ def test_a_fraction_trains_like_the_whole_and_resumes_to_the_bit(tmp_path: Path)
     assert newest_digest(resumed) == newest_digest(half)
 
 
+@pytest.mark.slow
 def test_what_moves_to_the_disk_comes_back_with_its_bits(tmp_path: Path) -> None:
     moved = tiny(tmp_path, "moved", "offload=ssd", "offload.max_activation_bytes=1000000")
     kept, state_only = tiny(tmp_path, "kept"), tiny(tmp_path, "state_only", "offload=ssd")
@@ -99,6 +102,7 @@ def test_what_moves_to_the_disk_comes_back_with_its_bits(tmp_path: Path) -> None
     assert written(lines) > written(train(state_only)) + 10 * MIB
 
 
+@pytest.mark.slow
 def test_where_there_is_room_all_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     auto, explicit = tiny(tmp_path, "auto", "train.activation_checkpoint=auto"), tiny(tmp_path, "explicit")
     assert losses(train(auto)) == losses(train(explicit))
@@ -108,6 +112,7 @@ def test_where_there_is_room_all_is_kept(tmp_path: Path, capsys: pytest.CaptureF
     assert saved.offload.max_activation_bytes is None
 
 
+@pytest.mark.slow
 def test_where_half_has_room_half_is_kept_and_the_run_keeps_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,6 +144,7 @@ def test_where_half_has_room_half_is_kept_and_the_run_keeps_to_it(
     assert losses(train(other)) == losses(first), "chosen or said, the bits are the same"
 
 
+@pytest.mark.slow
 def test_a_disk_takes_what_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(tmp_path, "auto", "train.activation_checkpoint=auto", "offload=ssd")
     room = with_room(monkeypatch, config, 0.5)
@@ -151,6 +157,7 @@ def test_a_disk_takes_what_has_no_room(tmp_path: Path, monkeypatch: pytest.Monke
     assert written(lines) > written(train(tiny(tmp_path, "state_only", "offload=ssd"))) + MIB
 
 
+@pytest.mark.slow
 def test_a_limit_that_is_given_holds_and_a_slow_disk_is_spared(tmp_path: Path, machine: Machine) -> None:
     machine.ssd[ssd_key(tmp_path)] |= {"read_bytes_per_s": 1e6, "write_bytes_per_s": 1e6}
     save_machine(machine)
@@ -162,6 +169,7 @@ def test_a_limit_that_is_given_holds_and_a_slow_disk_is_spared(tmp_path: Path, m
     assert saved.offload.max_activation_bytes == 1000000
 
 
+@pytest.mark.slow
 def test_a_machine_that_was_not_measured_is_measured_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -55,6 +55,7 @@ def run(alpha: float, batch_size: int) -> tuple[int, int, int]:
     return sum(storage.nbytes() for storage in storages.values()), forward.flops, backward.flops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_costs_are_those_of_a_real_layer(batch_size: int) -> None:
     costs = layer_costs(config(), torch.float32, batch_size, SEQ_LEN, CPU)

@@ -38,6 +38,7 @@ def agreed(cases: list[tuple[list[Request], int]]) -> list[tuple[int, Request, l
     return found
 
 
+@pytest.mark.slow
 def test_all_ranks_decide_the_same_for_all_that_may_be_asked() -> None:
     """Every combination of requests to 2 nodes of 2 ranks, with a job that needs both, either, or both and more."""
     cases = [(list(asked), fewest) for asked in itertools.product(Request, repeat=4) for fewest in (1, 2)]

@@ -61,6 +61,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "measured_matmul_flops", lambda device, dtype: 1e9)
 
 
+@pytest.mark.slow
 def test_this_machine_is_looked_over_in_time_and_left_as_it_was(tmp_path: Path) -> None:
     begin = time.perf_counter()
     checks = diagnose(tmp_path)
@@ -143,6 +144,7 @@ def test_little_room_is_told(tmp_path: Path, quick: None, monkeypatch: pytest.Mo
     assert memory.status is Status.fail and "container limit 1.0 GiB" in memory.detail
 
 
+@pytest.mark.slow
 def test_slow_disks_and_slow_bfloat16_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_WRITE_BUDGET_S", 0.2)
     monkeypatch.setattr(doctor, "_WRITE_CHUNK_BYTES", 1 << 20)

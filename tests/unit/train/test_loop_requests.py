@@ -52,6 +52,7 @@ def job(tmp_path: Path, name: str, nnodes: str, *overrides: str) -> runs.Config:
     return runs.run_config(tmp_path, name, "checkpoint.persist_every=1000", *launched, *overrides)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nnodes", "asked", "codes", "kind"),  # all else that may be asked: tests/unit/train/test_agreement.py
     [
@@ -75,6 +76,7 @@ def test_what_is_asked_of_some_decides_how_all_end(
     assert max(runs.losses(config)) == ASKED_AT
 
 
+@pytest.mark.slow
 def test_those_that_stay_go_on_from_where_the_node_left(tmp_path: Path) -> None:
     config = job(tmp_path, "left", "2:3")
     run_nodes(config, NUM_RANKS, {1: signal.SIGUSR1})
@@ -85,6 +87,7 @@ def test_those_that_stay_go_on_from_where_the_node_left(tmp_path: Path) -> None:
     assert all(len(values) == 1 for values in losses.values()), "no step is trained twice"
 
 
+@pytest.mark.slow
 def test_a_restart_leaves_the_snapshot_agents_at_work(tmp_path: Path) -> None:
     """The life that comes finds the last step in memory."""
     with nodes.shared_memory() as shm:
@@ -95,6 +98,7 @@ def test_a_restart_leaves_the_snapshot_agents_at_work(tmp_path: Path) -> None:
         assert (recovered["step"], recovered["source"]) == (ASKED_AT, "local_ram")
 
 
+@pytest.mark.slow
 def test_without_checkpoints_nothing_is_saved(tmp_path: Path) -> None:
     config = job(tmp_path, "unsaved", "2:3", "checkpoint=none")
     assert run_nodes(config, NUM_RANKS, {0: signal.SIGTERM}) == [EXIT_RESTART] * 3

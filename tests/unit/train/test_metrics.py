@@ -346,6 +346,7 @@ def test_secrets_are_kept_back() -> None:
     }
 
 
+@pytest.mark.slow
 def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from windlass.conf.compose import compose
+from windlass.conf.schema import GROUPS
 from windlass.errors import DoesNotFit
 from windlass.optim.scheduler import WarmupScheduler
 from windlass.train import mock_step as module
@@ -77,6 +78,14 @@ def test_nothing_has_changed(grad_accum_steps: int, borders: str, in_backward: s
     mock_step(run)
     assert all_of(run, scheduler) == before
     assert not run.optimizer.state
+
+
+@pytest.mark.parametrize("optim", GROUPS["optim"])
+def test_no_optimizer_changes_a_bit(optim: str) -> None:
+    run, scheduler = make_parts(f"optim={optim}")
+    before = all_of(run, scheduler)
+    mock_step(run)
+    assert all_of(run, scheduler) == before
 
 
 def test_it_says_what_the_optimizer_takes_and_what_is_left_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +161,7 @@ with module._host_memory_watched():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_launcher", [False, True])
 def test_a_host_without_room_ends_the_process_with_a_message(has_launcher: bool, tmp_path: object) -> None:
     outcome = f"{tmp_path}/outcome"

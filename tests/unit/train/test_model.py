@@ -233,6 +233,7 @@ def test_compiled_blocks_compute_the_same() -> None:
         torch.testing.assert_close(compiled(tokens()), plain(tokens()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_blocks_can_be_traced_with_their_gradients(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of `torch.compile` but the compiler."""

@@ -52,6 +52,7 @@ def with_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
     monkeypatch.setattr(module, "host_memory", lambda: (num_bytes, num_bytes))
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_ranges_hold_what_is_expected(machine: Machine) -> None:
     plan = forecast(compose(SMALL), 1, machine)
     memory = plan.memory
@@ -64,12 +65,14 @@ def test_parts_add_up_and_ranges_hold_what_is_expected(machine: Machine) -> None
     assert plan.tokens_per_s == pytest.approx(4 * 128 / time.step.expected)
 
 
+@pytest.mark.slow
 def test_kernels_are_timed_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     first = forecast(compose(SMALL), 1, machine)
     monkeypatch.setattr("windlass.train.plan_time.measure", lambda op: pytest.fail(f"{op.name} was measured again"))
     assert forecast(compose(SMALL), 1, machine).time == first.time
 
 
+@pytest.mark.slow
 def test_a_product_that_is_cut_is_priced_whole() -> None:
     config = compose([*SMALL, "train.batch_size=1", "model.vocab_size=65536"])
     trace = trace_step(config, 1)
@@ -79,6 +82,7 @@ def test_a_product_that_is_cut_is_priced_whole() -> None:
     assert seconds[largest] > 5 * seconds[smallest]
 
 
+@pytest.mark.slow
 def test_what_a_cut_product_takes_anew_is_counted(machine: Machine) -> None:
     """The logits of 256 tokens are 64 MiB, taken anew each time; the product that is timed is smaller."""
     config = compose([*SMALL, "train.batch_size=2", "model.vocab_size=65536"])
@@ -91,6 +95,7 @@ def test_what_a_cut_product_takes_anew_is_counted(machine: Machine) -> None:
     assert time.pages_s >= (64 << 20) * machine.op_s["1 fresh pages"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "fits", "is_close"), [(1.2, True, False), (0.99, False, True), (0.5, False, False)])
 def test_only_the_upper_end_of_the_range_fits(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, share: float, fits: bool, is_close: bool
@@ -102,6 +107,7 @@ def test_only_the_upper_end_of_the_range_fits(
     assert (plan.fits, plan.is_close) == (fits, is_close)
 
 
+@pytest.mark.slow
 def test_checkpoints_in_memory_count(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, 1 << 40)
     plan = forecast(compose(SMALL), 1, machine)
@@ -126,11 +132,14 @@ def test_the_fix_that_costs_least_is_proposed(machine: Machine, monkeypatch: pyt
     assert fixed.time.step.expected == pytest.approx(fix.step_s)
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_nothing_helps_where_not_even_the_process_fits(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     with_free(monkeypatch, PROCESS_BYTES)
     assert cheapest_fix(compose([*SMALL, "train.batch_size=1", "train.seq_len=16"]), 1, machine) is None
 
 
+@pytest.mark.slow
 def test_what_is_assumed_is_said(machine: Machine) -> None:
     def reasons(*overrides: str) -> str:
         plan: Plan = forecast(compose([*SMALL, *overrides]), 1, machine)
@@ -161,6 +170,7 @@ def test_figures_are_kept_by_machine(machine: Machine) -> None:
     assert load_machine() == Machine(machine_key())
 
 
+@pytest.mark.slow
 def test_the_command(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with_free(monkeypatch, 1 << 40)
     save_machine(machine)

@@ -30,6 +30,15 @@ SMALL = ["model.vocab_size=2048", "model.num_layers=3", "train.batch_size=2", "t
 SMALL += ["checkpoint=none", "offload.buffer_bytes=3000000", "train.device=cpu"]
 STREAMED = ("offload=ssd", "offload.weights=streamed")
 PROCESS_BYTES = 300 << 20
+MORE_PLACES = ("offload.weights=streamed", "optim.in_backward=previous_norm")
+MORE_TIERS = (
+    ("offload=ssd", "train.grad_accum_steps=5"),
+    ("offload=ssd", "offload.max_host_bytes=2000000"),
+    ("offload=ssd", "optim=apollo", "optim.rank=16"),
+    ("offload=ssd", "optim.in_backward=previous_norm"),
+    STREAMED,
+    (*STREAMED, "train.dtype=bfloat16", "train.grad_accum_steps=3"),
+)
 
 
 @pytest.fixture
@@ -87,16 +96,12 @@ def real_step(parts: StepParts) -> None:
     parts.optimizer.zero_grad(set_to_none=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
         ("offload=ssd",),
-        ("offload=ssd", "train.grad_accum_steps=5"),
-        ("offload=ssd", "offload.max_host_bytes=2000000"),
-        ("offload=ssd", "optim=apollo", "optim.rank=16"),
-        ("offload=ssd", "optim.in_backward=previous_norm"),
-        STREAMED,
-        (*STREAMED, "train.dtype=bfloat16", "train.grad_accum_steps=3"),
+        *(pytest.param(overrides, marks=pytest.mark.full) for overrides in MORE_TIERS),
         (*STREAMED, "train.dtype=bfloat16", "train.activation_checkpoint=full", "optim.in_backward=previous_norm"),
     ],
 )
@@ -117,6 +122,7 @@ def test_bytes_of_a_step_are_those_of_a_real_one(overrides: tuple[str, ...], tmp
     assert read == of_step.read_bytes > 0
 
 
+@pytest.mark.slow
 def test_bytes_on_the_disk_are_those_of_the_state(tmp_path: Path) -> None:
     run = f"run_dir={tmp_path}"
     in_memory = trace_step(compose([*SMALL, run]), 1)
@@ -132,6 +138,7 @@ def test_bytes_on_the_disk_are_those_of_the_state(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 
+@pytest.mark.slow
 def test_ranks_share_the_state(tmp_path: Path) -> None:
     overrides = [*SMALL, f"run_dir={tmp_path}", *STREAMED, "parallel=zero3"]
     one, two = (trace_step(compose(overrides), num_ranks) for num_ranks in (1, 2))
@@ -153,6 +160,7 @@ def test_a_step_waits_for_what_the_one_before_has_begun_to_read() -> None:
     assert play(timeline, {"pass": 1.0}, DiskSpeed(1.0, 1.0)) == DiskUse(busy_s=3.0, stall_s=3.0)
 
 
+@pytest.mark.slow
 def test_a_step_that_uses_all_cores_is_longer_by_what_transfers_take_of_them(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -168,6 +176,7 @@ def test_a_step_that_uses_all_cores_is_longer_by_what_transfers_take_of_them(
     assert forecast(config, 1, machine).time.disk_cpu_s == 0.0
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "host_memory", lambda: (1 << 40, 1 << 40))
     config = compose([*SMALL, f"run_dir={tmp_path}", *STREAMED])
@@ -182,6 +191,7 @@ def test_a_disk_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPa
     assert any("set offload.dir to a disk with more" in reason for reason in plan.reasons)
 
 
+@pytest.mark.slow
 def test_a_slow_disk_is_the_bottleneck(machine: Machine, tmp_path: Path) -> None:
     config = compose([*SMALL, f"run_dir={tmp_path}", "offload=ssd"])
     fast = forecast(config, 1, machine)
@@ -197,7 +207,10 @@ def test_a_slow_disk_is_the_bottleneck(machine: Machine, tmp_path: Path) -> None
     assert slow.ssd_written_tb_per_day == pytest.approx(86400e-12 * slow.ssd_write_bytes / slow.time.step.expected)
 
 
-@pytest.mark.parametrize("place", ["offload=ssd", "offload.weights=streamed", "optim.in_backward=previous_norm"])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["offload=ssd", *(pytest.param(place, marks=pytest.mark.full) for place in MORE_PLACES)]
+)
 def test_the_cheapest_place_that_fits_is_proposed(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str
 ) -> None:

@@ -67,6 +67,7 @@ def real_step(config: Config) -> tuple[Counter[str], int]:
     return recorder.calls, state_bytes(optimizer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -90,6 +91,7 @@ def test_the_operators_and_the_state_are_those_of_a_real_step(overrides: tuple[s
     assert trace.optimizer_bytes == optimizer_bytes
 
 
+@pytest.mark.slow
 def test_bytes_of_weights_and_gradients() -> None:
     config = compose(list(SMALL))
     trace = trace_step(config, 1)
@@ -99,6 +101,7 @@ def test_bytes_of_weights_and_gradients() -> None:
     assert trace.comm_bytes == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["zero3", "zero2", "ddp"])
 def test_a_cut_model_without_the_other_ranks(parallel: str) -> None:
     config = compose([*SMALL[:-1], f"parallel={parallel}"])
@@ -111,6 +114,7 @@ def test_a_cut_model_without_the_other_ranks(parallel: str) -> None:
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_everything_but_what_lasts_is_given_back() -> None:
     trace = trace_step(compose(list(SMALL)), 1)
     alive: dict[int, int] = {}
@@ -142,6 +146,8 @@ def test_memory_that_comes_from_the_system_anew_is_counted_unless_a_timed_call_h
         assert trace.fresh_bytes == expected + piece
 
 
+@pytest.mark.slow
+@pytest.mark.full
 def test_activation_checkpoints_and_smaller_batches_take_less() -> None:
     more = ["model.num_layers=8", "train.seq_len=128", "train.batch_size=8"]
     peaks = [
@@ -152,6 +158,7 @@ def test_activation_checkpoints_and_smaller_batches_take_less() -> None:
     assert peaks[2] < 0.5 * peaks[0]
 
 
+@pytest.mark.slow
 def test_a_billion_parameters_take_no_memory() -> None:
     before = psutil.Process().memory_info().rss
     trace = trace_step(compose(["model=llama_1b", "parallel=none", "train.mock_step=false"]), 1)

@@ -115,6 +115,7 @@ def report(run_dir: Path) -> Page:
     return Page(path.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_the_page_sums_the_run_up(tmp_path: Path, clock: Clock) -> None:
     two_lives(tmp_path / "tiny", clock)
     page = report(tmp_path / "tiny")
@@ -144,6 +145,7 @@ def test_the_page_sums_the_run_up(tmp_path: Path, clock: Clock) -> None:
     assert page.card("torch") == "2.13.0"
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone_and_has_each_plot_in_two_colours(tmp_path: Path, clock: Clock) -> None:
     two_lives(tmp_path, clock)
     page = report(tmp_path)
@@ -156,6 +158,7 @@ def test_the_page_stands_alone_and_has_each_plot_in_two_colours(tmp_path: Path, 
     assert all(plot in images for plot in plots.values())
 
 
+@pytest.mark.slow
 def test_replayed_steps_that_differ_are_counted(tmp_path: Path, clock: Clock) -> None:
     two_lives(tmp_path, clock)
     file = JsonLines(tmp_path / "metrics.jsonl")
@@ -183,6 +186,7 @@ def test_an_old_run_with_few_keys_has_a_report(tmp_path: Path) -> None:
     assert [path.stem for path in (tmp_path / "report").iterdir()] == ["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_that_diverged_or_was_only_evaluated_has_a_report(tmp_path: Path) -> None:
     lines = [
         {"step": step, "tokens": step, "train/loss": math.nan if step > 40 else 2.0, "optim/grad_norm": math.inf}
@@ -193,6 +197,7 @@ def test_a_run_that_diverged_or_was_only_evaluated_has_a_report(tmp_path: Path) 
     assert page.card("Validation loss") == "1.5000" and page.card("Training loss") == "-"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_says_so(tmp_path: Path) -> None:
     rows(tmp_path, {"step": 5, "train/loss": 2.0})
     append_event(tmp_path, "start", 0)

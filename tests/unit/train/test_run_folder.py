@@ -116,6 +116,7 @@ def test_a_run_goes_on_with_other_speed_length_and_layout(override: str, tmp_pat
     refuse(tmp_path, override)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "key", "old", "new"),
     [

@@ -97,6 +97,7 @@ def sleep_in_rank_1(mesh: Mesh, heartbeat: Heartbeat) -> None:
     mesh.barrier()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -> None:
     assert live(sleep_in_rank_1, tmp_path, 3) == [EXIT_FAILURE] * 3
     (event,) = hang_events(tmp_path)
@@ -118,6 +119,7 @@ def stop_rank_0(mesh: Mesh, heartbeat: Heartbeat) -> None:
     mesh.barrier()
 
 
+@pytest.mark.slow
 def test_a_process_that_stands_still_is_told_by_another(tmp_path: Path) -> None:
     assert live(stop_rank_0, tmp_path, 3) == [None, EXIT_FAILURE, EXIT_FAILURE]
     (event,) = hang_events(tmp_path)
@@ -131,6 +133,7 @@ def hold_the_interpreter(mesh: Mesh, heartbeat: Heartbeat) -> None:
     ctypes.PyDLL(None).sleep(300)
 
 
+@pytest.mark.slow
 def test_a_rank_that_holds_the_interpreter_writes_its_stacks_and_ends(tmp_path: Path) -> None:
     assert live(hold_the_interpreter, tmp_path, 1) == [EXIT_FAILURE]
     assert "Timeout (" in log_of(tmp_path, 0) and "in hold_the_interpreter" in log_of(tmp_path, 0)
@@ -145,6 +148,7 @@ def hang_between_steps(mesh: Mesh, heartbeat: Heartbeat) -> None:
     mesh.barrier()
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_between_steps_is_found_by_the_others(tmp_path: Path) -> None:
     assert live(hang_between_steps, tmp_path, 2) == [EXIT_FAILURE] * 2
     (event,) = hang_events(tmp_path)
@@ -167,12 +171,14 @@ def wait_for_rank_1_between_steps(mesh: Mesh, heartbeat: Heartbeat) -> None:
         mesh.barrier()
 
 
+@pytest.mark.slow
 def test_all_ranks_may_hang_between_steps_where_they_wait_for_each_other(tmp_path: Path) -> None:
     assert live(wait_for_rank_1_between_steps, tmp_path, 2)[0] == EXIT_FAILURE
     assert [event["step"] for event in hang_events(tmp_path)] == [7]
     assert "wait_for_rank_1_between_steps" in log_of(tmp_path, 0)
 
 
+@pytest.mark.slow
 def test_what_is_between_steps_may_take_long(tmp_path: Path) -> None:
     assert live(save_for_long, tmp_path, 2) == [EXIT_DONE] * 2
     assert hang_events(tmp_path) == []
@@ -184,6 +190,7 @@ def take_long(mesh: Mesh, heartbeat: Heartbeat) -> None:
     heartbeat.end_step(8)
 
 
+@pytest.mark.slow
 def test_nobody_is_ended_whom_no_launcher_would_start_again(tmp_path: Path) -> None:
     assert live(take_long, tmp_path, 1, is_launched=False) == [EXIT_DONE]
     assert log_of(tmp_path, 0) == ""

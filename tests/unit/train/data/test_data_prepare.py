@@ -222,6 +222,7 @@ def test_tokenizer_that_breaks_its_word(tmp_path: Path) -> None:
         prepare_in_process(source, tmp_path / "other", tokenizer=tokenizer)
 
 
+@pytest.mark.slow
 def test_the_result_does_not_depend_on_the_processes(
     many_files: Path, reference: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -231,6 +232,7 @@ def test_the_result_does_not_depend_on_the_processes(
     assert folder_bytes(tmp_path / "out") == reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(
     many_files: Path, reference: dict[str, bytes], tmp_path: Path, sign: signal.Signals
@@ -283,6 +285,7 @@ def test_a_unit_whose_shard_is_cut_off_is_done_again(many_files: Path, tmp_path:
     assert folder_bytes(out) == reference
 
 
+@pytest.mark.slow
 def test_two_at_once_share_the_work(many_files: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -363,6 +366,7 @@ def test_errors_in_a_worker_reach_the_parent_as_they_are(tmp_path: Path) -> None
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
+@pytest.mark.slow
 def test_file_size_limit_then_resume(tmp_path: Path, many_files: Path, reference: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     limit = (resource.RLIMIT_FSIZE, (6000, 6000))
@@ -375,6 +379,7 @@ def test_file_size_limit_then_resume(tmp_path: Path, many_files: Path, reference
     assert folder_bytes(out) == reference
 
 
+@pytest.mark.slow
 def test_full_disk_then_resume(tmp_path: Path, many_files: Path, reference: dict[str, bytes]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

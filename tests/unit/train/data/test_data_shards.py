@@ -37,6 +37,7 @@ def naive_stream(folder: Path, split: str, texts: list[str]) -> tuple[np.ndarray
     return tokens, documents
 
 
+@pytest.mark.slow
 def test_windows_over_batches_and_shards(small_pieces: None, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     texts = [f"{i}" + "x" * int(rng.integers(0, 60)) for i in range(120)]
@@ -169,6 +170,7 @@ print(dataset.num_tokens, (anonymous_kib() - before) / 1024)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
 def test_reading_everything_takes_no_memory(tmp_path: Path) -> None:
     folder = tmp_path / "out"
