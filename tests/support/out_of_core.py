@@ -120,7 +120,8 @@ class Training:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
-        assert_finite(losses, num_steps)
+        if num_steps:
+            assert_finite(losses, num_steps)
         return losses
 
     def close(self) -> None:

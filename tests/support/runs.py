@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -76,6 +77,13 @@ def data_overrides() -> list[str]:
 
 def run_config(root: Path, run_dir: str, *overrides: str) -> Config:
     """A small run into `root/run_dir`, on the corpus of all tests."""
+    config = copy.deepcopy(_composed(overrides))
+    config.run_dir = str(root / run_dir)
+    return config
+
+
+@functools.lru_cache(maxsize=256)  # Hydra takes a tenth of a second
+def _composed(overrides: tuple[str, ...]) -> Config:
     return compose(
         [
             *TINY_MODEL,
@@ -92,7 +100,6 @@ def run_config(root: Path, run_dir: str, *overrides: str) -> Config:
             "metrics.console=plain",
             "metrics.report=false",  # most of what a run of a few steps costs
             "metrics.peak_flops=1e12",
-            f"run_dir={root / run_dir}",
             *overrides,
         ]
     )
@@ -245,11 +252,17 @@ def losses(config: Config) -> dict[int, list[float]]:
     return found
 
 
-def assert_trained(config: Config) -> None:
+def assert_trained(config: Config, after: int = 0) -> None:
     """Asserts that a run has come to its last step by training: every step is there, with a finite loss that falls and
-    a gradient, none was skipped, and the newest checkpoint is of the last step, with finite weights."""
+    a gradient, and none was skipped.
+
+    Args:
+        after: the step that it went on from, if what was before is in another folder.
+    """
     records = {record["step"]: record for record in metrics(config) if "train/loss" in record}
-    assert sorted(records) == list(range(1, config.train.steps + 1)), f"steps {sorted(records)}: {output(config)}"
+    assert sorted(records) == list(range(after + 1, config.train.steps + 1)), (
+        f"steps {sorted(records)}: {output(config)}"
+    )
     for step, record in records.items():
         for key in ("train/loss", "optim/grad_norm"):
             value = record[key]
@@ -258,7 +271,7 @@ def assert_trained(config: Config) -> None:
     assert not events(config, "skipped_step")
     few = max(1, len(records) // 4)
     values = [records[step]["train/loss"] for step in sorted(records)]
-    assert sum(values[-few:]) < sum(values[:few]), f"the loss does not fall: {values}"
+    assert len(values) == 1 or sum(values[-few:]) < sum(values[:few]), f"the loss does not fall: {values}"
     assert events(config, "done")[-1]["step"] == config.train.steps
 
 

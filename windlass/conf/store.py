@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,8 +17,9 @@ from windlass.errors import ConfigError
 from windlass.files import atomic_file, sync_folder
 
 
+@functools.cache
 def register() -> None:
-    """Makes the schemas known to Hydra: `schema/root`, and `schema/GROUP[_NAME]` for each preset to build on."""
+    """Makes the schemas known to Hydra, once: `schema/root`, and `schema/GROUP[_NAME]` for each preset to build on."""
     store = ConfigStore.instance()
     store.store(group="schema", name="root", node=Config, package="_global_")
     for group, kinds in GROUPS.items():

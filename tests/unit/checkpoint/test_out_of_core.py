@@ -502,6 +502,7 @@ class Counting(torch.optim.Optimizer):
                 parameter.add_(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_deferring", [False, True])
 @pytest.mark.parametrize("kind", ["durable", "lazy"])
 def test_no_tensor_is_torn_however_slow_disk_and_hash(
