@@ -15,7 +15,7 @@ ARGS ?=
 
 # $(1): the tests, as an expression of markers; $(2): what runs pytest. On all cores, then those that want the machine alone.
 define run_tests
-	$(2) -n logical -m "($(1)) and not serial" $(ARGS)
+	$(2) -n logical --dist worksteal -m "($(1)) and not serial" $(ARGS)
 	$(2) -m "($(1)) and serial" $(ARGS) || test $$? -eq 5 # 5: ARGS has chosen none of these
 endef
 

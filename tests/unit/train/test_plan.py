@@ -28,6 +28,8 @@ from windlass.train.plan_trace import trace_step
 SMALL = ["model.vocab_size=256", "model.num_layers=2", "train.batch_size=4", "train.seq_len=128"]
 SMALL += ["parallel=none", "checkpoint=none", "train.mock_step=false"]
 PROCESS_BYTES = 300 << 20
+OP_S: dict[str, float] = {}
+"""What tests have timed: a kernel once for all of them."""
 MIB = 1 << 20
 
 
@@ -35,7 +37,7 @@ MIB = 1 << 20
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Machine:
     """This machine, as if it had been measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    machine = Machine(machine_key())
+    machine = Machine(machine_key(), op_s=OP_S)
     machine.process_bytes = {process_kind(1, "float32"): PROCESS_BYTES, process_kind(2, "float32"): PROCESS_BYTES}
     machine.op_overhead_s, machine.gloo_bytes_per_s, machine.memcpy_bytes_per_s = 1e-5, 1e9, 1e10
     machine.matmul_flops = {"float32": 1e11, "bfloat16": 1e11}
@@ -67,6 +69,7 @@ def test_parts_add_up_and_ranges_hold_what_is_expected(machine: Machine) -> None
 
 @pytest.mark.slow
 def test_kernels_are_timed_once(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine.op_s = {}
     first = forecast(compose(SMALL), 1, machine)
     monkeypatch.setattr("windlass.train.plan_time.measure", lambda op: pytest.fail(f"{op.name} was measured again"))
     assert forecast(compose(SMALL), 1, machine).time == first.time

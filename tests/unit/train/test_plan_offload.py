@@ -30,6 +30,8 @@ SMALL = ["model.vocab_size=2048", "model.num_layers=3", "train.batch_size=2", "t
 SMALL += ["checkpoint=none", "offload.buffer_bytes=3000000", "train.device=cpu"]
 STREAMED = ("offload=ssd", "offload.weights=streamed")
 PROCESS_BYTES = 300 << 20
+OP_S: dict[str, float] = {}
+"""What tests have timed: a kernel once for all of them."""
 MORE_PLACES = ("offload.weights=streamed", "optim.in_backward=previous_norm")
 MORE_TIERS = (
     ("offload=ssd", "train.grad_accum_steps=5"),
@@ -44,7 +46,7 @@ MORE_TIERS = (
 @pytest.fixture
 def machine(tmp_path: Path) -> Machine:
     """This machine, as if it had been measured."""
-    machine = Machine(machine_key())
+    machine = Machine(machine_key(), op_s=OP_S)
     machine.process_bytes = {process_kind(1, "float32"): PROCESS_BYTES}
     machine.op_overhead_s, machine.gloo_bytes_per_s, machine.memcpy_bytes_per_s = 1e-5, 1e9, 1e10
     machine.ssd[ssd_key(tmp_path)] = {
@@ -122,6 +124,7 @@ def test_bytes_of_a_step_are_those_of_a_real_one(overrides: tuple[str, ...], tmp
     assert read == of_step.read_bytes > 0
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_bytes_on_the_disk_are_those_of_the_state(tmp_path: Path) -> None:
     run = f"run_dir={tmp_path}"
@@ -138,6 +141,7 @@ def test_bytes_on_the_disk_are_those_of_the_state(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_ranks_share_the_state(tmp_path: Path) -> None:
     overrides = [*SMALL, f"run_dir={tmp_path}", *STREAMED, "parallel=zero3"]
@@ -160,6 +164,7 @@ def test_a_step_waits_for_what_the_one_before_has_begun_to_read() -> None:
     assert play(timeline, {"pass": 1.0}, DiskSpeed(1.0, 1.0)) == DiskUse(busy_s=3.0, stall_s=3.0)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_step_that_uses_all_cores_is_longer_by_what_transfers_take_of_them(
     machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -191,6 +196,7 @@ def test_a_disk_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPa
     assert any("set offload.dir to a disk with more" in reason for reason in plan.reasons)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_slow_disk_is_the_bottleneck(machine: Machine, tmp_path: Path) -> None:
     config = compose([*SMALL, f"run_dir={tmp_path}", "offload=ssd"])
