@@ -3,6 +3,7 @@
 # make test-all  the same with every layout, place and launcher, under an hour
 # make soak      the full fault campaigns (long)
 # make cover     test-all's tests with their coverage
+# make planted   breaks the code, fault after fault, and sees that the tests of make test find each
 # make lint      ruff, type checker, import contracts
 # make bench     the benchmarks, each with its bars
 #
@@ -19,7 +20,7 @@ define run_tests
 	$(2) -m "($(1)) and serial" $(ARGS) || test $$? -eq 5 # 5: ARGS has chosen none of these
 endef
 
-.PHONY: train test test-all lint format bench soak cover clean
+.PHONY: train test test-all lint format bench soak cover planted clean
 
 train: $(STAMP)
 	$(BIN)/windlass train +experiment=first_run $(ARGS)
@@ -36,6 +37,9 @@ cover: $(STAMP)
 	-$(BIN)/coverage combine -q --append # processes that a test killed leave torn files: those are passed over
 	$(BIN)/coverage report --fail-under=85
 	$(BIN)/coverage report --include="windlass/checkpoint/*" --fail-under=90
+
+planted: $(STAMP)
+	$(BIN)/python tests/planted_faults.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
