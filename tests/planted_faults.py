@@ -113,6 +113,7 @@ def planted(fault: Fault, root: Path) -> str:
 def tree() -> Iterator[Path]:
     """A copy of the files that git tracks, as they are now, which is removed at the end."""
     with tempfile.TemporaryDirectory(prefix="planted-", ignore_cleanup_errors=True) as folder:
+        Path(folder).chmod(0o755)  # some tests give up their privileges, and must still find the tree
         copy = Path(folder) / "tree"
         listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True)
         for name in filter(None, listed.stdout.split("\0")):
@@ -127,7 +128,8 @@ def tree() -> Iterator[Path]:
 
 def run_tests(copy: Path, tests: Sequence[str], timeout_s: float) -> tuple[int | None, str]:
     """pytest's exit code, None if it took longer than `timeout_s`, and what it printed."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    # Not pytest's own timeout: that exits as if a test had failed.
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--timeout=0", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(copy.parent / "tmp")}
     process = subprocess.Popen(
         command,

@@ -199,7 +199,7 @@ DATA = [
         "windlass/train/data/loader.py",
         'self._cursor = int(state["cursor"])',
         'self._cursor = max(self._cursor, int(state["cursor"]) % self.num_samples)',
-        (f"{TRAIN}/data/test_data_loader.py",),
+        (f"{TRAIN}/data/test_data_loader.py::test_resuming_gives_what_would_have_come",),
     ),
     Fault(
         "ranks_share_samples",
@@ -231,7 +231,7 @@ DATA = [
         "windlass/train/data/prepare.py",
         "return result if sizes_agree and result.unit == fingerprint else None",
         "return result if sizes_agree else None",
-        (f"{TRAIN}/data/test_data_prepare.py",),
+        (f"{TRAIN}/data/test_data_prepare.py::test_a_unit_that_is_of_other_text_is_done_again",),
     ),
 ]
 
@@ -410,8 +410,8 @@ MEMORY = [
         "windlass/checkpoint/agent/process.py",
         "            elif files.header is not None and files.header.phase != slot.phase:\n"
         "                files.set_phase(slot.phase)\n",
-        "            elif files.header is not None and (files.header.phase != slot.phase or slot.phase == Phase.prepared):\n"
-        "                files.set_phase(Phase.committed if slot.phase == Phase.prepared else slot.phase)\n",
+        "            elif files.header is not None and slot.phase in (Phase.prepared, Phase.committed):\n"
+        "                files.set_phase(Phase.committed)\n",
         (f"{CHECKPOINT}/test_agent.py::test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before",),
     ),
     Fault(
@@ -516,7 +516,7 @@ MEMORY = [
         "windlass/checkpoint/memory/snapshots.py",
         "        self.memory.end()\n",
         "",
-        (f"{FAULT}/test_snapshot_bad_input.py::test_lazy_on_one_rank",),
+        (f"{TRAIN}/test_loop.py::test_weights_wait_for_the_copy_of_a_snapshot",),
     ),
     Fault(
         "agents_left_by_a_run_that_stops",
@@ -602,19 +602,27 @@ RUNS = [
         (f"{UNIT}/launch/test_torchrun_meeting.py::test_deaths_are_counted_by_lives_and_not_by_nodes",),
     ),
     Fault(
-        "restarts_beyond_the_budget",
-        "A job is started again launch.max_restarts times, and no more.",
-        "windlass/launch/elastic_agent.py",
-        "if num_deaths <= launch.max_restarts:",
-        "if num_deaths <= launch.max_restarts + 1:",
-        (f"{FAULT}/test_stop_and_restart.py::test_a_run_that_keeps_dying_ends_with_a_message",),
+        "lost_workers_cost_no_restart",
+        "A life that a worker's death ended is one of launch.max_restarts.",
+        "windlass/launch/membership.py",
+        "return Verdict(counts=True, leaving=frozenset(stopped))",
+        "return Verdict(leaving=frozenset(stopped))",
+        (f"{UNIT}/launch/test_membership.py::test_what_a_life_came_to",),
     ),
     Fault(
-        "hang_not_found",
-        "A rank that makes no step any more is found and named, and the run goes on.",
+        "hang_not_found_in_time",
+        "A rank that makes no step within launch.hang_timeout_s is found.",
         "windlass/train/watchdog.py",
-        "if late_s > timeout_s or self._bell.is_ringing():",
-        "if self._bell.is_ringing():",
+        "return self._timeout_s or max(LEAST_TIMEOUT_S,",
+        "return max(self._timeout_s or LEAST_TIMEOUT_S,",
+        (f"{TRAIN}/test_watchdog.py::test_how_long_a_step_may_take",),
+    ),
+    Fault(
+        "hang_names_those_that_wait",
+        "Of ranks that make no step any more those are named that hang, and not those that wait for them.",
+        "windlass/train/watchdog.py",
+        "if not place.is_waiting]",
+        "if place.is_waiting]",
         (f"{TRAIN}/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
     ),
     Fault(
@@ -669,12 +677,12 @@ ELSEWHERE = [
         (f"{OFFLOAD}/test_optimizer.py::test_schedulers_set_the_learning_rate",),
     ),
     Fault(
-        "weights_read_while_they_leave",
+        "weights_read_while_they_are_written",
         "Weights that are streamed are never stale: what is still on its way to the disk is not read.",
-        "windlass/offload/conveyor.py",
-        "        if any(leaving.load is load for leaving in self._leaving):\n",
-        "        if any(leaving.load is load for leaving in self._leaving if leaving.writing is not None):\n",
-        (f"{OFFLOAD}/test_conveyor.py",),
+        "windlass/offload/tier_file.py",
+        "        self._write.wait()\n        version = self._current\n",
+        "        version = self._current\n",
+        (f"{OFFLOAD}/test_tier_file.py::test_a_read_waits_for_the_write_before_it",),
     ),
     Fault(
         "updated_weights_not_kept",

@@ -17,9 +17,7 @@ from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
 from windlass.parallel.fragment import local_tensor
 from windlass.train import loop
-from windlass.train.data.loader import Loader
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.data.shards import TokenDataset
+from windlass.train.data.loader import IGNORE_INDEX, Batch, Loader
 from windlass.train.loss import count_tokens
 
 NUM_STEPS, BROKEN_STEP = 4, 2
@@ -29,30 +27,41 @@ def figures(config: runs.Config, key: str) -> list[float]:
     return [record[key] for record in runs.metrics(config) if "train/loss" in record]
 
 
-def tokens_of_ranks(config: runs.Config, num_ranks: int) -> list[int]:
-    """The labels that count of each rank in the first step."""
-    dataset, found = TokenDataset(prepared_folder(config.data, progress=False), "train"), []
-    for rank in range(num_ranks):
-        settings = {"batch_size": config.train.batch_size, "seq_len": config.train.seq_len, "seed": config.train.seed}
-        loader = Loader(dataset, rank=rank, world_size=num_ranks, **settings)
-        found.append(count_tokens([next(loader) for _ in range(config.train.grad_accum_steps)]))
-        loader.close()
-    return found
+def train_on_ragged_rows(config: runs.Config) -> tuple[int, list[int]]:
+    """A rank of which about every other row has few labels that count; its exit code, and how many count in each batch.
+
+    What counts in a row depends on the row alone, and so not on the number of ranks.
+    """
+    following, counts = Loader.__next__, list[int]()
+
+    def ragged(loader: Loader) -> Batch:
+        batch = following(loader)
+        has_few = batch.input_ids.sum(1) % 2 == 0
+        batch.labels[has_few, 5:] = IGNORE_INDEX
+        counts.append(count_tokens([batch]))
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Loader, "__next__", ragged)
+        return run_worker(config), counts
 
 
 @pytest.mark.slow
 def test_ranks_with_unequal_tokens_train_as_one_does(tmp_path: Path) -> None:
     """The norm of the gradients is of all ranks' sum over all ranks' tokens: a mean of means is not that."""
-    configs = {}
+    configs: dict[int, runs.Config] = {}
+    counts: dict[int, list[list[int]]] = {}
     for num_ranks in (1, 2):
-        overrides = (f"train.batch_size={4 // num_ranks}", "train.grad_accum_steps=2", "train.seq_len=256")
-        overrides += ("checkpoint=none",)
-        config = runs.run_config(tmp_path, f"on{num_ranks}", f"train.steps={NUM_STEPS}", *overrides)
-        assert run_ranks(run_worker, num_ranks, config) == [EXIT_DONE] * num_ranks
-        configs[num_ranks] = config
-    assert len(set(tokens_of_ranks(configs[2], 2))) == 2, "else the ranks' own counts would do"
+        overrides = (f"train.batch_size={4 // num_ranks}", "train.grad_accum_steps=2", "checkpoint=none")
+        configs[num_ranks] = runs.run_config(tmp_path, f"on{num_ranks}", f"train.steps={NUM_STEPS}", *overrides)
+        of_ranks = run_ranks(train_on_ragged_rows, num_ranks, configs[num_ranks])
+        assert [exit_code for exit_code, _ in of_ranks] == [EXIT_DONE] * num_ranks
+        counts[num_ranks] = [of_batches for _, of_batches in of_ranks]
+    of_batches = list(zip(*counts[2], strict=True))
+    assert [sum(of_ranks) for of_ranks in of_batches] == counts[1][0], "the same rows"
+    assert sum(max(of_ranks) > 2 * min(of_ranks) for of_ranks in of_batches) >= 2, of_batches
     for key in ("train/loss", "optim/grad_norm"):
-        alone, together = figures(configs[1], key), figures(configs[2], key)
+        alone, together = (figures(configs[num_ranks], key) for num_ranks in (1, 2))
         assert len(alone) == NUM_STEPS
         assert together == pytest.approx(alone, rel=1e-4), key
 
@@ -106,6 +115,7 @@ def test_weights_wait_for_the_copy_of_a_snapshot(tmp_path: Path) -> None:
         lazy = ("checkpoint=lazy", "checkpoint.persist_every=2", f"checkpoint.shm_dir={shm}")
         config = runs.run_config(tmp_path, "lazy", f"train.steps={2 * NUM_STEPS}", *lazy)
         ((exit_code, noted),) = run_ranks(train_and_note, 1, config)
+        nodes.wait_until(lambda: not list(shm.iterdir()), "the agent to leave", 10.0)
     assert exit_code == EXIT_DONE
     places = [place for place, name in enumerate(noted) if name == "snapshot"]
     assert len(places) == NUM_STEPS - 1, "and the last step is saved"
