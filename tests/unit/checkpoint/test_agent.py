@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from support.agents import Cluster, cluster, small_tmpfs, wait_until
-from support.stored import are_sound
+from support.stored import are_sound, noise
 
 from windlass.checkpoint.agent.client import AgentClient, AgentError, NoMemory
 from windlass.checkpoint.agent.ledger import Busy, SnapshotId, Stale
@@ -19,6 +19,8 @@ from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.checkpoint.durable.store import DurableStore
 from windlass.checkpoint.net.handshake import TransportError
+from windlass.checkpoint.net.transport import connect
+from windlass.checksum import crc32c
 
 
 @pytest.fixture
@@ -57,6 +59,42 @@ def test_snapshots_are_committed_on_all_nodes(n: int, m: int, tmp_path: Path) ->
             assert [event["step"] for event in events(nodes, "snapshot_committed", each)] == [1, 2, 3, 4]
             assert nodes.plan() is not None
             assert list(nodes.status(each)["slots"]) != []
+
+
+def test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before(tmp_path: Path) -> None:
+    """Node 0 holds no parity for node 1, so it has prepared before that has copied anything."""
+    with cluster(2, 0, tmp_path / "checkpoints") as nodes:
+        snapshot = nodes.begin(1)
+        nodes.copy(snapshot, [0])
+        wait_until(lambda: nodes.phase(0, snapshot) not in ("writing", "local"), "what comes after the copy")
+        time.sleep(0.1)  # nothing more comes
+        assert nodes.phase(0, snapshot) == "prepared"
+        assert events(nodes, "snapshot_committed") == []
+        nodes.copy(snapshot, [1])
+        nodes.wait_for_phase("committed", snapshot)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_data_that_was_damaged_on_its_way_gives_the_snapshot_up(is_damaged: bool, tmp_path: Path) -> None:
+    """The test is node 1's agent: it sends node 0 all that its mirror needs, with the checksums of other bytes."""
+    with cluster(2, 1, tmp_path / "checkpoints") as nodes:
+        snapshot = nodes.begin(1, nodes=[0])
+        nodes.copy(snapshot, [0])
+        files = nodes.slot(0, snapshot)
+        assert files.header is not None
+        count = files.header.stripes.blocks_per_chunk
+        data = noise("what node 1 has", count * BLOCK_BYTES)
+        sums = [crc32c(data[at : at + BLOCK_BYTES]) for at in range(0, len(data), BLOCK_BYTES)]
+        sums[-1] ^= int(is_damaged)
+        peer = connect(tuple(nodes.status(0)["address"]), nodes.secret)
+        peer.send({"position": 1, "generation": nodes.generation})
+        parity = {"type": "parity", "snapshot": snapshot, "chunk": 0, "row": 0, "block": 0, "crcs": sums}
+        peer.send(parity, data)
+        ends = "empty" if is_damaged else "prepared"
+        assert wait_until(lambda: nodes.phase(0, snapshot).replace("local", ""), "what comes of it") == ends
+        if is_damaged:
+            assert "damaged on its way" in wait_for_event(nodes, "snapshot_given_up", 1)["reason"]
+        peer.close()
 
 
 def test_a_snapshot_before_the_last_is_done_is_refused(nodes: Cluster) -> None:
@@ -269,6 +307,16 @@ def test_memory_that_has_changed_is_not_made_durable(node: Cluster) -> None:
     node.signal(0, signal.SIGTERM)
     wait_until(lambda: not node.folder(0).path.exists(), "the agent's leaving")
     assert are_sound(node.store)
+
+
+def test_memory_that_has_changed_since_its_commit_is_not_made_durable(node: Cluster) -> None:
+    snapshot = node.take(1)
+    with node.slot(0, snapshot).path("data").open("r+b") as file:
+        file.seek(BLOCK_BYTES + 5)
+        file.write(b"\xff\x00\xff\x00")
+    node.signal(0, signal.SIGTERM)
+    wait_until(lambda: not node.folder(0).path.exists(), "the agent's leaving")
+    assert committed_steps(Path(node.store)) == []
 
 
 # --- The end. ---

@@ -218,8 +218,11 @@ def test_changed_bits_of_chunks_are_found_and_set_aside(local: DurableStore, tmp
         flip(path, randomness.randrange(chunk.size), 1 << randomness.randrange(8))
         (result,) = inspect.verify(tmp_path)
         assert len(result.problems) == number + 1
+    damaged = {chunk.sha256: (tmp_path / chunk_name(chunk.sha256)).read_bytes() for chunk in written}
     moved = [name for part in range(3) for name in local.set_damaged_chunks_aside(1, part, 3)]
     assert sorted(moved) == sorted(f"{chunk_name(chunk.sha256)}.damaged" for chunk in written)
+    for sha256, data in damaged.items():
+        assert (tmp_path / f"{chunk_name(sha256)}.damaged").read_bytes() == data, "it is there to be looked at"
     assert {chunk.written for chunk in put(local, [1, 2, 3, 4])} == {True}
     assert are_sound(tmp_path)
 

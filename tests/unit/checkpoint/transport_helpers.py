@@ -17,6 +17,8 @@ SOON_S = 0.5
 """A time limit for tests in which it must pass."""
 LATE_S = 60.0
 """A time limit for tests in which it must not."""
+HAPPENS_S = 10.0
+"""What `wait_until` waits for has so long."""
 
 
 def echo(connection: Connection) -> None:
@@ -111,6 +113,7 @@ def read_to_end(sock: socket.socket) -> bytes:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """pytest's timeout ends it if that never happens."""
+    deadline = time.monotonic() + HAPPENS_S
     while not holds():
+        assert time.monotonic() < deadline, f"not within {HAPPENS_S:.0f} s"
         time.sleep(0.01)

@@ -8,10 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.optimizers import make
+from support.ranks import run_ranks
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from windlass.parallel.clip_grad import CHUNK_NUMEL, clip_grad_norm_, total_norm
+from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.mesh import Mesh, all_ranks_finite
 
 MIB = 1 << 20
@@ -99,3 +101,18 @@ def test_what_is_not_finite_is_seen_and_touches_neither_weights_nor_state(
     for parameter, weight in zip(parameters, weights, strict=True):
         assert torch.equal(parameter.detach(), weight)
         assert all(torch.equal(value, state[id(parameter)][key]) for key, value in optimizer.state[parameter].items())
+
+
+def votes(sharding: Sharding) -> list[bool]:
+    """What a rank decides, of norms of which none is bad, then that of the last rank alone."""
+    mesh = ParallelConfig(name=sharding).build(torch.device("cpu"))
+    found = []
+    for bad in (1.0, torch.inf, torch.nan):
+        norm = torch.tensor(bad if mesh.rank == mesh.world_size - 1 else 1.0)
+        found.append(all_ranks_finite(norm, mesh))
+    mesh.stop()
+    return found
+
+
+def test_replicas_decide_alike_where_one_alone_has_a_norm_that_is_not_finite() -> None:
+    assert run_ranks(votes, 2, Sharding.ddp) == [[True, False, False]] * 2

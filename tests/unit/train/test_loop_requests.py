@@ -103,3 +103,11 @@ def test_without_checkpoints_nothing_is_saved(tmp_path: Path) -> None:
     config = job(tmp_path, "unsaved", "2:3", "checkpoint=none")
     assert run_nodes(config, NUM_RANKS, {0: signal.SIGTERM}) == [EXIT_RESTART] * 3
     assert not runs.checkpoints(config).exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_stops_leaves_no_snapshot_agents(tmp_path: Path) -> None:
+    with nodes.shared_memory() as shm:
+        config = job(tmp_path, "stopped", "2:3", "checkpoint=erasure", "checkpoint.num_parity_shards=1")
+        assert run_nodes(config, NUM_RANKS, {1: signal.SIGINT}, shm) == [EXIT_STOPPED] * 3
+        nodes.wait_until(lambda: not list(shm.glob("node*/*")), "the agents to leave", 10.0)

@@ -285,6 +285,15 @@ def test_a_unit_whose_shard_is_cut_off_is_done_again(many_files: Path, tmp_path:
     assert folder_bytes(out) == reference
 
 
+def test_a_unit_that_is_of_other_text_is_done_again(many_files: Path, tmp_path: Path, reference) -> None:
+    out = tmp_path / "out"
+    prepare_in_process(many_units(many_files), out)
+    (out / "manifest.json").unlink()
+    (out / "units" / "000004.json").write_bytes((out / "units" / "000002.json").read_bytes())
+    prepare_in_process(many_units(many_files), out)
+    assert folder_bytes(out) == reference
+
+
 @pytest.mark.slow
 def test_two_at_once_share_the_work(many_files: Path, reference: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
