@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_S = 300.0
 TESTS_PASSED, TESTS_FAILED = 0, 1
 """What pytest exits with."""
-NO_LIMIT = '\nUNIT_CPU_LIMIT_S = UNIT_LIMIT_S = float("inf")  # a fault is found by what a test asserts, and not by how long it takes\n'
+NO_LIMIT = '\nUNIT_CPU_LIMIT_S = UNIT_LIMIT_S = float("inf")\n'
+"""Added to conftest.py: a fault is found by what a test asserts, and not by how long it takes."""
 
 
 class BadFault(Exception):
