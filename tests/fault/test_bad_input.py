@@ -8,6 +8,7 @@ import random
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -227,9 +228,10 @@ def test_a_second_run_in_the_same_folder(tmp_path: Path) -> None:
     while not (Path(config.run_dir) / "metrics.jsonl").exists():
         assert first.is_alive(), runs.output(config)
         time.sleep(0.01)
-    second = runs.run_config(tmp_path, "run", "train.steps=100000", "checkpoint=none")
-    assert runs.run(second, 1) == [EXIT_USER_ERROR]
-    assert f"is in use by process {first.processes[0].pid} on" in runs.output(config)
+    (pid,) = [process.pid for process in first.processes]
+    psutil.Process(pid).suspend()  # it needs no core to have the folder
+    assert runs.run(config, 1) == [EXIT_USER_ERROR]
+    assert f"is in use by process {pid} on" in runs.output(config)
     assert first.is_alive()
     first.kill()
     first.join()

@@ -23,12 +23,14 @@ def start(config: runs.Config, tmp_path: Path) -> commands.Command:
 
 @pytest.mark.parametrize("launch", [(), TWO_WORKERS], ids=["local", "torchrun"])
 def test_done(tmp_path: Path, launch: tuple[str, ...]) -> None:
-    config = runs.run_config(tmp_path, "done", "metrics.report=true", *launch)
+    """A report is drawn, unless it is not wanted."""
+    config = runs.run_config(tmp_path, "done", f"metrics.report={not launch}", *launch)
     command = start(config, tmp_path)
     assert command.wait() == EXIT_DONE, command.output
     runs.assert_same_training(config, runs.undisturbed(2 if launch else 1))
-    assert f"report  {config.run_dir}/report.html" in command.output
-    assert (Path(config.run_dir) / "report.html").stat().st_size > 10_000
+    report = Path(config.run_dir) / "report.html"
+    said = f"report  windlass report {config.run_dir}" if launch else f"report  {report}"
+    assert said in command.output and report.exists() != bool(launch)
 
 
 def test_refused(tmp_path: Path) -> None:
