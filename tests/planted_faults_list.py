@@ -132,7 +132,10 @@ OPTIMIZERS = [
         "windlass/optim/galore.py",
         "before = before[[index for index, owner in enumerate(batch.owners) if owner == layout.rank]]",
         "before = before[: sum(owner == layout.rank for owner in batch.owners)]",
-        (f"{DISTRIBUTED}/test_galore_sharded.py::test_sharded_matrices_follow_those_of_one_process",),
+        (
+            f"{DISTRIBUTED}/test_galore_sharded.py"
+            "::test_sharded_matrices_follow_those_of_one_process[whole projector-2]",
+        ),
     ),
     Fault(
         "muon_rate_of_wide_matrices",
@@ -149,14 +152,6 @@ OPTIMIZERS = [
         "position = [sum(other == owner for other in owners[:index]) for index, owner in enumerate(owners)]",
         "position = [sum(other == owner for other in owners[index + 1 :]) for index, owner in enumerate(owners)]",
         (f"{DISTRIBUTED}/test_owner_computes.py::test_ranks_compute_what_one_does[Muon-options0-dtype0-0.0]",),
-    ),
-    Fault(
-        "newton_schulz_coefficients_swapped",
-        "Newton-Schulz is the published iteration.",
-        "windlass/optim/newton_schulz.py",
-        "_, b, c = coefficients",
-        "_, c, b = coefficients",
-        (f"{OPTIM}/test_newton_schulz.py::test_singular_values_come_near_one",),
     ),
     Fault(
         "newton_schulz_on_one_gram_matrix",
@@ -415,14 +410,6 @@ MEMORY = [
         (f"{CHECKPOINT}/test_agent.py::test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before",),
     ),
     Fault(
-        "only_snapshot_given_up_for_the_next",
-        "At every moment the newest committed snapshot is whole: the next one takes the other slot.",
-        "windlass/checkpoint/agent/ledger.py",
-        "newest = self.committed if self.num_slots > 1 else None",
-        "newest = self.committed if self.num_slots > 2 else None",
-        (f"{CHECKPOINT}/test_commit_protocol.py::test_the_protocol_keeps_its_promises_in_any_order_of_events",),
-    ),
-    Fault(
         "decoding_by_the_wrong_parity_row",
         "With m parity shards any m nodes' memory comes back bit for bit.",
         "windlass/checkpoint/codec/erasure.py",
@@ -560,14 +547,6 @@ RUNS = [
         "signal.SIGTERM: Request.restart if has_launcher else Request.stop,",
         "signal.SIGTERM: Request.restart if has_launcher else Request.nothing,",
         (f"{TRAIN}/test_signals.py",),
-    ),
-    Fault(
-        "launcher_keeps_sigterm_to_itself",
-        "SIGTERM to the launcher stops the run after a checkpoint.",
-        "windlass/launch/torchrun.py",
-        "passed_on = signal.SIGINT if number == signal.SIGTERM else signal.Signals(number)",
-        "passed_on = signal.Signals(number)",
-        (f"{UNIT}/launch/test_torchrun_launcher.py::test_requests_to_stop_go_to_the_workers",),
     ),
     Fault(
         "stopped_run_says_done",
