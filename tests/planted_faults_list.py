@@ -132,7 +132,10 @@ OPTIMIZERS = [
         "windlass/optim/galore.py",
         "before = before[[index for index, owner in enumerate(batch.owners) if owner == layout.rank]]",
         "before = before[: sum(owner == layout.rank for owner in batch.owners)]",
-        (f"{DISTRIBUTED}/test_galore_sharded.py::test_sharded_matrices_follow_those_of_one_process",),
+        (
+            f"{DISTRIBUTED}/test_galore_sharded.py"
+            "::test_sharded_matrices_follow_those_of_one_process[whole projector-2]",
+        ),
     ),
     Fault(
         "muon_rate_of_wide_matrices",
@@ -149,14 +152,6 @@ OPTIMIZERS = [
         "position = [sum(other == owner for other in owners[:index]) for index, owner in enumerate(owners)]",
         "position = [sum(other == owner for other in owners[index + 1 :]) for index, owner in enumerate(owners)]",
         (f"{DISTRIBUTED}/test_owner_computes.py::test_ranks_compute_what_one_does[Muon-options0-dtype0-0.0]",),
-    ),
-    Fault(
-        "newton_schulz_coefficients_swapped",
-        "Newton-Schulz is the published iteration.",
-        "windlass/optim/newton_schulz.py",
-        "_, b, c = coefficients",
-        "_, c, b = coefficients",
-        (f"{OPTIM}/test_newton_schulz.py::test_singular_values_come_near_one",),
     ),
     Fault(
         "newton_schulz_on_one_gram_matrix",
@@ -413,14 +408,6 @@ MEMORY = [
         "            elif files.header is not None and slot.phase in (Phase.prepared, Phase.committed):\n"
         "                files.set_phase(Phase.committed)\n",
         (f"{CHECKPOINT}/test_agent.py::test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before",),
-    ),
-    Fault(
-        "only_snapshot_given_up_for_the_next",
-        "At every moment the newest committed snapshot is whole: the next one takes the other slot.",
-        "windlass/checkpoint/agent/ledger.py",
-        "newest = self.committed if self.num_slots > 1 else None",
-        "newest = self.committed if self.num_slots > 2 else None",
-        (f"{CHECKPOINT}/test_commit_protocol.py::test_the_protocol_keeps_its_promises_in_some_orders_of_events",),
     ),
     Fault(
         "decoding_by_the_wrong_parity_row",

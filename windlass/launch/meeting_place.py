@@ -150,7 +150,8 @@ def _break_when_cut(port: int) -> None:
         with suppress(OSError):  # closed meanwhile, or not connected
             if entry.is_socket():
                 with socket.socket(fileno=os.dup(int(entry.name))) as connection:
-                    if connection.type == socket.SOCK_STREAM and connection.getpeername()[1] == port:
+                    is_tcp = connection.family != socket.AF_UNIX and connection.type == socket.SOCK_STREAM
+                    if is_tcp and connection.getpeername()[1] == port:
                         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * CUT_S))
                         # Of one that waits for an answer, with nothing left to deliver:
                         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -147,6 +147,14 @@ def test_the_first_on_the_host_serves_and_the_next_find_it() -> None:
     assert place.connect().get("key") == b"value"
 
 
+def test_sockets_without_a_name_are_passed_over() -> None:
+    """A process may have connected ones, such as the pipes of multiprocessing, that have no port."""
+    for one, other in (socket.socketpair() for _ in range(3)):
+        with one, other:
+            _, place = open_place(f"127.0.0.1:{free_port()}", 5)
+            place.connect()
+
+
 def test_the_port_is_free_again_when_the_store_is_gone() -> None:
     address = f"127.0.0.1:{free_port()}"
     store, _ = open_place(address, 5)
