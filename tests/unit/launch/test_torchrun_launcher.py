@@ -18,7 +18,7 @@ from windlass.conf.schema import Config
 from windlass.conf.store import load_config
 from windlass.errors import ConfigError
 from windlass.launch import main as launch_main
-from windlass.launch import torchrun
+from windlass.launch import torchrun, worker
 from windlass.launch.elastic_agent import JobRendezvous
 from windlass.launch.meeting import JobEnded
 from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, Outcome, report_outcome, reported_outcome
@@ -214,6 +214,6 @@ def test_the_launcher_is_the_one_that_was_asked_for(
     called = []
     monkeypatch.setattr("windlass.launch.fork_server.fork_context", lambda: None)
     monkeypatch.setattr(torchrun, "launch", lambda _: called.append("torchrun") or 0)
-    monkeypatch.setattr("windlass.launch.worker.run_worker", lambda _: called.append("local") or 0)
+    monkeypatch.setattr(worker, "run_worker", lambda _: called.append("local") or 0)
     assert launch_main.train(overrides) == 0
     assert called == [launcher]
