@@ -37,6 +37,7 @@ def test_a_fraction_trains_like_the_whole(weights: str, tmp_path: Path) -> None:
     assert losses(half) == pytest.approx(losses(whole), rel=1e-4)
 
 
+@pytest.mark.full
 def test_ranks_decide_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine"))
     machine = Machine(machine_key(), matmul_flops={"float32": 1e10}, memcpy_bytes_per_s=1e12)

@@ -21,7 +21,9 @@ def start(config: runs.Config, tmp_path: Path) -> commands.Command:
     return start_launcher(config, scratch, is_exec=True)
 
 
-@pytest.mark.parametrize("launch", [(), TWO_WORKERS], ids=["local", "torchrun"])
+@pytest.mark.parametrize(
+    "launch", [pytest.param((), id="local"), pytest.param(TWO_WORKERS, id="torchrun", marks=pytest.mark.full)]
+)
 def test_done(tmp_path: Path, launch: tuple[str, ...]) -> None:
     """A report is drawn, unless it is not wanted."""
     config = runs.run_config(tmp_path, "done", f"metrics.report={not launch}", *launch)

@@ -295,6 +295,7 @@ def configuration(generation: int, store: Path) -> dict:
     }
 
 
+@pytest.mark.full
 def test_an_agent_that_was_cut_off_and_replaced_is_listened_to_no_more(tmp_path: Path) -> None:
     """It stands still while its node is given up, and wakes to write to disk what it takes for the newest snapshot."""
     with nodes.cluster(3) as cluster:

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support import nodes, runs
+from support.ranks import end_ranks
 
 from windlass.conf.store import to_yaml
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
@@ -26,6 +27,7 @@ LONG = ("train.steps=4000", "checkpoint.persist_every=100000")
 @pytest.fixture(autouse=True)
 def fork_server() -> Iterator[None]:
     """Of these tests alone: a process has one, and that of other tests lets signals through to workers that start."""
+    end_ranks()  # the server waits for them
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     yield
     forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -61,6 +61,7 @@ def test_the_address_is_one_of_ray_clients() -> None:
     assert_told(train(RAY_ADDRESS="ray://127.0.0.1:10001"), "launch.address=ray://127.0.0.1:10001", "on a node of")
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_something_else_listens_at_the_address() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -37,6 +37,7 @@ def freed_mib(when: str) -> int:
     return int(done.stdout)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_GLIBC, reason="needs glibc's malloc")
 def test_what_is_freed_goes_back_to_the_system() -> None:

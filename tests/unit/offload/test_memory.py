@@ -48,6 +48,7 @@ def growth(folder: Path, tier: str) -> int:
     return int(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_step_takes_the_memory_of_its_buffers(tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_a_fraction_trains_like_the_whole_and_resumes_to_the_bit(tmp_path: Path)
     assert newest_digest(resumed) == newest_digest(half)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_what_moves_to_the_disk_comes_back_with_its_bits(tmp_path: Path) -> None:
     moved = tiny(tmp_path, "moved", "offload=ssd", "offload.max_activation_bytes=1000000")
@@ -144,6 +145,7 @@ def test_where_half_has_room_half_is_kept_and_the_run_keeps_to_it(
     assert losses(train(other)) == losses(first), "chosen or said, the bits are the same"
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_disk_takes_what_has_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(tmp_path, "auto", "train.activation_checkpoint=auto", "offload=ssd")

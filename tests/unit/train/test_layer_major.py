@@ -166,6 +166,7 @@ def test_without_gradients_it_is_the_loss_of_each_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_blocks_can_be_traced(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:

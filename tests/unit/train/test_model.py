@@ -122,6 +122,7 @@ def test_the_number_of_parameters_is_as_the_shapes_say() -> None:
     assert count_parameters(build(tie_embeddings=False)) == 2 * layer + 32 + 2 * VOCAB * 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("preset", "published"),
     [

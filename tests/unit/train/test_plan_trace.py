@@ -158,6 +158,7 @@ def test_activation_checkpoints_and_smaller_batches_take_less() -> None:
     assert peaks[2] < 0.5 * peaks[0]
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_billion_parameters_take_no_memory() -> None:
     before = psutil.Process().memory_info().rss

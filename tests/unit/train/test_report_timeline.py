@@ -116,6 +116,7 @@ def test_a_long_pause_takes_little_of_the_axis() -> None:
     assert place(T0 + 3600) <= place(T0 + 50_000) <= place(T0 + 90_000)
 
 
+@pytest.mark.slow
 def test_a_run_of_thousands_of_snapshots_is_drawn_with_few_shapes() -> None:
     run = killed_run(steps=400, every=1, num_kills=6)
     assert len(run.of_kind("snapshot_committed")) == 2800

@@ -171,6 +171,7 @@ def wait_for_rank_1_between_steps(mesh: Mesh, heartbeat: Heartbeat) -> None:
         mesh.barrier()
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_all_ranks_may_hang_between_steps_where_they_wait_for_each_other(tmp_path: Path) -> None:
     assert live(wait_for_rank_1_between_steps, tmp_path, 2)[0] == EXIT_FAILURE

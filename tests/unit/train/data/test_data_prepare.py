@@ -233,7 +233,9 @@ def test_the_result_does_not_depend_on_the_processes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGKILL, *(pytest.param(sign, marks=pytest.mark.full) for sign in (signal.SIGTERM, signal.SIGINT))]
+)
 def test_killed_at_any_time_it_goes_on_to_the_same_bytes(
     many_files: Path, reference: dict[str, bytes], tmp_path: Path, sign: signal.Signals
 ) -> None:
