@@ -13,10 +13,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Of pytest: one more than there are cores, as many tests wait for what they have started.
+WORKERS ?= $(shell expr $$(nproc) + 1)
 
 # $(1): the tests, as an expression of markers; $(2): what runs pytest. On all cores, then those that want the machine alone.
 define run_tests
-	$(2) -n logical --dist worksteal -m "($(1)) and not serial" $(ARGS)
+	$(2) -n $(WORKERS) --dist worksteal -m "($(1)) and not serial" $(ARGS)
 	$(2) -m "($(1)) and serial" $(ARGS) || test $$? -eq 5 # 5: ARGS has chosen none of these
 endef
 

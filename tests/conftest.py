@@ -50,8 +50,13 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ.pop(SHARED), ignore_errors=True)
 
 
-def pytest_collection_finish() -> None:
-    """Has the collector pass over what is there for good: to look at all of it takes a second, in some test's time."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Does what takes seconds once, so that it counts as no test's time: the server that ranks are forked from starts, and
+    the collector passes over what is there for good."""
+    if session.config.option.collectonly:
+        return
+    if "support.ranks" in sys.modules:
+        sys.modules["support.ranks"].start_ranks(2)
     gc.collect()
     gc.freeze()
 

@@ -30,6 +30,7 @@ def losses(config: Config) -> list[float]:
     return [line["train/loss"] for line in lines if "train/loss" in line]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("weights", [pytest.param("memory", marks=pytest.mark.full), "streamed"])
 def test_a_fraction_trains_like_the_whole(weights: str, tmp_path: Path) -> None:
     where = ("offload=ssd", f"offload.weights={weights}", "train.grad_accum_steps=2")

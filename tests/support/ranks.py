@@ -81,6 +81,11 @@ _idle: list[_Rank] = []
 """Ranks of whatever number: a job of two takes the first two."""
 
 
+def start_ranks(num_ranks: int) -> None:
+    """Has so many wait for functions, and their server with them."""
+    run_ranks(os.getpid, num_ranks)
+
+
 @atexit.register
 def end_ranks() -> None:
     """Ends the processes that wait for another function."""

@@ -124,6 +124,7 @@ def change_after_waiting(copy: Copy, tensors: dict[str, torch.Tensor], randomnes
             tensor.fill_(float("nan"))
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_no_tensor_is_torn_in_two_hundred_snapshots(slow: Callable[[float, int], None]) -> None:
     slow(0.0005, 1)

@@ -467,6 +467,7 @@ print(peak[0] - before)
 """
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize("is_on_another_disk", [pytest.param(False, marks=pytest.mark.full), True])
 def test_memory_is_that_of_chunks_and_not_of_the_state(is_on_another_disk: bool, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def restored(checkpoints: Path, mesh: Mesh, tmp_path: Path, **changes: Any) -> L
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformers_loads_an_export_bit_for_bit_and_computes_alike(kind: str, tmp_path: Path, mesh: Mesh) -> None:
     ours = llama(**KINDS[kind])

@@ -181,6 +181,7 @@ def test_a_step_that_uses_all_cores_is_longer_by_what_transfers_take_of_them(
     assert forecast(config, 1, machine).time.disk_cpu_s == 0.0
 
 
+@pytest.mark.full
 @pytest.mark.slow
 def test_a_disk_that_is_too_small(machine: Machine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "host_memory", lambda: (1 << 40, 1 << 40))
@@ -213,6 +214,7 @@ def test_a_slow_disk_is_the_bottleneck(machine: Machine, tmp_path: Path) -> None
     assert slow.ssd_written_tb_per_day == pytest.approx(86400e-12 * slow.ssd_write_bytes / slow.time.step.expected)
 
 
+@pytest.mark.full
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "place", ["offload=ssd", *(pytest.param(place, marks=pytest.mark.full) for place in MORE_PLACES)]
