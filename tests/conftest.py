@@ -51,8 +51,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Does what takes seconds once, so that it counts as no test's time: the server that ranks are forked from starts, and
-    the collector passes over what is there for good."""
+    """Does what takes seconds once, so that it counts as no test's time: starts the server that ranks are forked from,
+    and has the collector pass over what is there for good."""
     if session.config.option.collectonly:
         return
     if "support.ranks" in sys.modules:
