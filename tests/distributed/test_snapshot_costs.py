@@ -135,7 +135,7 @@ def snapshot_and_step(checkpointer: Checkpointer, optimizer: torch.optim.Optimiz
 @pytest.mark.parametrize("num_parity_shards", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_memory_and_network_are_what_was_promised(tmp_path: Path, shm_dir: Path, num_parity_shards: int) -> None:
     m, k = num_parity_shards, NUM_RANKS - num_parity_shards
-    ranks = run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, m, 1024, 3, WARM_UP)
+    ranks = run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, m, 1024, 3, WARM_UP, fresh=True)
     largest = max(rank.state_bytes for rank in ranks)  # S
     assert largest > 24e6
     # A node's data is cut into k chunks of whole blocks, behind a description.
@@ -151,7 +151,7 @@ def test_memory_and_network_are_what_was_promised(tmp_path: Path, shm_dir: Path,
 def test_a_full_block_is_sent_m_times_within_two_percent(tmp_path: Path, shm_dir: Path) -> None:
     """The size is such that padding is small, as it is for every node of some hundred MB."""
     m, k = 1, NUM_RANKS - 1
-    ranks = run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, m, 1140, 3, WARM_UP)
+    ranks = run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, m, 1140, 3, WARM_UP, fresh=True)
     largest = max(rank.state_bytes for rank in ranks)
     for rank in ranks:
         assert rank.sent_bytes == pytest.approx(m * largest, rel=0.02)
@@ -173,9 +173,9 @@ def check_drift(ranks: list[Costs], limit: float) -> None:
 
 @pytest.mark.full
 def test_nothing_grows_from_snapshot_to_snapshot(tmp_path: Path, shm_dir: Path) -> None:
-    check_drift(run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, 1, 256, 60, 40), 0.03)
+    check_drift(run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, 1, 256, 60, 40, fresh=True), 0.03)
 
 
 @pytest.mark.soak
 def test_nothing_grows_over_500_snapshots(tmp_path: Path, shm_dir: Path) -> None:
-    check_drift(run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, 1, 512, 500, STEADY), 0.01)
+    check_drift(run_ranks(cost, NUM_RANKS, tmp_path, shm_dir, 1, 512, 500, STEADY, fresh=True), 0.01)
