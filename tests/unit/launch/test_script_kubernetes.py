@@ -152,6 +152,7 @@ def test_the_manifest_is_of_the_published_schema(tmp_path: Path, capsys: Capture
             kubernetes_validate.validate(document, "1.31", strict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.skipif(not CAN_ISOLATE, reason="no namespace for mounts without privileges")
 def test_two_pods_train_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -161,7 +162,7 @@ def test_two_pods_train_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     overrides = [
         *runs.TINY_MODEL,
         "data=text",
-        f"data.path={tmp_path / 'corpus'}",
+        f"data.path={runs.write_corpus(tmp_path / 'corpus')}",
         f"data.cache_dir={tmp_path / 'cache'}",
         *("data.num_workers=1", "train.batch_size=1", "train.seq_len=32", "train.log_every=1", "train.eval_every=0"),
         *("train.device=cpu", "train.steps=6", "metrics.console=plain", "metrics.peak_flops=1e12"),

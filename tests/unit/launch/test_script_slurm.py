@@ -151,7 +151,7 @@ def run_arguments(tmp_path: Path, *overrides: str) -> tuple[runs.Config, list[st
     own = [
         *runs.TINY_MODEL,
         "data=text",
-        f"data.path={tmp_path / 'corpus'}",
+        f"data.path={runs.write_corpus(tmp_path / 'corpus')}",
         f"data.cache_dir={tmp_path / 'cache'}",
         "data.num_workers=1",
         "train.batch_size=1",
@@ -167,6 +167,7 @@ def run_arguments(tmp_path: Path, *overrides: str) -> tuple[runs.Config, list[st
     return config, [*own, *overrides]
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.parametrize("num_nodes", ["2", "1:2"])
 def test_a_job_trains_to_its_end_on_all_its_nodes(num_nodes: str, tmp_path: Path, capsys: Captured) -> None:
@@ -181,6 +182,7 @@ def test_a_job_trains_to_its_end_on_all_its_nodes(num_nodes: str, tmp_path: Path
         assert [list((root / f"node{number}").iterdir()) for number in range(2)] == [[], []], "agents have left"
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_a_job_that_is_told_to_end_saves_is_queued_again_and_goes_on(tmp_path: Path, capsys: Captured) -> None:
     config, overrides = run_arguments(tmp_path, "train.steps=300", "checkpoint.persist_every=100000")

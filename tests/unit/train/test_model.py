@@ -225,6 +225,7 @@ def test_a_tied_embedding_is_in_no_unit() -> None:
     assert model.embed_tokens.weight not in named
 
 
+@pytest.mark.slow
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="needs a C++ compiler")

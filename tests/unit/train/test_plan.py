@@ -119,6 +119,7 @@ def test_checkpoints_in_memory_count(machine: Machine, monkeypatch: pytest.Monke
     assert not forecast(compose([*SMALL, "checkpoint=erasure"]), 1, machine).fits
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_the_fix_that_costs_least_is_proposed(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     config = compose([*SMALL, "train.batch_size=8", "train.seq_len=256", "model.vocab_size=8192"])
