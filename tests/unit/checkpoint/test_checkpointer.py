@@ -356,6 +356,7 @@ def test_a_path_without_checkpoints_is_refused(path: str, tmp_path: Path) -> Non
         find_checkpoint(tmp_path / path)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_mostly_frozen_model_writes_little(tmp_path: Path, mesh: Mesh) -> None:
     """One of 29 layers is trained; with its two moments that is 3 of 31 parts of the state."""
     model = nn.Sequential(*(nn.Linear(1100, 1100) for _ in range(29)))

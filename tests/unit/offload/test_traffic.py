@@ -72,6 +72,7 @@ def test_apollo_with_streamed_halves(micro_batches: int, tmp_path: Path) -> None
     check(run, 6 + state, 4 + state)
 
 
+@pytest.mark.slow
 def test_micro_batches_one_by_one_read_weights_for_each(tmp_path: Path) -> None:
     """What layer-major micro-batches save."""
     run = TieredRun(tmp_path, [*IN_HALVES, *ADAMW, "train.grad_accum_steps=4"], is_layer_major=False)
