@@ -1,0 +1,131 @@
+"""Documents of strangers: read within limits, and checked before a value is used."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from windlass import untrusted
+from windlass.untrusted import Malformed, convert, parse_json, parse_yaml, read_bytes, read_json, read_yaml
+
+
+@dataclass(frozen=True)
+class Block:
+    name: str
+    shape: tuple[int, ...]
+    scale: float = 1.0
+
+
+@dataclass
+class Document:
+    step: int
+    blocks: dict[str, list[Block]]
+    note: str | None = None
+    kind: Literal["a", "b"] = "a"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+SOUND: dict[str, Any] = {"step": 3, "blocks": {"x": [{"name": "w", "shape": [2, 3]}]}, "extra": {"any": [1, None]}}
+
+
+def test_a_document_becomes_its_dataclass() -> None:
+    document = convert(parse_json(json.dumps(SOUND)), Document)
+    assert document == Document(3, {"x": [Block("w", (2, 3))]}, extra={"any": [1, None]})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": "3"}, "`body.step` is '3', not an integer"),
+        ({"step": True}, "`body.step` is True, not an integer"),
+        ({"step": 3.0}, "`body.step` is 3.0, not an integer"),
+        ({"blocks": []}, "`body.blocks` is [], not an object"),
+        ({"blocks": {"x": {}}}, "`body.blocks.x` is {}, not a list"),
+        ({"blocks": {"x": [{"name": "w", "shape": [1, None]}]}}, "`body.blocks.x[0].shape[1]` is None, not an integer"),
+        ({"blocks": {"x": [{"name": "w"}]}}, "`body.blocks.x[0].shape` is missing"),
+        ({"blocks": {"x": [{"name": "w", "shape": [], "scale": float("nan")}]}}, "not a finite number"),
+        ({"note": 7}, "`body.note` is 7, not text"),
+        ({"kind": "c"}, "`body.kind` is 'c', not one of 'a', 'b'"),
+        ({"more": 1}, "`body.more` is not known"),
+    ],
+)
+def test_another_type_is_refused_by_its_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(Malformed) as caught:
+        convert(SOUND | change, Document, "body")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "it is not JSON: maximum recursion depth"),
+        ("[" * 65 + "]" * 65, "nests more than 64 times"),
+        ('{"step": ' + "9" * 5000 + "}", "beyond 64 bits"),
+        ('{"step": 9223372036854775808}', "beyond 64 bits"),
+        ("", "it is not JSON"),
+        (b"\xff\xfe", "it is not JSON"),
+        ("{'step': 1}", "it is not JSON"),
+    ],
+)
+def test_json_that_python_chokes_on_is_malformed(text: str | bytes, message: str) -> None:
+    with pytest.raises(Malformed, match=message):
+        parse_json(text)
+
+
+def test_the_deepest_and_the_largest_that_are_read() -> None:
+    value = parse_json("[" * 64 + "]" * 64)
+    for _ in range(63):
+        (value,) = value
+    assert value == []
+    assert parse_json("[9223372036854775807, -9223372036854775808]") == [2**63 - 1, -(2**63)]
+
+
+ALIASES = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (ALIASES, "alias"),
+        ("a: " + "[" * 5000, "nests more than 64 times"),
+        ("a: !!python/object/apply:os.system ['true']", "could not determine a constructor"),
+        ("a: [1", "it is not YAML: .* in line"),
+        ("a: " + "9" * 5000, "it is not YAML"),
+        ("a: 2020-99-99", "it is not YAML"),
+        (b"\x00\x01\x02", "it is not YAML"),
+        ("? [a, b]\n: 1\n? {c: d}\n: 2", "it is not YAML"),
+    ],
+)
+def test_yaml_that_is_no_plain_data_is_malformed(text: str | bytes, message: str) -> None:
+    with pytest.raises(Malformed, match=message):
+        parse_yaml(text)
+
+
+def test_yaml_of_plain_data_is_read_and_nothing_in_it_is_resolved() -> None:
+    read = parse_yaml("a: [1, 2.5, null, text]\nb: ${oc.env:HOME}")
+    assert read == {
+        "a": [1, 2.5, None, "text"],
+        "b": "${oc.env:HOME}",
+    }
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(Malformed, match="no regular file"):
+            read_bytes(path)
+    (tmp_path / "big").write_bytes(b"[1, 2]")
+    with pytest.raises(Malformed, match="has 6 bytes, and at most 5"):
+        read_bytes(tmp_path / "big", 5)
+    assert read_json(tmp_path / "big") == read_yaml(tmp_path / "big") == [1, 2]
+    with pytest.raises(IsADirectoryError):
+        read_json(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_yaml(tmp_path / "none")
+    monkeypatch.setattr(untrusted, "MAX_DEPTH", 1)
+    assert read_json(tmp_path / "big") == [1, 2]
