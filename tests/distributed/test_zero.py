@@ -69,7 +69,7 @@ def test_bfloat16_is_close_to_one_process() -> None:
     np.testing.assert_allclose(results[0]["losses"], reference["losses"], rtol=2e-2)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("sharding", [*SHARDINGS, "hsdp"])
 def test_logical_bytes_equal_the_published_volumes(sharding: str, num_ranks: int) -> None:
     """ZeRO (2020): Z3 M(2AG+RS), Z2 M(AG+RS), Z1 AG+RS, each of 4P (N-1)/N bytes in fp32.

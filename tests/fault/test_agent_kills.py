@@ -106,6 +106,7 @@ def committed(nodes: Cluster) -> SnapshotId:
 
 
 MOMENTS = [asked_to_begin, writing, local, pushing, prepared, committed]
+EACH_SECOND = [m if i % 2 else pytest.param(m, marks=pytest.mark.full) for i, m in enumerate(MOMENTS)]
 
 
 def newest_committed(nodes: Cluster) -> SnapshotId:
@@ -147,7 +148,7 @@ def test_trainers_that_live_go_on(moment: Callable[[Cluster], SnapshotId], victi
 
 
 @pytest.mark.parametrize("victims", [[0], pytest.param([0, 1, 2], marks=pytest.mark.full)], ids=["one", "all"])
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", EACH_SECOND)
 def test_trainers_that_are_started_again_lose_nothing(
     moment: Callable[[Cluster], SnapshotId], victims: list[int], nodes: Cluster
 ) -> None:
@@ -159,7 +160,7 @@ def test_trainers_that_are_started_again_lose_nothing(
     check_recovery(nodes, before)
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", EACH_SECOND)
 def test_a_node_that_is_lost_is_made_again(moment: Callable[[Cluster], SnapshotId], nodes: Cluster) -> None:
     moment(nodes)
     before = newest_committed(nodes)

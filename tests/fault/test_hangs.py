@@ -85,7 +85,7 @@ def test_a_job_goes_on_after_a_rank_has_hung(tmp_path: Path, is_stopped: bool) -
     hangs = runs.events(config, "hang")
     assert [hang["step"] == NUM_STEPS for hang in hangs] == ([False] if is_stopped else [False, True])
     for hang in hangs:
-        assert TIMEOUT_S <= hang["seconds"] < 2 * TIMEOUT_S
+        assert TIMEOUT_S <= hang["seconds"] < 3 * TIMEOUT_S
         assert hang["num_waiting"] == NUM_RANKS - 1
         assert hang["silent"] == ([HUNG] if is_stopped else [])
         assert [place["rank"] for place in hang["not_waiting"]] == ([] if is_stopped else [HUNG])

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from support import runs
-from support.agents import Cluster, cluster, shared_memory, small_tmpfs, wait_until
+from support.agents import LATE_S, Cluster, cluster, shared_memory, small_tmpfs, wait_until
 from support.ranks import run_ranks
 from support.stored import are_sound
 from torch import nn
@@ -222,7 +223,15 @@ def is_cut_off(sock: socket.socket) -> bool:
     return True
 
 
-@pytest.mark.parametrize("said", [HTTP, garbage(1), b"", b"\0" * 100_000], ids=["HTTP", "noise", "nothing", "zeros"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        pytest.param(HTTP, id="HTTP"),
+        pytest.param(b"", id="nothing"),
+        pytest.param(garbage(1), id="noise", marks=pytest.mark.full),
+        pytest.param(b"\0" * 100_000, id="zeros", marks=pytest.mark.full),
+    ],
+)
 def test_a_stranger_on_the_port(said: bytes, nodes: Cluster) -> None:
     host, port = nodes.status(0)["address"]
     before = nodes.status(0)["num_refused"]
@@ -278,16 +287,17 @@ def train_beside_a_stopped_agent(directory: str, shm: str) -> dict:
     if mesh.rank == 0:
         os.kill(pid, signal.SIGSTOP)
         # Whatever happens, this test ends.
-        threading.Timer(12.0, os.kill, (pid, signal.SIGCONT)).start()
+        waker = threading.Timer(LATE_S, os.kill, (pid, signal.SIGCONT))
+        waker.start()
     mesh.barrier()
-    begin = time.monotonic()
     seen["skipped_before"] = seen["skipped"]
     for number in range(4, 10):
         step(number)
-    seen["stopped_s"] = time.monotonic() - begin
+    seen["is_still_stopped"] = psutil.Process(pid).status() == psutil.STATUS_STOPPED
     seen["skipped_meanwhile"] = seen["skipped"] - seen["skipped_before"]
     mesh.barrier()
     if mesh.rank == 0:
+        waker.cancel()
         os.kill(pid, signal.SIGCONT)
     for number in range(10, 200):
         step(number)
@@ -301,6 +311,6 @@ def train_beside_a_stopped_agent(directory: str, shm: str) -> dict:
 def test_training_goes_on_beside_an_agent_that_has_stopped(tmp_path: Path, shm: Path) -> None:
     results = run_ranks(train_beside_a_stopped_agent, 3, str(tmp_path / "checkpoints"), str(shm))
     for seen in results:
-        assert seen["stopped_s"] < 12.0, "training stood still until the agent went on"
+        assert seen["is_still_stopped"], "training stood still until the agent went on"
         assert seen["skipped_meanwhile"] >= 4, "snapshots are skipped, and counted"
     assert max(results[0]["committed"]) >= 10, "snapshots are taken again afterwards"

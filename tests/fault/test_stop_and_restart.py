@@ -19,7 +19,7 @@ from windlass.errors import EXIT_DONE, EXIT_STOPPED
 NUM_RANKS = 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)])
 def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_same(
     tmp_path: Path, number: signal.Signals
 ) -> None:

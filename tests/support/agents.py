@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from support.stored import noise
@@ -157,7 +158,11 @@ class Cluster:
             wait_until(lambda node=node: not self.folder(node).has_agent(), "the end of a killed agent")
 
     def signal(self, node: int, number: signal.Signals) -> None:
+        """Sends a signal; returns when a process that was told to stop has stopped, which takes the system a moment."""
         os.kill(self.pids[node], number)
+        if number == signal.SIGSTOP:
+            process = psutil.Process(self.pids[node])
+            wait_until(lambda: process.status() == psutil.STATUS_STOPPED, "an agent to stop")
 
     def lose(self, *nodes: int) -> None:
         """The agents are killed, and their memory is gone."""
@@ -310,7 +315,8 @@ class Cluster:
 
     def rebuild_request(self, plan: RecoveryPlan, position: int) -> dict[str, Any]:
         slots = self.status(min(plan.holders.values()))["slots"]
-        header = next(slot for slot in slots if SnapshotId(*slot["snapshot"]) == plan.snapshot)
+        header = next((slot for slot in slots if SnapshotId(*slot["snapshot"]) == plan.snapshot), None)
+        assert header is not None, f"{plan}, and the agents have\n{self.describe(plan.snapshot)}"
         sources = {held: self.status(node)["address"] for held, node in plan.holders.items()}
         return {"header": header, "position": position, "sources": sources}
 

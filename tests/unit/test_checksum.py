@@ -52,6 +52,7 @@ def test_published_values(engine: str, data: bytes, expected: int) -> None:
     assert crc32c(data) == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(data=st.binary(max_size=600), cuts=st.lists(st.integers(0, 600), max_size=3))
 def test_any_bytes_in_any_pieces(data: bytes, cuts: list[int]) -> None:

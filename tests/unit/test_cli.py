@@ -81,6 +81,7 @@ def test_help_imports_nothing_slow() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_typo_ends_with_2_one_line_and_no_traceback() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "windlass.cli", "train", "train.step=5"], capture_output=True, text=True, check=False
@@ -93,6 +94,7 @@ def test_a_typo_ends_with_2_one_line_and_no_traceback() -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_typo_is_found_without_torch() -> None:
     code = (
         "import sys; from windlass.cli import main; code = main(['train', 'train.step=5'])\n"

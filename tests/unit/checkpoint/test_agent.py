@@ -49,7 +49,10 @@ def wait_for_event(nodes: Cluster, kind: str, step: int, node: int = 0) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("n", "m"), [(1, 0), (2, 0), (2, 1), (4, 2), (4, 3)])
+@pytest.mark.parametrize(
+    ("n", "m"),
+    [(1, 0), pytest.param(2, 0, marks=pytest.mark.full), (2, 1), (4, 2), pytest.param(4, 3, marks=pytest.mark.full)],
+)
 def test_snapshots_are_committed_on_all_nodes(n: int, m: int, tmp_path: Path) -> None:
     with cluster(n, m, tmp_path / "checkpoints") as nodes:
         for step in (1, 2, 3, 4):
@@ -61,6 +64,7 @@ def test_snapshots_are_committed_on_all_nodes(n: int, m: int, tmp_path: Path) ->
             assert list(nodes.status(each)["slots"]) != []
 
 
+@pytest.mark.slow
 def test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before(tmp_path: Path) -> None:
     """Node 0 holds no parity for node 1, so it has prepared before that has copied anything."""
     with cluster(2, 0, tmp_path / "checkpoints") as nodes:
@@ -74,6 +78,7 @@ def test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before(tmp
         nodes.wait_for_phase("committed", snapshot)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_data_that_was_damaged_on_its_way_gives_the_snapshot_up(is_damaged: bool, tmp_path: Path) -> None:
     """The test is node 1's agent: it sends node 0 all that its mirror needs, with the checksums of other bytes."""
@@ -163,6 +168,7 @@ def test_another_generation_is_refused_and_counted(node: Cluster) -> None:
     node.take(3)
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there_is_refused_with_numbers(tmp_path: Path) -> None:
     nodes = Cluster(tmp_path, 1, 0, tmp_path / "checkpoints")
     with small_tmpfs(tmp_path, 8 * BLOCK_BYTES) as small:
@@ -204,6 +210,7 @@ def test_a_question_that_makes_no_sense_ends_its_connection_alone(request_: dict
     node.take(2)
 
 
+@pytest.mark.slow
 def test_a_rebuild_without_sources_is_refused(nodes: Cluster) -> None:
     snapshot = nodes.take(1)
     plan = nodes.plan()
@@ -242,6 +249,7 @@ def test_a_source_that_is_gone_by_now_is_done_without(n: int, m: int, tmp_path: 
 # --- Agents after agents. ---
 
 
+@pytest.mark.slow
 def test_an_agent_adopts_what_another_left(node: Cluster) -> None:
     snapshot = node.take(1)
     before = node.files(0, snapshot)
@@ -253,6 +261,7 @@ def test_an_agent_adopts_what_another_left(node: Cluster) -> None:
     assert node.read(node.take(2)) == node.expected(2)
 
 
+@pytest.mark.slow
 def test_events_are_numbered_on_over_agents(node: Cluster) -> None:
     node.take(1)
     last = events(node, "snapshot_committed")[-1]["number"]
@@ -263,6 +272,7 @@ def test_events_are_numbered_on_over_agents(node: Cluster) -> None:
     assert [event["step"] for event in answer["events"]] == [2]
 
 
+@pytest.mark.slow
 def test_an_agent_without_a_group_takes_no_snapshot(node: Cluster) -> None:
     node.kill(0)
     node.start(0)

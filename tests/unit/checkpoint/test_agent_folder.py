@@ -198,6 +198,7 @@ def test_what_is_over_goes_and_what_lives_stays(shm: Path) -> None:
 # --- Agents of it. ---
 
 
+@pytest.mark.slow
 def test_an_agent_is_found_or_started_and_outlives_who_started_it(folder: AgentFolder) -> None:
     client = AgentClient(folder.start_agent("/nowhere#1", 2, "127.0.0.1", 60.0))
     status = client.ask("status")
@@ -211,6 +212,7 @@ def test_an_agent_is_found_or_started_and_outlives_who_started_it(folder: AgentF
     wait_until(lambda: not folder.path.exists(), "the agent's leaving")
 
 
+@pytest.mark.slow
 def test_threads_that_start_an_agent_at_once_get_the_same(folder: AgentFolder) -> None:
     found: list[str] = []
 
@@ -231,6 +233,7 @@ def test_threads_that_start_an_agent_at_once_get_the_same(folder: AgentFolder) -
     wait_until(lambda: not folder.path.exists(), "the agent's leaving")
 
 
+@pytest.mark.slow
 def test_a_long_path_has_an_agent_too(shm: Path) -> None:
     """The system takes about 100 characters for the name of a socket."""
     deep = shm / ("d" * 100) / ("e" * 100)
@@ -257,6 +260,7 @@ def test_an_agent_that_cannot_start_says_why(folder: AgentFolder) -> None:
     assert "Cannot assign requested address" in str(raised.value)
 
 
+@pytest.mark.slow
 def test_an_agent_removes_what_dead_jobs_have_left(folder: AgentFolder, shm: Path) -> None:
     expire(folder)
     (folder.path / "0.data").write_bytes(b"x" * 100)

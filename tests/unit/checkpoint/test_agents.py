@@ -108,6 +108,7 @@ class OneMachine(Cluster):
         return AgentFolder.of("a job", self.root, f"r{node}")
 
 
+@pytest.mark.slow
 def test_ending_all_agents_of_a_machine_writes_what_they_have_together(tmp_path: Path) -> None:
     with shared_memory() as root:
         nodes = OneMachine(root, 3, 1, tmp_path / "checkpoints")

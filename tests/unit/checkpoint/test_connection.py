@@ -328,6 +328,7 @@ def test_the_wait_for_a_frame_has_a_limit_of_its_own() -> None:
         later.join()
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_given_up() -> None:
     program = (
         "import math, sys\n"

@@ -111,6 +111,7 @@ def save_with_torch(training: Training, folder: Path, **more: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_torch_loads_an_export_and_trains_on_bit_for_bit(kind: str, tmp_path: Path, mesh: Mesh) -> None:
     training = Training(make_optimizer=OPTIMIZERS[kind])

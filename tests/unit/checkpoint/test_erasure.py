@@ -90,6 +90,7 @@ def test_the_first_parity_is_the_xor_of_the_data(engine: str, num_parity: int) -
     assert np.array_equal(encoded(Codec(6, num_parity, engine), data)[6], np.bitwise_xor.reduce(data))
 
 
+@pytest.mark.slow
 @needs_isal
 @settings(max_examples=150, deadline=None)
 @given(k=st.integers(1, 20), m=st.integers(1, 9), length=LENGTHS, seed=st.integers(0, 2**32), pick=st.data())
@@ -125,6 +126,7 @@ def test_every_pattern_of_a_small_code(engine: str) -> None:
             assert all(np.array_equal(restored[i], shards[i]) for i in asked), (lost, asked)
 
 
+@pytest.mark.slow
 @engines
 @pytest.mark.parametrize(("k", "m"), [(1, 254), (254, 1), (128, 127), (250, 5)])
 def test_codes_as_large_as_they_may_be(engine: str, k: int, m: int) -> None:

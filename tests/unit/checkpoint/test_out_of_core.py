@@ -217,6 +217,7 @@ def test_erasure_is_refused_where_state_is_on_a_disk(tmp_path: Path, mesh: Mesh)
         run.checkpointer(tmp_path / "checkpoints", mesh, kind="erasure")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["durable", "lazy", "erasure"])
 def test_state_in_host_memory_is_saved_from_where_it_is(kind: str, tmp_path: Path, mesh: Mesh) -> None:
     calm = Offloaded(None)
@@ -504,8 +505,15 @@ class Counting(torch.optim.Optimizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_deferring", [False, True])
-@pytest.mark.parametrize("kind", ["durable", "lazy"])
+@pytest.mark.parametrize(
+    ("kind", "is_deferring"),
+    [
+        ("durable", True),
+        ("lazy", False),
+        pytest.param("durable", False, marks=pytest.mark.full),
+        pytest.param("lazy", True, marks=pytest.mark.full),
+    ],
+)
 def test_no_tensor_is_torn_however_slow_disk_and_hash(
     kind: str, is_deferring: bool, tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ class Clock:
         self.naps.append(seconds)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     rate=st.floats(1e3, 1e10),

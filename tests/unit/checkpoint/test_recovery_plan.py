@@ -87,6 +87,7 @@ def ignored(part: Held) -> dict[str, object]:
     return {"position": part.position, "phase": part.phase, "num_resumes": part.num_resumes}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(cluster=CLUSTER, max_resumes=st.integers(1, 3))
 def test_whoever_asks_decides_alike(cluster: list[list[Held]], max_resumes: int) -> None:

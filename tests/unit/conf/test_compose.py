@@ -145,6 +145,7 @@ def test_a_longer_key_that_begins_alike_does_not_lend_its_value() -> None:
         compose(["train.step=5", "train.steps=7"])
 
 
+@pytest.mark.slow
 def test_composing_again_after_a_mistake_works() -> None:
     with pytest.raises(ConfigError):
         compose(["train.step=5"])
@@ -162,6 +163,7 @@ def collect(arguments: list[str], exit_codes: dict[int, int] | None = None) -> t
     return run_hydra(task, "test", arguments), configs
 
 
+@pytest.mark.slow
 def test_run_hydra_runs_the_task_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     argv = sys.argv
@@ -180,6 +182,7 @@ def test_a_sweep_numbers_its_run_folders(tmp_path: Path) -> None:
     assert [c.run_dir for c in configs] == [f"{tmp_path}/sweep/{job}" for job in range(4)]
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_sweep_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.step"):
         collect(["-m", "train.step=3,5", f"run_dir={tmp_path}/sweep"])
@@ -212,6 +215,7 @@ def test_every_key_has_a_default_or_says_that_it_must_be_given() -> None:
         assert plain[group].keys() == {field.name for field in dataclasses.fields(getattr(compose(), group))}
 
 
+@pytest.mark.slow
 def test_composing_imports_no_torch() -> None:
     code = (
         "import sys; from windlass.conf.compose import compose; compose(['model=llama_7b']); "

@@ -40,6 +40,7 @@ def assert_told(told: tuple[int, str], *words: str) -> None:
     assert all(word in message for word in (*words, "Fix: ")), message
 
 
+@pytest.mark.slow
 def test_ray_is_not_installed() -> None:
     assert_told(train(before="sys.modules['ray'] = None"), "launch=ray", "not installed", "pip install 'windlass[ray]'")
 

@@ -136,6 +136,7 @@ def test_an_elastic_job_is_done_when_its_first_pod_is(capsys: Captured) -> None:
     assert "resources" not in container
 
 
+@pytest.mark.slow
 def test_overrides_reach_the_launcher_letter_for_letter(capsys: Captured) -> None:
     nasty = ['run_dir="a b\'$(HOME) $$(X) $ `x`"', "data=text", 'data.path="- a: [b]\n#c"', "resume=never"]
     (container,) = manifest_of(capsys, *nasty)["Job"]["spec"]["template"]["spec"]["containers"]

@@ -207,6 +207,7 @@ def test_a_job_that_is_told_to_end_saves_is_queued_again_and_goes_on(tmp_path: P
         assert all(len(values) == 1 for values in runs.losses(config).values()), "no step was trained twice"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("state", "first", "other", "ends_with", "is_requeued"),
     [

@@ -76,6 +76,7 @@ def test_nothing_is_left_behind(config: Config, monkeypatch: pytest.MonkeyPatch)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
 
 
+@pytest.mark.slow
 def test_cores_are_shared_among_the_ranks(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)))
@@ -123,6 +124,7 @@ def test_a_launchers_own_word_names_no_rank_and_where_the_logs_are(
     assert capsys.readouterr().err == f"windlass: error: rank 1 died; see {config.run_dir}/logs/\n"
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_fit_is_refused(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(monkeypatch: 
     assert not seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "passed_on"),
     [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)],

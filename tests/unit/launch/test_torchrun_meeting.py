@@ -111,6 +111,7 @@ def test_what_is_a_nodes_own_may_differ() -> None:
     assert "launch.node_rank=a number" in str(disagreement(card_of(numbered, 2), first))
 
 
+@pytest.mark.slow
 def test_a_jobs_name_is_its_folders() -> None:
     names = {job_name(compose(overrides)) for overrides in (["run_dir=a"], ["run_dir=b"], ["checkpoint.dir=c"])}
     assert len(names) == 3

@@ -58,7 +58,12 @@ def calm_run(model: str, optimizer: str) -> Outcome:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "optimizer"), PAIRS)
 @pytest.mark.parametrize(
-    ("offload", "is_layer_major"), [(SSD, False), (STREAMED, False), (STREAMED, True)], ids=["state", "loop", "layers"]
+    ("offload", "is_layer_major"),
+    [
+        pytest.param(SSD, False, id="state"),
+        pytest.param(STREAMED, False, id="loop", marks=pytest.mark.full),
+        pytest.param(STREAMED, True, id="layers"),
+    ],
 )
 def test_the_bits_are_those_of_training_in_memory(
     model: str, optimizer: str, offload: tuple[str, ...], is_layer_major: bool, tmp_path: Path

@@ -38,7 +38,7 @@ def test_adamw_with_weights_in_memory(micro_batches: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("micro_batches", [1, 4])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.full), 4])
 @pytest.mark.parametrize("model", ["tied", "untied", "recompute"])
 def test_adamw_with_streamed_halves(micro_batches: int, model: str, tmp_path: Path) -> None:
     """Forward and backward read 2, the update 2 more of the weight and 8 of state; it writes all 12."""
@@ -48,6 +48,7 @@ def test_adamw_with_streamed_halves(micro_batches: int, model: str, tmp_path: Pa
     check(TieredRun(tmp_path, overrides), 14, 12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("micro_batches", [1, 4])
 def test_adamw_with_streamed_float32(micro_batches: int, tmp_path: Path) -> None:
     """Forward and backward read 4, the update 8 of state; it writes both."""
@@ -55,6 +56,7 @@ def test_adamw_with_streamed_float32(micro_batches: int, tmp_path: Path) -> None
     check(TieredRun(tmp_path, overrides), 16, 12)
 
 
+@pytest.mark.slow
 def test_adamw_in_the_backward_pass(tmp_path: Path) -> None:
     """The update finds the weight's upper half there, so it is as much."""
     check(TieredRun(tmp_path, [*IN_HALVES, *ADAMW, "optim.in_backward=previous_norm"]), 14, 12)

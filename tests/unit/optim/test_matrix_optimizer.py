@@ -216,6 +216,7 @@ def test_the_state_of_another_rank_is_refused(name: str) -> None:
     assert not other.state
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_a_closure_is_called_with_gradients_enabled(name: str) -> None:
     parameters, optimizer = build(name)

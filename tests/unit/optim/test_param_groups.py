@@ -96,6 +96,7 @@ def test_the_default_rank_of_each_size(size: str, rank: int) -> None:
     assert default_rank(config.build()) == rank
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_preset_builds_its_optimizer_and_trains(name: str) -> None:
     config = compose([f"optim={name}"]).optim

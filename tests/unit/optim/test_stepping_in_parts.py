@@ -131,6 +131,7 @@ def check(
 every_optimizer = pytest.mark.parametrize("name", ["adamw", *CASES])
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_parts_of_any_kind_give_the_same_bits(name: str) -> None:
     check(name, SHAPES, list(PARTS), update_interval=3)
@@ -143,6 +144,7 @@ def test_any_rank_gives_the_same_bits(name: str, rank: int) -> None:
     check(name, shapes, ["random"], update_interval=3, rank=rank)
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_large_tensors_get_the_same_bits(name: str) -> None:
     check(name, LARGE, ["random"], update_interval=3, rank=37)
@@ -150,11 +152,18 @@ def test_large_tensors_get_the_same_bits(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
-@every_optimizer
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adamw",
+        *(name if name in ("apollo", "cosmos") else pytest.param(name, marks=pytest.mark.full) for name in CASES),
+    ],
+)
 def test_two_threads_give_the_same_bits(name: str) -> None:
     check(name, LARGE, ["by one"], update_interval=3, rank=129)
 
 
+@pytest.mark.slow
 @every_optimizer
 def test_bfloat16_weights_get_the_same_bits(name: str) -> None:
     check(name, SHAPES, ["by one", "random"], dtype=torch.bfloat16, update_interval=3)

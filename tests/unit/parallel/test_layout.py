@@ -43,6 +43,7 @@ def look(shape: tuple[int, ...], dim: int, num_replicas: int | None) -> dict:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(8, 4), (5, 3), (2, 9)])
 def test_a_cut_is_where_torch_cuts(shape: tuple[int, int], dim: int) -> None:
@@ -56,6 +57,7 @@ def test_a_cut_is_where_torch_cuts(shape: tuple[int, int], dim: int) -> None:
     assert [result["state_layout"][0] for result in results] == [2, 2, 2, 1]
 
 
+@pytest.mark.slow
 def test_replicas_are_not_part_of_a_cut() -> None:
     results = run_ranks(look, 4, (8, 4), 0, 2)
     assert [(result["rank"], result["num_ranks"]) for result in results] == [(0, 2), (1, 2), (0, 2), (1, 2)]

@@ -70,6 +70,7 @@ def layer_major(model: Llama, batches: list[Batch], masked: bool) -> tuple[list[
     return [loss_sum.detach() for loss_sum in loss_sums], gradients_of(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("tied", [False, True])

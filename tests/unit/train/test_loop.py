@@ -82,6 +82,7 @@ def train_with_a_broken_gradient(config: runs.Config, bad: float) -> int:
         return run_worker(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 def test_a_step_with_one_gradient_that_is_not_finite_is_skipped_by_all(bad: float, tmp_path: Path) -> None:
     config = runs.run_config(tmp_path, "broken", f"train.steps={NUM_STEPS}", "checkpoint=none")
@@ -110,6 +111,7 @@ def train_and_note(config: runs.Config) -> tuple[int, list[str]]:
         return run_worker(config), noted
 
 
+@pytest.mark.slow
 def test_weights_wait_for_the_copy_of_a_snapshot(tmp_path: Path) -> None:
     with nodes.shared_memory() as shm:
         lazy = ("checkpoint=lazy", "checkpoint.persist_every=2", f"checkpoint.shm_dir={shm}")

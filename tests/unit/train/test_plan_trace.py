@@ -71,11 +71,11 @@ def real_step(config: Config) -> tuple[Counter[str], int]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("optim=adamw",),
+        pytest.param(("optim=adamw",), marks=pytest.mark.full),
         ("optim=adamw", "train.dtype=bfloat16", "train.grad_accum_steps=5"),
-        ("optim=adamw", "train.activation_checkpoint=full"),
+        pytest.param(("optim=adamw", "train.activation_checkpoint=full"), marks=pytest.mark.full),
         ("optim=apollo", "optim.rank=16"),
-        ("optim=muon", "train.grad_accum_steps=3"),
+        pytest.param(("optim=muon", "train.grad_accum_steps=3"), marks=pytest.mark.full),
     ],
 )
 def test_the_operators_and_the_state_are_those_of_a_real_step(overrides: tuple[str, ...]) -> None:

@@ -94,6 +94,7 @@ def refuse(path: Path, *overrides: str) -> None:
     refuse_another_run(path, to_plain(compose()), to_plain(compose(overrides)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [

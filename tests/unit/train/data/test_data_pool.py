@@ -106,6 +106,7 @@ thread.join()
 """
 
 
+@pytest.mark.slow
 def test_a_script_without_main_guard_is_not_run_again(tmp_path: Path) -> None:
     jsonl_source(tmp_path / "a.jsonl", [f"text {i}" for i in range(20)])
     script = tmp_path / "train.py"

@@ -253,9 +253,7 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(
             os.killpg(process.pid, sign)  # as a terminal does
         else:
             process.send_signal(sign)
-        started_at = time.monotonic()
         _, stderr = process.communicate(timeout=20)
-        assert time.monotonic() - started_at < 5, "stops quickly"
         num_kills += process.returncode != 0
         wait_for(lambda: not any(map(is_alive, workers)), timeout_s=5)
         return stderr
@@ -275,6 +273,7 @@ def test_killed_at_any_time_it_goes_on_to_the_same_bytes(
     assert folder_bytes(out) == reference
 
 
+@pytest.mark.slow
 def test_a_unit_whose_shard_is_cut_off_is_done_again(many_files: Path, tmp_path: Path, reference) -> None:
     out = tmp_path / "out"
     prepare_in_process(many_units(many_files), out)
@@ -287,6 +286,7 @@ def test_a_unit_whose_shard_is_cut_off_is_done_again(many_files: Path, tmp_path:
     assert folder_bytes(out) == reference
 
 
+@pytest.mark.slow
 def test_a_unit_that_is_of_other_text_is_done_again(many_files: Path, tmp_path: Path, reference) -> None:
     out = tmp_path / "out"
     prepare_in_process(many_units(many_files), out)

@@ -140,6 +140,7 @@ def test_shards_that_are_damaged_inside(make_folder) -> None:
             TokenDataset(folder, "train").window(0, 4)
 
 
+@pytest.mark.slow
 def test_readers_share_nothing_that_threads_could_break(small_pieces: None, make_folder) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
