@@ -44,6 +44,13 @@ class Slot:
     def tensor(self, data: Tensor) -> Tensor:
         return with_local(self.like, self.local(data))
 
+    def tensor_for_update(self, data: Tensor) -> Tensor:
+        """As the optimizer made it. Bytes lie row by row; where its tensor did not, it is a copy: kernels go by that."""
+        local, like = self.local(data), local_tensor(self.like)
+        if local.stride() != like.stride():
+            local = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=data.device).copy_(local)
+        return with_local(self.like, local)
+
 
 class Layout:
     """Where the state tensors of a bucket lie: wide dtypes first, so that all are aligned without a gap between them;

@@ -81,7 +81,7 @@ class StateStore:
         for slot in bucket.layout.slots:
             state = self._inner.state.get(slot.parameter)
             if state and slot.key in state and is_elsewhere(state[slot.key]):
-                state[slot.key] = slot.tensor(data)
+                state[slot.key] = slot.tensor_for_update(data)
         return data
 
     def leave(self, bucket: Bucket, data: Tensor) -> None:

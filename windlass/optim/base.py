@@ -20,7 +20,8 @@ from torch import Tensor
 from windlass.optim.adamw import adamw_step
 from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.lockstep import Gathered, Update, Wave, run_in_lockstep
-from windlass.parallel.fragment import local_tensor
+from windlass.optim.strides import laid_out_as, shares_no_memory
+from windlass.parallel.fragment import local_tensor, with_local
 from windlass.parallel.layout import layout_of, zeros_over
 
 BATCH_NUMEL = {"cpu": 1 << 22, "cuda": 1 << 24}
@@ -113,6 +114,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     "convert the model, e.g. model.to(torch.bfloat16)"
                 )
             layout_of(parameter)
+            if not shares_no_memory(local_tensor(parameter)):
+                raise ValueError(
+                    f"{name} is {list(parameter.shape)} with strides {list(parameter.stride())}: several of its "
+                    "elements share memory, so none can be updated by itself; make it of its own, e.g. with .clone()"
+                )
             if is_matrices:
                 self.check_matrix(group, name, parameter)
 
@@ -163,14 +169,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The state of `parameter` at its first step: zeros, cut as they should be. For checkpoints."""
         group = next(group for group in self.param_groups if any(parameter is member for member in group["params"]))
         shape = tuple(parameter.shape)
-        if self.is_matrix_group(group):
-            specs = self.matrix_state(group, shape)
-        else:
-            specs = {key: StateSpec(shape, is_like_parameter=True) for key in ("exp_avg", "exp_avg_sq")}
         state = {"step": torch.zeros(())}  # on the CPU, so that reading it waits for no device
+        if not self.is_matrix_group(group):
+            for key in ("exp_avg", "exp_avg_sq"):
+                # Strides, too, are the parameter's: AdamW's kernel then needs no copies.
+                local = torch.zeros_like(local_tensor(parameter), dtype=torch.float32)
+                state[key] = with_local(parameter, local)
+            return state
         # Over replicas alone a dim must still be named for the DTensor, though nothing is cut along it.
         own_dim = layout_of(parameter).dim or 0
-        for key, spec in specs.items():
+        for key, spec in self.matrix_state(group, shape).items():
             cut_dim = own_dim if spec.is_like_parameter else spec.cut_dim
             state[key] = zeros_over(parameter, spec.shape, cut_dim)
         return state
@@ -189,9 +197,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for index, parameter in zip(indexes, parameters, strict=True):
             # torch casts state to the parameter's dtype; float32 moments of bfloat16 weights must stay what they are.
-            for key, value in state_dict["state"].get(index, {}).items():
-                device = "cpu" if key == "step" else parameter.device
-                self.state[parameter][key] = torch.as_tensor(value).to(device=device, copy=True)
+            if index in state_dict["state"]:
+                empty = self.empty_state(parameter)
+                for key, value in state_dict["state"][index].items():
+                    self.state[parameter][key] = _own_copy(torch.as_tensor(value), empty[key])
 
     def _check_state(self, parameter: Tensor, state: Mapping[str, Any] | None) -> None:
         if state is None:
@@ -274,6 +283,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:
         """The eps of the AdamW that parameters outside of matrix groups get."""
         return group["eps"]
+
+
+def _own_copy(value: Tensor, like: Tensor) -> Tensor:
+    """On the device of `like`, and with its strides: what was saved may be a view, or of another layout."""
+    copy = value.to(device=like.device, copy=True)
+    local, own = local_tensor(copy), local_tensor(like)
+    return copy if local.shape != own.shape else with_local(copy, laid_out_as(local, own))
 
 
 def require_matrix(optimizer: str, name: str, parameter: Tensor, sorter: str = "low_rank_param_groups") -> None:

@@ -118,7 +118,9 @@ class Batch:
             return first.unsqueeze(0)
         memory, offset = first.untyped_storage().data_ptr(), first.storage_offset()
         if all(
-            part.untyped_storage().data_ptr() == memory and part.storage_offset() == offset + index * size
+            part.untyped_storage().data_ptr() == memory
+            and part.storage_offset() == offset + index * size
+            and part.is_contiguous()
             for index, part in enumerate(parts)
         ):
             return first.as_strided((len(parts), *first.shape), (size, *first.stride()))
