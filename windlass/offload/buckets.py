@@ -45,7 +45,7 @@ class Slot:
         return with_local(self.like, self.local(data))
 
     def tensor_for_update(self, data: Tensor) -> Tensor:
-        """As the optimizer made it. Bytes lie row by row; where its tensor did not, it is a copy: kernels go by that."""
+        """As the optimizer made it. Bytes lie row by row; where its tensor does not, it is a copy, for its kernels."""
         local, like = self.local(data), local_tensor(self.like)
         if local.stride() != like.stride():
             local = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=data.device).copy_(local)

@@ -29,8 +29,11 @@ from windlass.parallel.random import fill_normal_
 MAX_NORM_GROWTH = 1.01
 """A step's update may be this much longer than the one before (the norm-growth limiter of Fira, 2024)."""
 MIN_NORM_MEMORY = 0.6
-"""The limiter's memory falls by no more than this factor a step. Without a floor one zero gradient makes every later
-update 1e-8 long, and it takes over 1,800 steps of 1% to recover. Lengths of ordinary steps fall less."""
+"""The limiter's memory falls by no more than this factor a step. Without a floor one small gradient makes all later
+updates small: they grow by 1% a step. Lengths of ordinary steps fall less."""
+NEXT_TO_NOTHING = 1e-3
+"""An update that is so much shorter than the one before is not remembered, and one that is so much shorter than AdamW's
+is not compared with: gradients next to zero make such, and growing from them would take hundreds of steps."""
 
 
 class Apollo(LowRankOptimizer):
@@ -98,23 +101,25 @@ class Apollo(LowRankOptimizer):
             of_direction, of_projected, of_gradient = (yield from sum_over_ranks(terms)).sqrt()
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
             norm = factor[:, 0, 0] * of_gradient
-        (prev_norm,) = batch.state("prev_norm")
-        excess = self._limit_growth(norm, prev_norm, batch.step, batch.group["compat"])
+        excess = self._limit_growth(batch, norm)
         factor = factor * (adam_step_size(batch) * batch.group["scale"] ** 0.5 / excess)[:, None, None]
         batch.subtract_scaled_gradient(factor.mT if batch.is_wide else factor)
         batch.decay()
 
-    def _limit_growth(self, norm: Tensor, prev_norm: Tensor, step: int, is_compat: bool) -> Tensor:
+    def _limit_growth(self, batch: Batch, norm: Tensor) -> Tensor:
         """By how much an update of length `norm` is too long; sets `prev_norm` to its length after division by that."""
-        if step == 1:
+        (prev_norm,) = batch.state("prev_norm")
+        if batch.step == 1:
             prev_norm.copy_(norm)
             return torch.ones_like(norm)
         excess = (norm / (prev_norm + 1e-8)).clamp_(min=MAX_NORM_GROWTH).div_(MAX_NORM_GROWTH)
-        if is_compat:
+        if batch.group["compat"]:
             prev_norm.copy_(norm / excess)
             return excess
-        excess = torch.where(prev_norm > 0, excess, torch.ones_like(excess))  # nothing to compare with yet
-        prev_norm.copy_(torch.maximum(norm / excess, MIN_NORM_MEMORY * prev_norm))
+        usual = math.sqrt(max(batch.layout.shape) * batch.group["rank"])  # elements of the moments are about 1
+        excess = torch.where(prev_norm > NEXT_TO_NOTHING * usual, excess, torch.ones_like(excess))
+        fallen = torch.maximum(norm / excess, MIN_NORM_MEMORY * prev_norm)
+        prev_norm.copy_(torch.where(norm > NEXT_TO_NOTHING * prev_norm, fallen, prev_norm))
         return excess
 
     def _projection(self, batch: Batch) -> Tensor:

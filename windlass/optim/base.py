@@ -44,8 +44,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that treat matrices as matrices.
 
     State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
-    tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none), and
-    must be finite: as with torch's optimizers a NaN goes into the state. `windlass train` skips such steps.
+    tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none) and of
+    any size, zero included, as long as the sum of their squares is finite in float32. Others, as a NaN is, go into the
+    state as they do with torch's optimizers; `windlass train` skips such steps.
 
     On CPUs a step on some of the parameters gives each the bits that a step on all at once gives it, whatever its size,
     the other parameters and the places of tensors in memory, with the same number of threads. Parameters may so be
@@ -158,7 +159,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             by_step = self._count_step(group, members)
             for step, of_step in by_step.items():
                 if self.is_matrix_group(group):
-                    batches += self._batches(group, of_step, step)
+                    batches += self._batches(group, [parameter for parameter in of_step if parameter.numel()], step)
                 else:
                     self._adamw(group, of_step, step)
         for wave in self._waves(batches):

@@ -23,12 +23,13 @@ MIN_VARIANCE = 1e-12
 class SGDSaI(MatrixOptimizer):
     """SGD with momentum whose learning rate is scaled for each tensor, once, by the signal-to-noise of its gradient.
 
-    gsnr = |g| / (std(g) + eps), of the tensor's first gradient that is not zero. (A scale from a zero gradient would
-    be 0 for ever; some tensors start so, as the first factor of LoRA does.) It is sqrt(n) for n elements of mean zero,
-    and that is what elements without any spread get, such as a single one.
+    gsnr = |g| / (std(g) + eps), of the tensor's first gradient that is not small: whose root mean square is above eps.
+    (A scale from a gradient of zeros would be 0 for ever, and that from a tiny one next to it; some tensors start so,
+    as the first factor of LoRA does.) Until then each step has the scale of its own gradient. It is sqrt(n) for n
+    elements of mean zero, and that is what elements without any spread get, such as a single one.
 
-    State of a tensor: `momentum_buffer`, of its shape and cut as it is, `gsnr`, and `step`. Only the step that measures
-    gsnr communicates: one all-reduce of two float64 numbers a tensor.
+    State of a tensor: `momentum_buffer`, of its shape and cut as it is, `gsnr`, negative while all gradients were
+    small, and `step`. Only steps that measure gsnr communicate: one all-reduce of two float64 numbers a tensor.
 
     Args:
         params: parameters or param groups of any shapes, plain tensors or DTensors cut along one dim.
@@ -75,14 +76,14 @@ class SGDSaI(MatrixOptimizer):
         if not self._are_measured(batch.parameters, scales):
             measured = yield from _signal_to_noise(batch, gradients)
             for scale, value in zip(scales, measured.unbind(0), strict=True):
-                scale.copy_(torch.where(scale == 0, value, scale))
+                scale.copy_(torch.where(scale > 0, scale, value))
         if batch.step == 1:
             torch._foreach_copy_(momenta, gradients)
         else:
             torch._foreach_lerp_(momenta, gradients, 1 - batch.group["momentum"])
         batch.decay()
         for weight, momentum, scale in zip(batch.weights(), momenta, scales, strict=True):
-            weight.addcmul_(momentum, scale, value=-batch.lr)
+            weight.addcmul_(momentum, scale.abs(), value=-batch.lr)
 
     def _are_measured(self, parameters: list[Tensor], scales: list[Tensor]) -> bool:
         """Whether all have their gsnr, which is read from the device only until they do. The same on all ranks."""
@@ -94,7 +95,7 @@ class SGDSaI(MatrixOptimizer):
 
 
 def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
-    """gsnr of each tensor [k], from all ranks' parts of its gradient."""
+    """gsnr of each tensor [k], from all ranks' parts of its gradient; negative if that is small, 0 if it is zero."""
     # In float64, so that the sums are the same however the tensor is cut.
     doubles = [gradient.double() for gradient in gradients]
     sums = torch.stack([torch.stack((double.sum(), double.square().sum())) for double in doubles])
@@ -105,4 +106,5 @@ def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
     variance = (square - total.square() / numel) / max(1, numel - 1)
     ratio = square.sqrt() / (variance.clamp(min=0).sqrt() + batch.group["eps"])
     ratio = torch.where(variance * numel > MIN_VARIANCE * square, ratio, math.sqrt(numel))
-    return torch.where(square > 0, ratio, 0.0).float()
+    is_small = square <= numel * batch.group["eps"] ** 2
+    return torch.where(square > 0, torch.where(is_small, -ratio, ratio), 0.0).float()
