@@ -4,6 +4,8 @@
 traceback and exits with 1.
 """
 
+from windlass.text import printable
+
 EXIT_DONE = 0
 EXIT_FAILURE = 1
 EXIT_USER_ERROR = 2
@@ -30,7 +32,7 @@ class WindlassError(Exception):
         super().__init__(key, value, rule, fix)  # all four: exceptions travel between processes
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}: {self.rule}. Fix: {self.fix}."
+        return printable(f"{self.key}={self.value}: {self.rule}. Fix: {self.fix}.")
 
 
 class ConfigError(WindlassError):

@@ -7,9 +7,13 @@ dataclass before any is used. Whoever calls adds what a message needs: the key a
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
+import itertools
 import json
+import math
 import os
+import re
 import stat
 import types
 import typing
@@ -82,7 +86,7 @@ def parse_yaml(text: bytes | str) -> Any:
     """The value of a YAML document of plain data: without aliases, which a few lines of make gigabytes, and tags.
 
     Raises:
-        Malformed: it is no such document, or nests over `MAX_DEPTH` times.
+        Malformed: it is no such document, nests over `MAX_DEPTH` times or has an integer beyond 64 bits.
     """
     try:
         depth = 0
@@ -92,7 +96,9 @@ def parse_yaml(text: bytes | str) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise Malformed(f"it nests more than {MAX_DEPTH} times")
-        return yaml.load(text, Loader=_YAML_LOADER)
+        value = yaml.load(text, Loader=_YAML_LOADER)
+        _check_integers(value)
+        return value
     except Malformed:
         raise
     except yaml.MarkedYAMLError as error:
@@ -108,43 +114,59 @@ def read_yaml(path: Path, max_bytes: int = 16 << 20) -> Any:
     return parse_yaml(read_bytes(path, max_bytes))
 
 
-def convert(value: Any, kind: type[T], where: str = "") -> T:
+def convert(value: Any, kind: type[T], where: str = "", *, from_yaml: bool = False) -> T:
     """`value`, as JSON gives it, as the dataclass or other type `kind`, with the types of all fields checked.
 
     Integers are no floats, booleans or text; floats may be integers, and are finite; lists become tuples where those
-    are asked for. Fields without a default must be there, and no others. Knows dataclasses, `int`, `float`, `bool`,
-    `str`, `None`, `list`, `tuple[X, ...]`, `dict[str, X]`, unions, `Literal` and `Any`.
+    are asked for, and names members of enums. Fields without a default must be there, and no others. Knows dataclasses,
+    `int`, `float`, `bool`, `str`, `None`, enums, `list`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, unions,
+    `Literal` and `Any`.
 
     Args:
         where: the name of `value` in messages, e.g. `body`.
+        from_yaml: floats may be infinite or NaN, or text such as `1e-3`, which PyYAML takes for no number.
 
     Raises:
         Malformed: it is another thing; the message names the field.
     """
-    return typing.cast("T", _convert(value, kind, where))
+    return typing.cast("T", _convert(value, kind, where, from_yaml))
 
 
-def _convert(value: Any, kind: Any, where: str) -> Any:
+def _convert(value: Any, kind: Any, where: str, from_yaml: bool) -> Any:
     if kind is Any:
         return value
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        return _convert_union(value, arguments, where)
+        return _convert_union(value, arguments, where, from_yaml)
     if origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
             raise _wrong(value, where, "one of " + ", ".join(map(repr, arguments)))
         return value
     if origin in (list, tuple):
         items = _expect(value, list, where, "a list")
-        return origin(_convert(item, arguments[0], f"{where}[{i}]") for i, item in enumerate(items))
+        is_uniform = origin is list or arguments[1:] == (...,)
+        if not is_uniform and len(items) != len(arguments):
+            raise _wrong(value, where, f"a list of {len(arguments)}")
+        kinds = itertools.repeat(arguments[0]) if is_uniform else arguments
+        pairs = enumerate(zip(items, kinds, strict=False))
+        return origin(_convert(item, inner, f"{where}[{i}]", from_yaml) for i, (item, inner) in pairs)
     if origin in (dict, Mapping) or kind is dict:
         fields = _expect(value, dict, where, "an object")
         inner = arguments[1] if arguments else Any
-        return {key: _convert(item, inner, _join(where, key)) for key, item in fields.items()}
+        if odd := [key for key in fields if not isinstance(key, str)]:
+            raise Malformed(f"{_quoted(_join(where, str(odd[0])))} is a key that is not text")
+        return {key: _convert(item, inner, _join(where, key), from_yaml) for key, item in fields.items()}
     if dataclasses.is_dataclass(kind):
-        return _convert_dataclass(value, kind, where)
+        return _convert_dataclass(value, kind, where, from_yaml)
+    if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        if not isinstance(value, str) or value not in kind.__members__:
+            raise _wrong(value, where, "one of " + ", ".join(kind.__members__))
+        return kind[value]
     if kind is float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+        if from_yaml and isinstance(value, str) and _EXPONENT.fullmatch(value):
+            return float(value)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not (from_yaml or abs(value) < math.inf):
             raise _wrong(value, where, "a finite number")
         return float(value)
     if kind is int and isinstance(value, bool):
@@ -153,24 +175,25 @@ def _convert(value: Any, kind: Any, where: str) -> Any:
 
 
 _NAMES: dict[Any, str] = {int: "an integer", str: "text", bool: "true or false", list: "a list", type(None): "null"}
+_EXPONENT = re.compile(r"[+-]?\d{1,20}(\.\d{0,20})?[eE][+-]?\d{1,3}")
 
 
-def _convert_union(value: Any, kinds: tuple[Any, ...], where: str) -> Any:
+def _convert_union(value: Any, kinds: tuple[Any, ...], where: str, from_yaml: bool) -> Any:
     if value is None and type(None) in kinds:
         return None
     rest = [kind for kind in kinds if kind is not type(None)]
     for kind in rest[:-1]:
         try:
-            return _convert(value, kind, where)
+            return _convert(value, kind, where, from_yaml)
         except Malformed:
             continue
-    return _convert(value, rest[-1], where)
+    return _convert(value, rest[-1], where, from_yaml)
 
 
-def _convert_dataclass(value: Any, kind: Any, where: str) -> Any:
+def _convert_dataclass(value: Any, kind: Any, where: str, from_yaml: bool) -> Any:
     given = _expect(value, dict, where, "an object")
     hints, fields = _hints(kind), {field.name: field for field in dataclasses.fields(kind)}
-    unknown = sorted(given.keys() - fields.keys())
+    unknown = sorted(map(str, given.keys() - fields.keys()))  # YAML has keys of other types
     if unknown:
         raise Malformed(f"{_quoted(_join(where, unknown[0]))} is not known")
     missing = [
@@ -180,7 +203,7 @@ def _convert_dataclass(value: Any, kind: Any, where: str) -> Any:
     ]
     if missing:
         raise Malformed(f"{_quoted(_join(where, missing[0]))} is missing")
-    return kind(**{name: _convert(item, hints[name], _join(where, name)) for name, item in given.items()})
+    return kind(**{name: _convert(item, hints[name], _join(where, name), from_yaml) for name, item in given.items()})
 
 
 @functools.cache
@@ -211,6 +234,13 @@ def _integer(digits: str) -> int:
     if len(digits) > 20 or not -MAX_INTEGER <= (number := int(digits)) < MAX_INTEGER:
         raise Malformed(f"it holds an integer beyond 64 bits ({digits[:20]}...)")
     return number
+
+
+def _check_integers(value: Any) -> None:
+    if isinstance(value, int) and not -MAX_INTEGER <= value < MAX_INTEGER:
+        raise Malformed("it holds an integer beyond 64 bits")
+    for child in _children(value):
+        _check_integers(child)
 
 
 def _check_depth(value: Any) -> None:

@@ -18,10 +18,17 @@ from hydra.errors import (
 )
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
 from windlass.conf.schema import Config
 from windlass.conf.store import register, to_config
+from windlass.conf.text_values import taken_as_text
 from windlass.errors import EXIT_STOPPED, ConfigError
 
 CONFIG_MODULE = "windlass.conf"
@@ -41,6 +48,8 @@ def run_hydra(task: Callable[[Config], int], prog: str, arguments: Sequence[str]
         ConfigError: an override that names no key, or gives it a bad value.
     """
     register()
+    is_sweep = not {"-m", "--multirun", "hydra.mode=MULTIRUN"}.isdisjoint(arguments)
+    read = [taken_as_text(argument, is_sweep) for argument in arguments]
     exit_codes = [0]
     failures: list[Exception] = []
 
@@ -53,7 +62,7 @@ def run_hydra(task: Callable[[Config], int], prog: str, arguments: Sequence[str]
             failures.append(error)
 
     decorated = hydra.main(version_base="1.3", config_path="pkg://" + CONFIG_MODULE, config_name=CONFIG_NAME)(job)
-    with _translated_errors(arguments), _arguments(prog, arguments):
+    with _translated_errors(arguments), _arguments(prog, read):
         decorated()
         if failures:
             raise failures[0]
@@ -74,8 +83,9 @@ def _config_of_job(composed: DictConfig) -> Config:
 def compose(overrides: Sequence[str] = ()) -> Config:
     """The configuration that `windlass train OVERRIDES` would use. For notebooks, tests and tools."""
     register()
+    read = [taken_as_text(override) for override in overrides]
     with _translated_errors(overrides), hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return to_config(hydra.compose(CONFIG_NAME, overrides=list(overrides)))
+        return to_config(hydra.compose(CONFIG_NAME, overrides=read))
 
 
 @contextmanager
@@ -119,12 +129,8 @@ def _translated_errors(arguments: Sequence[str]) -> Iterator[None]:
 def _malformed(override: str) -> ConfigError:
     key, equals, value = override.partition("=")
     if key and equals:
-        return ConfigError(
-            key,
-            value,
-            "has a character that Hydra reads as syntax",
-            f"quote the value for Hydra, inside the quotes for the shell: '{key}=\"{value}\"'",
-        )
+        rule = "is no value: Hydra reads numbers, true, false, null, names, and lists of them such as [0.9,0.95]"
+        return ConfigError(key, value, rule, "`windlass train --cfg job` prints every key with its default")
     return ConfigError("override", override, "is not of the form key=value", "write e.g. train.steps=300")
 
 
@@ -146,6 +152,9 @@ def _bad_key_or_value(error: OmegaConfBaseException, arguments: Sequence[str]) -
     first_line = (error.msg or str(error)).splitlines()[0]
     if isinstance(error, MissingMandatoryValue):
         return ConfigError(key, "???", "must be given", f"add {key}=VALUE")
+    if isinstance(error, GrammarParseError | InterpolationResolutionError | UnsupportedInterpolationType):
+        fix = "name a key between ${ and }: `windlass train --cfg job` prints every key; the characters ${ are \\${"
+        return ConfigError(key, value, first_line.rstrip("."), fix)
     if "not in struct" in first_line or "not in '" in first_line:
         return ConfigError(key, value, "is no key of this configuration", _nearest(key, _valid_keys()))
     return ConfigError(key, value, first_line.rstrip("."), f"give {key} a value of that type")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import typing
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
@@ -75,6 +77,32 @@ GROUPS: dict[str, dict[str, type]] = {
     "launch": {"": LaunchConfig},
 }
 """Group -> the value of its `name` key -> dataclass. `""` stands for every name of a group with one dataclass."""
+
+
+PATH_KEYS = (
+    "run_dir",
+    "resume",
+    "data.path",
+    "data.tokenizer",
+    "data.cache_dir",
+    "offload.dir",
+    "checkpoint.dir",
+    "checkpoint.shm_dir",
+    "launch.runtime_env",
+)
+"""Keys that name files and folders: `~` is the home folder in each. Some take a word or a URL as well."""
+
+
+@functools.cache
+def text_keys() -> dict[str, bool]:
+    """Dotted name of each key that holds text -> whether it may be null."""
+    schemas = [(f"{group}.", schema) for group, kinds in GROUPS.items() for schema in kinds.values()]
+    found = {}
+    for prefix, schema in [("", Config), ("train.", TrainConfig), ("metrics.", MetricsConfig), *schemas]:
+        for key, hint in typing.get_type_hints(schema).items():
+            if hint in (str, str | None):
+                found[prefix + key] = hint is not str
+    return found
 
 
 def schema_of(group: str, name: str) -> type:

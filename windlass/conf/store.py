@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf import MISSING, DictConfig, OmegaConf
 
-from windlass.conf.schema import GROUPS, Config, schema_of
+from windlass.conf.schema import GROUPS, PATH_KEYS, Config, schema_of
+from windlass.conf.text_values import home_expanded
 from windlass.errors import ConfigError
 from windlass.files import atomic_file, sync_folder
+from windlass.untrusted import Malformed, convert, read_yaml
 
 
 @functools.cache
@@ -34,7 +38,14 @@ def to_config(composed: DictConfig) -> Config:
         ConfigError: a value breaks a rule, or a mandatory one is missing.
     """
     _refuse_added_keys(composed, Config)
-    return cast("Config", OmegaConf.to_object(composed))
+    config = cast("Config", OmegaConf.to_object(composed))
+    for key in PATH_KEYS:
+        holder, _, name = key.rpartition(".")
+        owner = getattr(config, holder) if holder else config
+        path = getattr(owner, name, None)
+        if path is not None:
+            setattr(owner, name, home_expanded(key, path))
+    return config
 
 
 def _refuse_added_keys(node: DictConfig, schema: type, prefix: str = "") -> None:
@@ -56,35 +67,71 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=1000)
 
 
 def to_plain(config: Config) -> dict[str, Any]:
     """`config` as dicts, lists, numbers and strings."""
-    plain = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
-    return cast("dict[str, Any]", plain)
+    return cast("dict[str, Any]", _plain(config))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.name
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def load_config(path: Path) -> Config:
-    """Reads what `save_config` wrote.
+    """Reads what `save_config` wrote. Whoever wrote it, nothing in it is resolved, imported or called.
 
     Raises:
         ConfigError: the file is not a configuration of this version of windlass.
     """
     try:
-        plain = OmegaConf.load(path)
-        if not isinstance(plain, DictConfig):
-            raise ValueError("it holds no keys")
-        typed: dict[str, Any] = {}
-        for group in GROUPS:
-            schema = schema_of(group, str(plain[group]["name"]))
-            typed[group] = OmegaConf.merge(OmegaConf.structured(schema), plain[group])
-        merged = OmegaConf.merge(OmegaConf.structured(Config), typed, plain)
-        return to_config(cast("DictConfig", merged))
-    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(
-            "config",
-            path,
-            f"is not a readable windlass configuration ({error})",
-            "use the config.yaml of a run",
-        ) from error
+        return _from_plain(read_yaml(path))
+    except (Malformed, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else error
+        rule = f"is not a readable windlass configuration ({said})"
+        fix = "use the config.yaml of a run, or move this one away to go on without it"
+        raise ConfigError("config", path, rule, fix) from error
+
+
+def _from_plain(plain: Any) -> Config:
+    """The configuration that `to_plain` made `plain` of. Keys that have a default may be missing.
+
+    Raises:
+        Malformed: it is another thing.
+        ConfigError: a value breaks a rule of its dataclass.
+    """
+    given = {}
+    for key, value in convert(plain, dict[str, Any]).items():
+        if key not in _kinds():
+            raise Malformed(f"`{key}` is not known")
+        kind = _schema_of(key, convert(value, dict[str, Any], key)) if key in GROUPS else _kinds()[key]
+        _refuse_unset(kind, value, f"{key}.")
+        given[key] = convert(value, kind, key, from_yaml=True)
+    _refuse_unset(Config, given, "")
+    return Config(**given)
+
+
+@functools.cache
+def _kinds() -> dict[str, Any]:
+    return typing.get_type_hints(Config)
+
+
+def _schema_of(group: str, plain: Mapping[str, Any]) -> type:
+    name = str(plain.get("name"))
+    try:
+        return schema_of(group, name)
+    except KeyError:
+        raise Malformed(f"`{group}.name` is {name!r}, not one of {', '.join(GROUPS[group])}") from None
+
+
+def _refuse_unset(schema: Any, plain: Mapping[str, Any], prefix: str) -> None:
+    """Raises Malformed if `plain` lacks a key of `schema` whose default is none, or is made of other keys."""
+    for field in dataclasses.fields(schema) if dataclasses.is_dataclass(schema) else ():
+        is_value = not isinstance(field.default, str) or (field.default != MISSING and "${" not in field.default)
+        if not is_value and field.name not in plain:
+            raise Malformed(f"`{prefix}{field.name}` is missing")

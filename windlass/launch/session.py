@@ -24,8 +24,11 @@ from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.errors import RunFolderError, WindlassError
+from windlass.files import make_folder, open_growing, refuse_links
+from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
+from windlass.text import override
 from windlass.train.activation_choice import Decision, decide, decision_before
 from windlass.train.agreement import Ending
 from windlass.train.config import ActivationCheckpoint
@@ -124,6 +127,7 @@ def _open_folder(
     if mesh.rank != 0:
         return {}, None
     folder = stack.enter_context(RunFolder(Path(config.run_dir)))
+    _refuse_links(config)
     checkpoints = checkpoint_dir(config)
     own_folder = isinstance(checkpoints, Path) and config.checkpoint.dir is not None
     if config.checkpoint.name != CheckpointKind.none and own_folder:
@@ -156,8 +160,28 @@ def _open_folder(
     return changed_keys(before, now), kept
 
 
+def _refuse_links(config: Config) -> None:
+    """Whoever gave the user this folder may have made them, and files are written and deleted there."""
+    run_dir = Path(config.run_dir)
+    used = {
+        "checkpoint.dir": config.checkpoint.dir is None and config.checkpoint.name != CheckpointKind.none,
+        "offload.dir": config.offload.dir is None and config.offload.name == OffloadKind.ssd,
+    }
+    for key, name in (("checkpoint.dir", "checkpoints"), ("offload.dir", "offload")):
+        link = run_dir / name
+        try:
+            if used[key]:
+                refuse_links(link, run_dir)
+        except OSError as error:
+            fix = f"set {override(key, os.path.realpath(link))} if that is where they belong, or remove the link"
+            raise RunFolderError("run_dir", run_dir, str(error.strerror), fix) from error
+
+
 def _config_of(checkpoint: Location) -> dict[str, Any]:
-    return Manifest.read(checkpoint).objects["info"]["config"]
+    """What the run that wrote it was; empty if it does not say, as one that was imported."""
+    info = Manifest.read(checkpoint).objects.get("info")
+    plain = info.get("config") if isinstance(info, dict) else None
+    return plain if isinstance(plain, dict) else {}
 
 
 def _record_config(config: Config, mesh: Mesh) -> None:
@@ -384,17 +408,18 @@ def _report_or_reason(run_dir: Path) -> str:
 def _logging_to(path: Path) -> Iterator[TextIO]:
     """Adds this process's log records, warnings and the error that ends it to a file of the run folder; gives that."""
     try:
-        handler = logging.FileHandler(path, encoding="utf-8")
+        make_folder(path.parent, path.parent.parent)
+        stream = os.fdopen(open_growing(path), "a", encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise unusable(path.parent.parent, error) from error
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     others = root.handlers
     root.handlers = [handler]  # and none of Hydra's, which would print errors a second time
     logging.captureWarnings(True)
     try:
-        assert handler.stream is not None
-        yield handler.stream
+        yield stream
     except WindlassError as error:
         logger.error("%s", error)
         raise
@@ -405,3 +430,4 @@ def _logging_to(path: Path) -> Iterator[TextIO]:
         logging.captureWarnings(False)
         root.handlers = others
         handler.close()
+        stream.close()

@@ -15,6 +15,7 @@ from pathlib import Path
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
 from windlass.errors import EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
+from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.session import run_session
 from windlass.parallel.mesh import Mesh
@@ -127,10 +128,10 @@ def _set_name(name: str) -> None:
 def _redirect_output(path: Path) -> None:
     """Sends stdout and stderr of a rank that is not shown to its log, tracebacks of crashes included."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        make_folder(path.parent, path.parent.parent)
+        file = open_growing(path)
     except OSError:
-        return  # rank 0 finds the same folder unusable and says so
+        return  # the session finds the same folder unusable and says so
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(file, stream.fileno())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ from windlass.train.config import ActivationCheckpoint, DType
 from windlass.train.flops import measured_matmul_flops
 from windlass.train.machine import Machine, existing_folder, load_machine, save_machine, ssd_key
 from windlass.train.mock_step import LOW_WATER_FRACTION, StepMemory, host_memory, mock_step
+from windlass.train.run_folder import flatten
 from windlass.train.speed import measure_speed
+from windlass.untrusted import convert
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
@@ -64,11 +66,16 @@ def decision_before(config: Config, before: Mapping[str, Any]) -> Decision | Non
     """
     if config.train.activation_checkpoint != ActivationCheckpoint.auto:
         return None
-    train, limit = before["train"], config.offload.max_activation_bytes
-    if limit is None and config.offload.name == OffloadKind.ssd:
-        limit = before["offload"].get("max_activation_bytes")
-    kind = ActivationCheckpoint(train["activation_checkpoint"])
-    return Decision(kind, train.get("activation_fraction"), limit, (f"{kind}, as in this run's life before",))
+    flat, limit = flatten(before), config.offload.max_activation_bytes
+    try:  # of a checkpoint that was imported, or that a stranger wrote, it may say little or nonsense
+        kind = ActivationCheckpoint(flat.get("train.activation_checkpoint"))
+        fraction = convert(flat.get("train.activation_fraction"), float | None)
+        if limit is None and config.offload.name == OffloadKind.ssd:
+            limit = convert(flat.get("offload.max_activation_bytes"), int | None)
+    except ValueError:
+        return None
+    replace(config.train, activation_checkpoint=kind, activation_fraction=fraction)  # its rules hold
+    return Decision(kind, fraction, limit, (f"{kind}, as in this run's life before",))
 
 
 def decide(parts: StepParts, say: Callable[[str], None]) -> Decision:

@@ -6,11 +6,11 @@ never mix two. A torn last line is cut off when the file is next opened, and rea
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
-import struct
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -23,14 +23,22 @@ from typing import Any, Self
 import psutil
 
 from windlass.errors import ConfigError, RunFolderError
+from windlass.files import atomic_file, open_growing, refuse_links
 from windlass.train.config import MetricsConfig, WandbMode
+from windlass.train.metrics_reader import (
+    EVENTS_FILE,
+    METRICS_FILE,
+    NONFINITE,
+    Replay,
+    read_events,
+    read_metrics,
+    replayed,
+)
+from windlass.untrusted import read_bytes
 
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
+__all__ = ["JsonLines", "Metrics", "Replay", "append_event", "read_events", "read_metrics", "redact", "replayed"]
+
 WANDB_ID_FILE = "wandb_run_id"
-
-NONFINITE = "_nonfinite"
-"""`"train/loss": NaN` is no JSON; it is written as `"train/loss": null, "train/loss_nonfinite": "nan"`."""
 
 SUMMED = frozenset({"checkpoint/stall_s", "offload/stall_s", "offload/read_bytes", "offload/write_bytes", "comm/bytes"})
 """Extra keys that are added up over a line's steps; of `memory/*` the largest is kept, of others the last."""
@@ -54,7 +62,7 @@ class JsonLines:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._fd = open_growing(path)
             _cut_torn_line(self._fd)
         except OSError as error:
             raise _unwritable(path, error) from error
@@ -94,7 +102,8 @@ def _cut_torn_line(fd: int) -> None:
 
 def _unwritable(path: Path, error: OSError) -> RunFolderError:
     rule = f"cannot be written ({error.strerror})"
-    return RunFolderError("run_dir", path.parent, rule, f"free space or allow writing there ({path.name}), then resume")
+    fix = "remove that link" if error.errno == errno.ELOOP else "free space or allow writing there"
+    return RunFolderError("run_dir", path.parent, rule, f"{fix} ({path.name}), then resume")
 
 
 def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,16 +381,12 @@ def _start_wandb(run_dir: Path, config: MetricsConfig, run_config: dict[str, Any
         raise ConfigError(
             "metrics.wandb", config.wandb, "needs the package wandb", 'pip install "windlass[wandb]"'
         ) from error
-    id_file = run_dir / WANDB_ID_FILE
-    if not id_file.exists():
-        fresh = id_file.with_suffix(".new")
-        fresh.write_text(uuid.uuid4().hex[:8] + "\n")
-        fresh.replace(id_file)
+    run_id = _wandb_id(run_dir)
     offline = config.wandb is WandbMode.offline
     try:
         run = wandb.init(
             project=config.wandb_project,
-            id=id_file.read_text().strip(),
+            id=run_id,
             # Offline there is no server to ask for the earlier life; `wandb sync` joins the two later.
             resume=None if offline else "allow",
             mode="offline" if offline else "online",
@@ -399,86 +404,18 @@ def _start_wandb(run_dir: Path, config: MetricsConfig, run_config: dict[str, Any
     return run
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The figures of each step, by rising step: the lines of a step merged key by key, the last line winning.
-
-    A step that was trained again after a recovery has its newest figures. Non-finite floats are floats again.
-
-    Args:
-        path: `metrics.jsonl`, or the run's folder.
-
-    Raises:
-        RunFolderError: the file is missing, or a line other than a torn last one is no JSON object.
-    """
-    steps: dict[int, dict[str, Any]] = {}
-    for record in _read_lines(path, METRICS_FILE):
-        steps.setdefault(record["step"], {}).update(record)
-    return [steps[step] for step in sorted(steps)]
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events as they were written. `path` and errors as in `read_metrics`, with `events.jsonl`."""
-    return _read_lines(path, EVENTS_FILE)
-
-
-def read_progress(path: Path) -> list[tuple[float, int]]:
-    """(unix time, step) of every line of training as it was written. `path` and errors as in `read_metrics`."""
-    lines = _read_lines(path, METRICS_FILE)
-    return [(line["time"], line["step"]) for line in lines if "train/loss" in line and "time" in line]
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A step that was trained more than once: a recovery runs the steps since the checkpoint again."""
-
-    step: int
-    losses: tuple[float | None, ...]
-    """`train/loss` of each time, oldest first."""
-    bit_equal: bool
-    """Whether all the losses are the same float, bit for bit."""
-
-
-def replayed(path: Path) -> list[Replay]:
-    """The steps with more than one training line, by rising step. `path` and errors as in `read_metrics`."""
-    losses: dict[int, list[float | None]] = {}
-    for record in _read_lines(path, METRICS_FILE):
-        if "train/loss" in record:
-            losses.setdefault(record["step"], []).append(record["train/loss"])
-    return [
-        Replay(step, tuple(values), len({_bits(value) for value in values}) == 1)
-        for step, values in sorted(losses.items())
-        if len(values) > 1
-    ]
-
-
-def _bits(value: float | None) -> bytes | None:
-    """Tells -0.0 from 0.0, and finds NaN equal to NaN."""
-    return None if value is None else struct.pack("<d", value)
-
-
-def _read_lines(path: Path, name: str) -> list[dict[str, Any]]:
-    file = path / name if path.is_dir() else path
+def _wandb_id(run_dir: Path) -> str:
+    """The id of this run folder, kept in its file."""
+    file = run_dir / WANDB_ID_FILE
     try:
-        content = file.read_bytes()
-    except FileNotFoundError as error:
-        fix = "give the folder of a run that has logged a step"
-        raise RunFolderError("run_dir", file.parent, f"has no {name}", fix) from error
-    records: list[dict[str, Any]] = []
-    lines = content.split(b"\n")[:-1]  # what follows the last newline is torn
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            rule = f"line {number} is not a JSON object"
-            raise RunFolderError("run_dir", file, rule, "delete that line") from error
-        records.append(_restored(record))
-    return records
-
-
-def _restored(record: dict[str, Any]) -> dict[str, Any]:
-    """`record` with the floats that JSON cannot hold put back under their keys."""
-    for key in [key for key in record if key.endswith(NONFINITE)]:
-        record[key.removesuffix(NONFINITE)] = float(record.pop(key))
-    return record
+        for path in (file, run_dir / "wandb"):
+            refuse_links(path, run_dir)
+        if not file.exists():
+            with atomic_file(file) as stream:
+                stream.write(uuid.uuid4().hex[:8].encode() + b"\n")
+        found = read_bytes(file, _TAIL_BYTES).decode(errors="replace").strip()
+    except OSError as error:
+        raise _unwritable(file, error) from error
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,128}", found):  # it is sent away
+        raise RunFolderError("run_dir", file, "holds no id of a wandb run", "delete that file for a new id")
+    return found

@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
+import logging
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+import yaml
 
 from windlass.errors import ConfigError, RunFolderError
+from windlass.files import atomic_file, make_folder
+from windlass.text import printable
 from windlass.train.console import duration, number, size
-from windlass.train.metrics import (
+from windlass.train.metrics import redact
+from windlass.train.metrics_reader import (
     EVENTS_FILE,
     METRICS_FILE,
+    Lines,
     Replay,
-    read_events,
-    read_metrics,
-    read_progress,
-    redact,
-    replayed,
+    merged,
+    progress,
+    read_lines,
+    replays,
 )
+from windlass.untrusted import Malformed, read_yaml
+
+logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 PLOTS_FOLDER = "report"
 
 _MAX_TABLE_ROWS = 200
+_MAX_TEXT = 2_000
 _BETWEEN_LIVES = {"restart", "recovered"}
 _ROUTINE_KINDS = {"eval", "snapshot_committed", "snapshot_skipped", "persisted"}
 
@@ -50,6 +57,8 @@ class Run:
     """(unix time, step) of every line of training, also of steps that were trained again."""
     replays: list[Replay]
     config: str | None
+    notes: list[str] = field(default_factory=list)
+    """What could not be read."""
 
     def of_kind(self, *kinds: str) -> list[Record]:
         return [event for event in self.events if event.get("kind") in kinds]
@@ -116,19 +125,22 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError("report", run_dir, "needs the package matplotlib", fix) from error
     sections = []
     try:
-        (run_dir / PLOTS_FOLDER).mkdir(exist_ok=True)
+        make_folder(run_dir / PLOTS_FOLDER, run_dir)
         for plot in PLOTS:
             images = plot.render(run)
             if images is not None:
-                (run_dir / PLOTS_FOLDER / f"{plot.name}.png").write_bytes(images[0])
+                with atomic_file(run_dir / PLOTS_FOLDER / f"{plot.name}.png") as file:
+                    file.write(images[0])
                 sections.append(_figure_html(plot.title, plot.caption, *images))
         page = run_dir / REPORT_FILE
-        unfinished = page.with_suffix(".new")
-        unfinished.write_text(_page_html(run, sections), encoding="utf-8")
-        unfinished.replace(page)
+        with atomic_file(page) as file:
+            file.write(_page_html(run, sections).encode())
     except OSError as error:
         rule = f"cannot be written ({error.strerror})"
-        raise RunFolderError("run_dir", run_dir, rule, "free space or allow writing there") from error
+        fix = "remove that link" if error.errno == errno.ELOOP else "free space or allow writing there"
+        raise RunFolderError("run_dir", run_dir, rule, fix) from error
+    for note in run.notes:
+        logger.warning("%s: %s", printable(str(run_dir)), note)
     return page
 
 
@@ -137,20 +149,37 @@ def _read_run(run_dir: Path) -> Run:
     if not any(has.values()):
         fix = "give the run_dir of a `windlass train`"
         raise RunFolderError("run_dir", run_dir, f"is no run's folder: it has no {METRICS_FILE}", fix)
-    records = read_metrics(run_dir) if has[METRICS_FILE] else []
-    if not records:
-        fix = "wait until the run has taken train.log_every steps"
-        raise RunFolderError("run_dir", run_dir, "has no figures yet", fix)
-    config = None
-    if has["config.yaml"]:
-        try:
-            loaded = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"))
-        except (YAMLError, OmegaConfBaseException, ValueError, OSError) as error:
-            fix = "restore config.yaml, or move it away"
-            raise RunFolderError("run_dir", run_dir / "config.yaml", "is not valid YAML", fix) from error
-        config = OmegaConf.to_yaml(OmegaConf.create(redact(loaded)))
-    events = read_events(run_dir) if has[EVENTS_FILE] else []
-    return Run(run_dir.resolve().name, records, events, read_progress(run_dir), replayed(run_dir), config)
+    figures = read_lines(run_dir, METRICS_FILE) if has[METRICS_FILE] else Lines([])
+    events = read_lines(run_dir, EVENTS_FILE) if has[EVENTS_FILE] else Lines([])
+    notes = [
+        f"{lines.num_unreadable:,} line{'s' * (lines.num_unreadable > 1)} of {name} could not be read"
+        for name, lines in ((METRICS_FILE, figures), (EVENTS_FILE, events))
+        if lines.num_unreadable
+    ]
+    if not figures.records:
+        rule = "has no figures yet" + (f": {notes[0]}" if figures.num_unreadable else "")
+        raise RunFolderError("run_dir", run_dir, rule, "wait until the run has taken train.log_every steps")
+    return Run(
+        run_dir.resolve().name,
+        merged(figures.records),
+        events.records,
+        progress(figures.records),
+        replays(figures.records),
+        _read_config(run_dir / "config.yaml") if has["config.yaml"] else None,
+        notes,
+    )
+
+
+def _read_config(path: Path) -> str:
+    """The configuration as it stands there, without its secrets."""
+    try:
+        plain = redact(read_yaml(path))
+    except Malformed as error:
+        raise RunFolderError("run_dir", path, str(error), "restore config.yaml, or move it away") from error
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}"
+        raise RunFolderError("run_dir", path, rule, "allow reading it, or move it away") from error
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def _summary(run: Run) -> list[tuple[str, str]]:
@@ -223,6 +252,13 @@ def _versions(run: Run) -> dict[str, Any]:
     return found | {k.removesuffix("_version"): v for k, v in start.items() if k.endswith("_version")}
 
 
+def _escaped(value: object) -> str:
+    """For the page: text of any length, with anything in it."""
+    text = str(value)
+    text = text if len(text) <= _MAX_TEXT else text[:_MAX_TEXT] + "..."
+    return html.escape(printable(text))
+
+
 def _figure_html(title: str, caption: str, light: bytes, dark: bytes) -> str:
     encoded = (base64.b64encode(png).decode() for png in (light, dark))
     light_url, dark_url = (f"data:image/png;base64,{image}" for image in encoded)
@@ -237,7 +273,7 @@ def _figure_html(title: str, caption: str, light: bytes, dark: bytes) -> str:
 
 def _table_html(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     def row(tag: str, cells: Iterable[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     body = "".join(row("td", cells) for cells in rows)
     return f'<div class="scroll"><table>{row("th", head)}{body}</table></div>'
@@ -263,23 +299,25 @@ def _details_html(title: str, body: str) -> str:
 def _page_html(run: Run, sections: list[str]) -> str:
     text, tone = _status(run)
     cards = "".join(
-        f"<div><dt>{html.escape(label)}</dt><dd>{html.escape(value)}</dd></div>" for label, value in _summary(run)
+        f"<div><dt>{_escaped(label)}</dt><dd>{_escaped(value)}</dd></div>" for label, value in _summary(run)
     )
     extra = []
     if rows := _event_rows(run):
         extra.append(_details_html("Event log", _table_html(("time", "event", "step", "details"), rows)))
     if run.config is not None:
-        extra.append(_details_html("Configuration", f"<pre>{html.escape(run.config)}</pre>"))
+        lines = map(_escaped, run.config.split("\n"))
+        extra.append(_details_html("Configuration", "<pre>" + "\n".join(lines) + "</pre>"))
     if versions := _versions(run):
         extra.append(_details_html("Versions", _table_html(("package", "version"), versions.items())))
     written = time.strftime("%Y-%m-%d %H:%M:%S")
-    name = html.escape(run.name)
+    name = _escaped(run.name)
+    notes = "".join(f'<p class="fair">{_escaped(note)}</p>' for note in run.notes)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{name} - windlass report</title><style>{_STYLE}</style></head><body>"
         f'<header><h1>{name}</h1><span class="{tone}">{html.escape(text)}</span></header>'
-        f"<dl>{cards}</dl>{''.join(sections)}{''.join(extra)}"
+        f"{notes}<dl>{cards}</dl>{''.join(sections)}{''.join(extra)}"
         f"<footer>windlass report, written {written}</footer></body></html>\n"
     )
 

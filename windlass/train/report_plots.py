@@ -95,9 +95,14 @@ def _step_axis(ax: Axes) -> None:
 
 
 def _mark_restarts(ax: Axes, run: Run, theme: Theme) -> None:
-    for i, step in enumerate(run.restart_steps()):
-        label = None if i else "resumed here"
-        ax.axvline(step, color=theme.alarm, linestyle=":", linewidth=1.2, label=label)
+    _mark_steps(ax, run.restart_steps(), "resumed here", theme)
+
+
+def _mark_steps(ax: Axes, steps: list[int], label: str, theme: Theme) -> None:
+    """Lines from the foot to the top; one collection, as there may be thousands."""
+    if steps:
+        whole = ax.get_xaxis_transform()
+        ax.vlines(steps, 0, 1, transform=whole, color=theme.alarm, linestyle=":", linewidth=1.2, label=label)
 
 
 def _mark_checkpoints(ax: Axes, run: Run, theme: Theme) -> None:
@@ -185,9 +190,7 @@ def _draw_optimizer(figure: Figure, run: Run, theme: Theme) -> bool:
     else:
         _from_zero(right, norms)
     skipped = [event["step"] for event in run.of_kind("skipped_step") if event.get("step") is not None]
-    for i, step in enumerate(skipped):
-        label = None if i else "skipped step"
-        right.axvline(step, color=theme.alarm, linestyle=":", linewidth=1.2, label=label)
+    _mark_steps(right, skipped, "skipped step", theme)
     for ax in (left, right):
         _step_axis(ax)
     return drawn

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from windlass.text import printable
 from windlass.train.console import duration
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ STOP_KINDS = ("preempted", "done")
 _LINE = "line"
 _LANES = ("copy", "parity, commit", "to disk")
 _MARKS = ("eval", "snapshot_skipped", "snapshot_given_up", "persist_failed", "skipped_step", *STOP_KINDS)
+_MOST_OTHERS, _LONGEST_LABEL = 12, 40
+"""Kinds of events that are not known here and have a row of their own; characters of what an event says."""
+_MOST_PAUSES = 300
 _SOURCES = {"local_ram": "local memory", "parity": "parity", "durable": "disk"}
 
 
@@ -190,6 +194,7 @@ def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
         return False
     times += [time for time, _ in run.progress]
     found, pauses = lives(run)
+    pauses = sorted(sorted(pauses, key=lambda pause: pause.end - pause.begin)[-_MOST_PAUSES:], key=lambda p: p.begin)
     place, longest = without_long_pauses(pauses, min(times), max(times))
     span = max(place(max(times)), 1e-3)
     unit, seconds = ("h", 3600) if span > 2 * 3600 else ("min", 60) if span > 180 else ("s", 1)
@@ -212,7 +217,7 @@ def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
         _draw_marks(foot, row, [(at(event["time"]), event.get("step")) for event in events], span / seconds, color)
     for pause in pauses:
         foot.axvspan(at(pause.begin), at(pause.end), color=_pause_color(pause, theme), alpha=0.12, linewidth=0)
-    foot.set_yticks(range(len(rows)), [row.replace("_", " ") for row in rows])
+    foot.set_yticks(range(len(rows)), [_label(row.replace("_", " ")) for row in rows])
     foot.set_ylim(max(1, len(rows)) - 0.4, -0.7)
     foot.margins(x=0.02)
     is_cut = any(pause.end - pause.begin > longest for pause in pauses)
@@ -228,6 +233,8 @@ def _marks(run: Run) -> dict[str, list[dict[str, Any]]]:
     found = {
         kind: [event for event in run.of_kind(kind) if "time" in event] for kind in [*_MARKS, *sorted(others - drawn)]
     }
+    if len(others := [kind for kind in found if kind not in _MARKS]) > _MOST_OTHERS:
+        found["other events"] = [event for kind in others for event in found.pop(kind)]
     # A snapshot of which nobody said how long it took is a moment too.
     for kind in ("snapshot_committed", "persisted"):
         found[kind] = [event for event in run.of_kind(kind) if "time" in event and event.get("seconds") is None]
@@ -269,7 +276,12 @@ def _draw_lives(
 
 
 def _source(pause: Pause) -> str:
-    return "the start" if pause.source is None else _SOURCES.get(pause.source, pause.source)
+    return "the start" if pause.source is None else _SOURCES.get(pause.source, _label(pause.source))
+
+
+def _label(text: str) -> str:
+    """Text of an event as matplotlib draws it as it is: without formulas, which may be none, and not too long."""
+    return printable(text[:_LONGEST_LABEL]).replace("$", r"\$")
 
 
 def _pause_text(pause: Pause) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from windlass.errors import ConfigError, RunFolderError
+from windlass.files import make_folder, open_growing
+from windlass.text import override
 
 CONFIG_FILE = "config.yaml"
 LOCK_FILE = ".lock"
@@ -32,7 +35,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            (path / "logs").mkdir(parents=True, exist_ok=True)
+            make_folder(path / "logs", path)
             self._lock = lock_folder(path, "run_dir")
         except OSError as error:
             raise unusable(path, error) from error
@@ -54,7 +57,7 @@ def lock_folder(path: Path, key: str) -> IO[str]:
         RunFolderError: another process has it.
         OSError: the file system refuses a file, or has no locks.
     """
-    file = (path / LOCK_FILE).open("a+", encoding="utf-8")
+    file = os.fdopen(open_growing(path / LOCK_FILE), "a+", encoding="utf-8", errors="replace")
     deadline = time.monotonic() + LOCK_PATIENCE_S
     while True:
         try:
@@ -65,7 +68,7 @@ def lock_folder(path: Path, key: str) -> IO[str]:
                 time.sleep(0.1)
                 continue
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.read(200).strip() or "another process"
             file.close()
             raise RunFolderError(
                 key, path, f"is in use by {owner}", f"wait for that run, or choose another {key}"
@@ -77,12 +80,10 @@ def lock_folder(path: Path, key: str) -> IO[str]:
 
 
 def unusable(path: Path, error: OSError) -> RunFolderError:
-    return RunFolderError(
-        "run_dir",
-        path,
-        f"cannot be written: {error.strerror or error}",
-        "make room or mend its permissions, or choose another run_dir",
-    )
+    rule = f"cannot be written: {error.strerror or error}"
+    if error.errno == errno.ELOOP:
+        return RunFolderError("run_dir", path, rule, "remove that link, or choose another run_dir")
+    return RunFolderError("run_dir", path, rule, "make room or mend its permissions, or choose another run_dir")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -105,12 +106,20 @@ def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str,
 
 def refuse_another_run(path: Path | str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises ConfigError if the run that `path` holds is not the one that `now` describes."""
+    known = flatten(before)  # of a checkpoint that was imported, little
     for key, (old, new) in changed_keys(before, now).items():
-        if key.startswith(FIXED_KEYS):
+        if key in known and key.startswith(FIXED_KEYS):
             raise ConfigError(
                 key,
                 new,
                 f"{path} holds a run with {key}={old}, and a run keeps that from its first step to its last",
-                f"choose another run_dir (with resume={path} to begin from this run's newest checkpoint), "
-                f"or set {key}={old} to go on with this run",
+                f"choose another run_dir (with {override('resume', str(path))} to begin from this run's newest "
+                f"checkpoint), or {set_again(key, old)} to go on with this run",
             )
+
+
+def set_again(key: str, value: object) -> str:
+    """What has a run get the value that a saved configuration has."""
+    if key.endswith(".name") and key != "model.name":
+        return f"choose {override(key.removesuffix('.name'), value)}"
+    return f"set {override(key, value)}"

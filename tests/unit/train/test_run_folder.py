@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import windlass.text
 from windlass.conf.compose import compose
 from windlass.conf.store import to_plain
 from windlass.errors import ConfigError, RunFolderError
@@ -139,7 +140,7 @@ def test_a_run_that_would_compute_something_else_is_refused(
     assert (raised.value.key, raised.value.value) == (key, new)
     assert f"{tmp_path} holds a run with {key}={old}" in raised.value.rule
     assert f"resume={tmp_path}" in raised.value.fix
-    assert f"set {key}={old} to go on" in raised.value.fix
+    assert f"set {windlass.text.override(key, old)} to go on" in raised.value.fix
 
 
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from windlass import isal
 from windlass.checkpoint.image import PAGE_BYTES, round_up
-from windlass.files import TEMPORARY_SUFFIX, sync_folder
+from windlass.files import TEMPORARY_SUFFIX, make_folder, refuse_links, sync_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -40,13 +40,14 @@ class LocalStorage:
 
     def make(self) -> None:
         self.location.mkdir(parents=True, exist_ok=True)
-        for pattern in ("*", "*/*"):
-            for path in self.location.glob(pattern + TEMPORARY_SUFFIX):
+        folders = [path for path in self.location.iterdir() if path.is_dir() and not path.is_symlink()]
+        for folder in (self.location, *folders):
+            for path in folder.glob("*" + TEMPORARY_SUFFIX):
                 path.unlink()
 
     def write(self, name: str, parts: Iterable[Buffer], guard: Callable[[], None] | None = None) -> None:
         path = self.location / name
-        _make_folder(path.parent)
+        self._make_folder(path.parent)
         temporary = _temporary(path)
         try:
             _write_file(temporary, [memoryview(part).cast("B") for part in parts])
@@ -60,7 +61,7 @@ class LocalStorage:
 
     def adopt(self, name: str, file: Path) -> bool:
         path = self.location / name
-        _make_folder(path.parent)
+        self._make_folder(path.parent)
         temporary = _temporary(path)
         try:
             temporary.hardlink_to(file)
@@ -106,6 +107,8 @@ class LocalStorage:
 
     def delete(self, names: Sequence[str]) -> None:
         paths = [self.location / name for name in names]
+        for folder in {path.parent for path in paths}:
+            refuse_links(folder, self.location)
         for path in paths:
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 path.unlink()
@@ -120,16 +123,16 @@ class LocalStorage:
         (self.location / source).rename(self.location / target)
         sync_folder((self.location / target).parent)
 
+    def _make_folder(self, folder: Path) -> None:
+        is_new = not folder.is_dir()
+        make_folder(folder, self.location)
+        if is_new:
+            sync_folder(folder.parent)
+
 
 def _temporary(path: Path) -> Path:
     """A name of its own: ranks of several nodes may write the same file at the same time."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        sync_folder(folder.parent)
 
 
 def _write_file(path: Path, parts: Sequence[memoryview]) -> None:

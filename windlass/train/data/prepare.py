@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from windlass.errors import ConfigError, DataError, require
-from windlass.files import TEMPORARY_SUFFIX, atomic_file, sync_folder
+from windlass.files import TEMPORARY_SUFFIX, atomic_file, open_growing, refuse_links, sync_folder
 from windlass.train.config import DataConfig, PreparedDataConfig, TokensDataConfig
 from windlass.train.data.documents import Unit, unit_identity
 from windlass.train.data.manifest import (
@@ -196,7 +196,13 @@ def _refuse_foreign(folder: Path, settings: dict[str, Any], key: str) -> None:
 @contextmanager
 def _locked(folder: Path, key: str, progress: bool) -> Iterator[None]:
     """Hold `folder` against other processes. The lock goes with the process, however that ends."""
-    with (folder / LOCK).open("a") as stream:
+    try:
+        for name in (LOCK, UNITS, *SPLITS):
+            refuse_links(folder / name, folder)
+    except OSError as error:
+        fix = "remove that link, or choose another folder"
+        raise ConfigError(key, folder, str(error.strerror), fix) from None
+    with os.fdopen(open_growing(folder / LOCK), "a") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
