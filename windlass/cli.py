@@ -10,6 +10,7 @@ from pathlib import Path
 import windlass
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
 from windlass.launch import script_cli
+from windlass.text import printable
 from windlass.train import exchange_cli, plan_cli
 
 TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
@@ -70,7 +71,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
 def _report(options: argparse.Namespace) -> int:
     from windlass.train.report import write_report
 
-    print(write_report(options.run_dir))
+    print(printable(str(write_report(options.run_dir))))
     return EXIT_DONE
 
 

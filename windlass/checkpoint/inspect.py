@@ -11,6 +11,7 @@ from windlass.checkpoint.durable.locate import checkpoints_of
 from windlass.checkpoint.durable.manifest import Manifest
 from windlass.checkpoint.durable.storage import Location, Storage, open_storage, resolved, split
 from windlass.errors import CorruptCheckpoint
+from windlass.text import printable
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def render_list(rows: list[Listed], as_json: bool) -> str:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.time))
         size, shared = (f"{count / 2**20:.1f} MiB" for count in (row.num_bytes, row.shared_bytes))
         lines.append(f"{row.step:>8}  {size:>10}  {shared:>10}  {row.world_size:>5}  {written}  {row.path}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def verify(path: Location) -> list[Verification]:
@@ -119,4 +120,4 @@ def render_verification(results: list[Verification], as_json: bool) -> str:
             f"{rate:.0f} MB/s)"
         )
         lines += [f"         {problem}" for problem in result.problems]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))

@@ -15,6 +15,7 @@ from windlass.conf.compose import run_hydra
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError
 from windlass.launch.config import LaunchKind
+from windlass.text import printable
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -41,7 +42,7 @@ def _end_agents(config: Config) -> None:
         from windlass.launch.agents import end_agents_of
 
     for folder in end_agents_of(config):
-        sys.stderr.write(f"windlass: warning: the snapshot agent in {folder} is still at work\n")
+        sys.stderr.write(f"windlass: warning: the snapshot agent in {printable(str(folder))} is still at work\n")
 
 
 def _start(config: Config) -> int:

@@ -22,6 +22,7 @@ from windlass.launch.membership import Action, Decision, Policy, Verdict, Worker
 from windlass.launch.node_workers import Life
 from windlass.launch.ray_cluster import RayCluster, connected, too_small
 from windlass.launch.ray_crew import Crew, Member
+from windlass.text import printable
 from windlass.train.signals import SECOND_PRESS_S, STOP_SIGNALS
 
 TICK_S = 0.2
@@ -279,15 +280,15 @@ def _is_new(request: str, asked: set[str]) -> bool:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
     sys.stdout.flush()
 
 
 def _warn(text: str) -> None:
-    sys.stderr.write(f"windlass: warning: {text}\n")
+    sys.stderr.write(f"windlass: warning: {printable(text)}\n")
     sys.stderr.flush()
 
 
 def _error(text: str) -> None:
-    sys.stderr.write(f"windlass: error: {text}\n")
+    sys.stderr.write(f"windlass: error: {printable(text)}\n")
     sys.stderr.flush()

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import yaml
 from ray.exceptions import RayError
 from ray.runtime_env import RuntimeEnv
 
@@ -24,6 +23,7 @@ from windlass.conf.schema import Config
 from windlass.errors import ConfigError
 from windlass.launch.node_workers import temporary_folder
 from windlass.train.config import Device
+from windlass.untrusted import read_yaml
 
 REACH_S = 5.0
 """What the machine of a given address has to answer."""
@@ -224,13 +224,13 @@ def read_runtime_env(path: str | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        plain = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        plain = read_yaml(Path(path))
         if not isinstance(plain, dict):
             raise ValueError("it holds no keys")
         if unknown := plain.keys() - RuntimeEnv.known_fields:  # Ray would pass over them
             raise ValueError(f"{', '.join(sorted(map(str, unknown)))} is no key of it")
         return dict(RuntimeEnv(**plain))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         text = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ConfigError(
             "launch.runtime_env",

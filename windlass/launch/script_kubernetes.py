@@ -18,6 +18,7 @@ import yaml
 from windlass.conf.schema import Config
 from windlass.errors import EXIT_STOPPED, EXIT_USER_ERROR, require
 from windlass.launch.script import COMMAND, Job
+from windlass.text import override
 
 PORT = 29400
 SHM_DIR = "/dev/shm"
@@ -126,7 +127,7 @@ def _check_folders(config: Config, mount: str) -> None:
             key,
             folder,
             f"is not on the volume that the pods share, which is at --mount={mount}",
-            f"set {key}={mount}/{PurePosixPath(folder).name}",
+            f"set {override(key, f'{mount}/{PurePosixPath(folder).name}')}",
         )
 
 

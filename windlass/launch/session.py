@@ -28,7 +28,7 @@ from windlass.files import make_folder, open_growing, refuse_links
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
-from windlass.text import override
+from windlass.text import command, override, printable
 from windlass.train.activation_choice import Decision, decide, decision_before
 from windlass.train.agreement import Ending
 from windlass.train.config import ActivationCheckpoint
@@ -221,7 +221,7 @@ def _decide_activations(parts: StepParts) -> Decision | None:
 
 def _say_at_once(text: str) -> None:
     """For the time before there is a console."""
-    sys.stdout.write(f"{text}\n")
+    sys.stdout.write(f"{printable(text)}\n")
     sys.stdout.flush()
 
 
@@ -373,7 +373,7 @@ def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending)
     else:
         by = f"at step {run.state.step} by {stop.signal_name or 'a signal to another rank'}"
         lines.append(f"{ENDINGS[ending].format(by)}; {_what_is_saved(config, ending)}")
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
     sys.stdout.flush()
 
 
@@ -391,8 +391,12 @@ def _what_is_saved(config: Config, ending: Ending) -> str:
 def _report(config: Config) -> str:
     """The path of the report, or the command that makes it."""
     if importlib.util.find_spec("matplotlib") is None:
-        return f"windlass report {config.run_dir} (needs `pip install 'windlass[report]'`)"
-    return _report_or_reason(Path(config.run_dir)) if config.metrics.report else f"windlass report {config.run_dir}"
+        return f"{_report_command(config.run_dir)} (needs `pip install 'windlass[report]'`)"
+    return _report_or_reason(Path(config.run_dir)) if config.metrics.report else _report_command(config.run_dir)
+
+
+def _report_command(run_dir: str | Path) -> str:
+    return command("windlass", "report", run_dir)
 
 
 def _report_or_reason(run_dir: Path) -> str:
@@ -401,7 +405,7 @@ def _report_or_reason(run_dir: Path) -> str:
         return str(write_report(run_dir))
     except Exception as error:
         logger.exception("the report could not be written")
-        return f"could not be written ({error}); `windlass report {run_dir}` tries again"
+        return f"could not be written ({error}); `{_report_command(run_dir)}` tries again"
 
 
 @contextmanager

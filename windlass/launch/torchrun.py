@@ -26,6 +26,7 @@ from windlass.launch.elastic_agent import JobRendezvous, NodeAgent
 from windlass.launch.fork_server import fork_context, shared_cores
 from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
 from windlass.launch.meeting_place import Place, open_place
+from windlass.text import printable
 from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome
 from windlass.train.signals import STOP_SIGNALS
 
@@ -122,7 +123,7 @@ def _say(ending: JobEnded, run_dir: str) -> None:
         return
     by = "" if outcome.rank == LAUNCHER else f"rank {outcome.rank}: "
     more = f"; see {run_dir}/logs/" if outcome.exit_code == EXIT_FAILURE else ""
-    sys.stderr.write(f"windlass: error: {by}{outcome.message}{more}\n")
+    sys.stderr.write(f"windlass: error: {printable(f'{by}{outcome.message}{more}')}\n")
 
 
 @contextmanager

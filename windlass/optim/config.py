@@ -350,7 +350,7 @@ class SGDSaIConfig(OptimConfig):
 
 def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
     """Two decay rates of moments, as a tuple: OmegaConf gives tuples back as lists."""
-    fix = "set optim.betas=[0.9,0.95]"
+    fix = "set optim.betas='[0.9,0.95]'"
     require(len(betas) == 2, "optim.betas", betas, "must be two numbers", fix)
     require(all(0 <= beta < 1 for beta in betas), "optim.betas", betas, "both must be in [0, 1)", fix)
     return float(betas[0]), float(betas[1])

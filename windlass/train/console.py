@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from windlass.text import printable
 from windlass.train.config import ConsoleMode
 
 NUM_RECENT_LOSSES = 240
@@ -175,7 +176,7 @@ class PlainConsole(SilentConsole):
             self._write(f"{self._step_column()}  val loss {number(record['val/loss'], '.4f')}{took}")
 
     def message(self, text: str) -> None:
-        self._write(text)
+        self._write(printable(text))
 
     def _step_column(self) -> str:
         total = str(self._progress.total_steps)
@@ -226,7 +227,7 @@ class RichConsole(SilentConsole):
         self._progress.update(record)
 
     def message(self, text: str) -> None:
-        self._screen.print(Text(text))
+        self._screen.print(Text(printable(text)))
 
     def stop(self) -> None:
         if self._live is not None:
@@ -261,7 +262,7 @@ class RichConsole(SilentConsole):
         return Text.assemble(
             (f"step {progress.step:,}/{progress.total_steps:,}", "bold"),
             f"  {share:.0%}  eta {duration(progress.eta_s())}  ",
-            (self._title, "dim"),
+            (printable(self._title), "dim"),
         )
 
     def _cells(self, spark_width: int, unicode: bool) -> list[tuple[str, Text]]:

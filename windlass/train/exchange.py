@@ -22,6 +22,7 @@ from windlass.checkpoint.exchange.imported import Described, Read, write_checkpo
 from windlass.checkpoint.image import DTYPE_BYTES
 from windlass.errors import ConfigError, require
 from windlass.files import atomic_file
+from windlass.text import override
 from windlass.train.config import ModelConfig
 from windlass.train.data.progress import ProgressReport
 from windlass.train.data.tokenizer import ByteTokenizer, load_tokenizer
@@ -178,7 +179,7 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
         tensors,
         lambda name: folder.read(names[name.removeprefix(MODEL_PREFIX)]),
     )
-    begin = f"begin a run from it: windlass train {' '.join(overrides(model))} resume={output}"
+    begin = f"begin a run from it: windlass train {' '.join(overrides(model))} {override('resume', output)}"
     return Exchanged(str(path), str(output), step, len(tensors), num_bytes, [BEGINS_ANEW, begin])
 
 

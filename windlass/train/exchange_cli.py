@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from windlass.errors import EXIT_DONE, require
+from windlass.text import printable
 
 if TYPE_CHECKING:
     from windlass.train.exchange import Exchanged
@@ -122,5 +123,5 @@ def _print(done: Exchanged, verb: str, as_json: bool) -> int:
     size = f"{done.num_tensors} tensors, {done.num_bytes / 2**20:.1f} MiB"
     lines = [f"{verb}  step {done.step} of {done.source} to {done.output} ({size})"]
     lines += [f"note      {note}" for note in done.notes]
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write("\n".join(map(printable, lines)) + "\n")
     return EXIT_DONE

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from windlass.errors import ConfigError
+from windlass.text import override
 from windlass.train.config import ModelConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -130,9 +131,9 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
 
 
 def overrides(config: ModelConfig) -> list[str]:
-    """The arguments of `windlass train` that make this model."""
+    """The arguments of `windlass train` that make this model, as a shell takes them."""
     fields = asdict(config).items()
-    return ["model=tiny", *(f"model.{key}={str(value).lower()}" for key, value in fields if key != "name")]
+    return ["model=tiny", *(override(f"model.{key}", value) for key, value in fields if key != "name")]
 
 
 def _refusal(path: Path, what: str) -> ConfigError:

@@ -175,7 +175,8 @@ def _read_config(path: Path) -> str:
     try:
         plain = redact(read_yaml(path))
     except Malformed as error:
-        raise RunFolderError("run_dir", path, str(error), "restore config.yaml, or move it away") from error
+        fix = "restore config.yaml, or move it away"
+        raise RunFolderError("run_dir", path, f"cannot be read: {error}", fix) from error
     except OSError as error:
         rule = f"cannot be read: {error.strerror}"
         raise RunFolderError("run_dir", path, rule, "allow reading it, or move it away") from error

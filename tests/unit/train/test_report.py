@@ -216,7 +216,7 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         write_report(tmp_path)
     rows(tmp_path, {"step": 5, "train/loss": 2.0})
     (tmp_path / "config.yaml").write_text("a: [1")
-    with pytest.raises(RunFolderError, match=r"config\.yaml.*not valid YAML"):
+    with pytest.raises(RunFolderError, match=r"config\.yaml: cannot be read: it is not YAML"):
         write_report(tmp_path)
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "report").write_text("in the way")

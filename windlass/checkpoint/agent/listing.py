@@ -14,6 +14,7 @@ from windlass.checkpoint.agent.client import AgentClient
 from windlass.checkpoint.agent.folder import AgentFolder, folders, uptime
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.net.handshake import TransportError
+from windlass.text import printable
 
 END_S = 90.0
 """How long a launcher waits for an agent to write what it has, and leave."""
@@ -86,7 +87,7 @@ def render_agents(rows: list[ListedAgent], as_json: bool) -> str:
         step = "-" if row.step is None else str(row.step)
         size, lease = f"{row.num_bytes / 2**20:.1f} MiB", f"{row.lease_left_s:.0f} s"
         lines.append(f"{pid:>8}  {row.num_trainers:>8}  {step:>8}  {size:>10}  {lease:>7}  {row.job}  ({row.path})")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def users_of(location: Location, shm_dir: Path | None = None) -> set[int]:

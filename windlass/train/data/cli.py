@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from windlass.errors import ConfigError, require
+from windlass.text import override, printable
 from windlass.train.config import EncodingErrors
 from windlass.train.data.manifest import SETTINGS, Manifest
 from windlass.train.data.prepare import prepare, refuse_inside
@@ -145,6 +145,6 @@ def _summary(manifest: Manifest, source: Source, out_dir: Path, seconds: float, 
             f"{manifest.unigram_entropy_nats:.4f} nats/token on validation: a model must get below it to have"
             " learnt anything from context",
         ),
-        ("train on it", f"windlass train data=tokens data.path={shlex.quote(str(out_dir))}"),
+        ("train on it", f"windlass train data=tokens {override('data.path', out_dir)}"),
     ]
-    return "".join(f"{name + ':':<17}{text}\n" for name, text in rows)
+    return "".join(f"{name + ':':<17}{printable(text)}\n" for name, text in rows)

@@ -132,9 +132,14 @@ class Loader(Iterator[Batch]):
                 it was.
         """
         own = self.state_dict()
+        same_data = (
+            f"give the data of the checkpoint (here it is that of {self._dataset.folder}), or begin with its weights "
+            "alone: `windlass ckpt export RUN_DIR --format hf --output DIR`, `windlass ckpt import DIR --format hf "
+            "--output NEW`, and a new run with resume=NEW"
+        )
         fixes = {
-            "fingerprint": "give the data of the checkpoint with data.path",
-            "num_samples": "give the data of the checkpoint with data.path",
+            "fingerprint": same_data,
+            "num_samples": same_data,
             "seed": f"set train.seed={state.get('seed')}",
             "seq_len": f"set train.seq_len={state.get('seq_len')}",
             "shuffle": f"set data.shuffle={str(state.get('shuffle')).lower()}",

@@ -24,6 +24,7 @@ from typing import Any
 
 from windlass.errors import DataError
 from windlass.files import TEMPORARY_SUFFIX, atomic_file, sync_folder
+from windlass.text import command
 
 FORMAT = "windlass-tokens"
 FORMAT_VERSION = 1
@@ -139,7 +140,7 @@ def _no_manifest(folder: Path) -> DataError:
         "data.path",
         folder,
         f"must be a folder that `windlass data prepare` wrote (it has no {MANIFEST})",
-        f"windlass data prepare TEXT --out {folder}; or train on text itself with data=text",
+        f"{command('windlass', 'data', 'prepare', 'TEXT', '--out', folder)}; or train on text itself with data=text",
     )
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from windlass.errors import ConfigError, DataError, require
 from windlass.files import TEMPORARY_SUFFIX, atomic_file, open_growing, refuse_links, sync_folder
+from windlass.text import printable
 from windlass.train.config import DataConfig, PreparedDataConfig, TokensDataConfig
 from windlass.train.data.documents import Unit, unit_identity
 from windlass.train.data.manifest import (
@@ -207,7 +208,7 @@ def _locked(folder: Path, key: str, progress: bool) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if progress:
-                sys.stderr.write(f"waiting for another process that prepares {folder}\n")
+                sys.stderr.write(f"waiting for another process that prepares {printable(str(folder))}\n")
                 sys.stderr.flush()
             fcntl.flock(stream, fcntl.LOCK_EX)
         except OSError as error:
