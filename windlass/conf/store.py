@@ -67,7 +67,18 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=1000)
+    return yaml.dump(to_plain(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
+
+
+class _Dumper(yaml.SafeDumper):
+    """With escapes for what YAML would read as the end of a line, or not at all."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def to_plain(config: Config) -> dict[str, Any]:

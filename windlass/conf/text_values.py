@@ -15,7 +15,7 @@ from windlass.text import in_hydra_quotes, override, without_interpolation
 
 _OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 _QUOTED = r"\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*'"
-_CHOICES = re.compile(rf"\s*({_QUOTED}|[^,]*)\s*(?:,|$)", re.DOTALL)
+_CHOICE = re.compile(rf"(?:^|(?<=,))(?:{_QUOTED}(?=,|$)|[^,]*)")
 
 
 def taken_as_text(argument: str, is_sweep: bool = False) -> str:
@@ -28,19 +28,21 @@ def taken_as_text(argument: str, is_sweep: bool = False) -> str:
         is_sweep: whether commas and Hydra's functions (`choice`, `range`, `glob`) stand for several values.
 
     Raises:
-        ConfigError: null, for a key that may not be null.
+        ConfigError: null, for a key that may not be null; or bytes that are not UTF-8.
     """
     match = _OVERRIDE.fullmatch(argument)
     if match is None or match[2] not in text_keys():
         return argument
     prefix, key, text = match.groups()
+    if re.search("[\ud800-\udfff]", text):
+        raise ConfigError(key, text, "has bytes that are not UTF-8, in which configurations are kept", "rename it")
     try:
         parsed = OverridesParser.create().parse_override(argument)
         if is_sweep and parsed.is_sweep_override():
             return argument
         value = parsed.value()
     except (HydraException, OverrideParseException, RecursionError):
-        choices = _CHOICES.findall(text)[: text.count(",") + 1] if is_sweep else [text]
+        choices = _CHOICE.findall(text) if is_sweep else [text]
         return f"{prefix}{key}=" + ",".join(_quoted(key, choice) for choice in choices)
     if isinstance(value, QuotedString):
         value = value.text

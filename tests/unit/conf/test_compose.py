@@ -7,14 +7,16 @@ import subprocess
 import sys
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import windlass.conf
 from windlass.checkpoint.config import CheckpointKind
 from windlass.conf.compose import compose, run_hydra
-from windlass.conf.schema import GROUPS, Config
+from windlass.conf.schema import GROUPS, PATH_KEYS, Config, text_keys
 from windlass.conf.store import to_plain
+from windlass.conf.text_values import taken_as_text
 from windlass.errors import ConfigError
 from windlass.launch.config import LaunchKind
 from windlass.optim.config import AdamWConfig, Schedule
@@ -122,8 +124,20 @@ def test_the_run_folder_follows_the_model() -> None:
         (["~train.steps"], "train.steps", r"does not support deletion"),
         (["train.steps"], "override", r"override=train\.steps: is not of the form key=value"),
         (["=3"], "override", r"override==3: is not of the form key=value"),
-        (["train.steps=[1"], "train.steps", r"has a character that Hydra reads as syntax"),
-        (["data=text", "data.separator=<|x|>"], "data.separator", r"""Fix: quote .* 'data\.separator="<\|x\|>"'"""),
+        (
+            ["train.steps=[1"],
+            "train.steps",
+            r"train\.steps=\[1: is no value.*`windlass train --cfg job` prints every key",
+        ),
+        (["train.steps=<1"], "train.steps", r"train\.steps=<1: is no value"),
+        (["run_dir=null"], "run_dir", r"""null is none\. Fix: leave it out .*run_dir='"null"'"""),
+        (
+            ["run_dir=~nobody-of-that-name/x"],
+            "run_dir",
+            r"""no such user's .*or run_dir='"\./~nobody-of-that-name/x"'""",
+        ),
+        (["run_dir=a\udcff"], "run_dir", r"run_dir=a\\udcff: has bytes that are not UTF-8"),
+        (["run_dir=${"], "run_dir", r"the characters \$\{ are \\\$\{\."),
         (["train.steps=1,2"], "config", r"--multirun"),
         (["run_dir=${nothing}"], "run_dir", r"Interpolation key 'nothing' not found"),
         (["train.steps=0"], "train.steps", r"train\.steps=0: must be at least 1"),
@@ -138,6 +152,90 @@ def test_a_bad_override_is_one_message_that_names_its_key(overrides: list[str], 
     assert raised.value.key == key
     assert "\n" not in str(raised.value)
     assert raised.value.fix
+
+
+def test_keys_of_text_take_text_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = {
+        "run_dir": "1e3",
+        "resume": "true",
+        "data.path": "~/books",
+        "data.cache_dir": "null",
+        "data.glob": "**/[a-c]*.txt",
+        "data.text_key": "0x10",
+        "data.separator": "<|endoftext|>",
+        "data.tokenizer": "runs/lr=0.1, größe (2) it's #5 50% a&b {x}",
+        "checkpoint.dir": '"~/a b"',
+        "metrics.wandb_project": "[x]",
+        "launch.nnodes": "1",
+    }
+    config = to_plain(compose(["data=text", *(f"{key}={text}" for key, text in typed.items())]))
+    found = {key: get(config, key) for key in typed}
+    read = {"data.path": "/home/me/books", "data.cache_dir": None, "checkpoint.dir": "/home/me/a b"}
+    assert found == typed | read
+
+
+@pytest.mark.parametrize(
+    ("argument", "taken"),
+    [
+        ("run_dir=runs/a\\,b", "run_dir=runs/a\\,b"),
+        ("run_dir='a b'", "run_dir='a b'"),
+        ("run_dir=a,b", 'run_dir="a,b"'),
+        ("run_dir=choice(a,b)", 'run_dir="choice(a,b)"'),
+        ("+run_dir=~/a", '+run_dir="/home/me/a"'),
+        ("run_dir=~/${model.name}", 'run_dir="/home/me/${model.name}"'),
+        ("run_dir='~/${model.name}'", 'run_dir="/home/me/${model.name}"'),
+        ("run_dir=~", 'run_dir="/home/me"'),
+        ("data.separator=~~", 'data.separator="~~"'),
+        ('data.separator="', 'data.separator="\\""'),
+        ("train.steps=[1", "train.steps=[1"),
+        ("~train.steps", "~train.steps"),
+        ("--cfg", "--cfg"),
+    ],
+)
+def test_only_what_hydra_would_not_take_as_text_is_quoted(
+    argument: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert taken_as_text(argument) == taken
+
+
+@pytest.mark.parametrize(
+    ("argument", "taken"),
+    [
+        ("data.path=~/a,~/b c", 'data.path="/home/me/a","/home/me/b c"'),
+        ("data.path='x,y',<z>", "data.path='x,y',\"<z>\""),
+        ("run_dir=a,b", "run_dir=a,b"),
+        ("run_dir=choice(a,b)", "run_dir=choice(a,b)"),
+        ("run_dir=runs/lr=1", 'run_dir="runs/lr=1"'),
+    ],
+)
+def test_a_sweep_has_several_texts(argument: str, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert taken_as_text(argument, is_sweep=True) == taken
+
+
+def test_it_is_known_of_each_key_of_text_whether_it_is_a_path() -> None:
+    others = {
+        "data.glob",
+        "data.name",
+        "data.separator",
+        "data.text_key",
+        "checkpoint.agent_host",
+        "launch.address",
+        "launch.nnodes",
+        "metrics.wandb_project",
+        "model.name",
+        "optim.name",
+    }
+    assert text_keys().keys() == others | set(PATH_KEYS)
+
+
+def get(plain: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        plain = plain[part]
+    return plain
 
 
 def test_a_longer_key_that_begins_alike_does_not_lend_its_value() -> None:
