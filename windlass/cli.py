@@ -6,8 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import windlass
+from windlass import process, streams
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
 from windlass.launch import script_cli
 from windlass.text import printable
@@ -19,22 +21,31 @@ TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 2 the user's mistake, 75 stopped on request, 1 the rest."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    streams.make_lasting()
     try:
         if arguments[:1] == ["train"]:  # Hydra reads the rest
             from windlass.launch.main import train
 
             return train(arguments[1:])
         options = _parser(arguments).parse_args(arguments)
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()
+        if (reason := streams.why_lost(sys.stdout)) is None:
+            return code
+        # What such a command prints is all that it does. (A reader of a pipe that leaves knows that it does.)
+        print(f"windlass: error: the output could not be written: {reason}", file=sys.stderr)
+        return EXIT_FAILURE
     except WindlassError as error:
         print(f"windlass: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("windlass: interrupted", file=sys.stderr)
         return EXIT_FAILURE
-    except BrokenPipeError:  # `windlass ckpt list | head`
-        sys.stderr.close()
-        return EXIT_FAILURE
+
+
+def command() -> NoReturn:
+    """The `windlass` command as a process of its own: `main`, and what is to begin before and end after it."""
+    process.run(main)
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
@@ -138,4 +149,4 @@ def _add_data(verbs: argparse._SubParsersAction, arguments: Sequence[str]) -> No
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

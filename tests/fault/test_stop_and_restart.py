@@ -39,11 +39,27 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_s
     runs.assert_same_training(config, calm)
 
 
-def test_plain_torchrun_runs_the_same_loop(tmp_path: Path) -> None:
-    """`torchrun -m windlass.train`: every rank composes the configuration, and the bits are those of any launcher."""
+TELLS_ITS_THREADS = """
+import runpy
+from windlass import process
+def end(code, end=process.end):
+    print("threads", *sorted(set(process.thread_names())), flush=True)
+    end(code)
+process.end = end
+runpy.run_module("windlass.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_plain_torchrun_runs_the_same_loop_and_leaves_no_thread_of_torch(tmp_path: Path) -> None:
+    """`torchrun -m windlass.train`: every rank composes the configuration, and the bits are those of any launcher.
+
+    A thread of gloo that is left when the interpreter ends may abort the rank: see `windlass.process`.
+    """
     calm = runs.undisturbed(NUM_RANKS)
     config = runs.run_config(tmp_path, "plain")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}", "-m", "windlass.train"]
+    script = tmp_path / "as_module.py"
+    script.write_text(TELLS_ITS_THREADS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={NUM_RANKS}", str(script)]
     result = subprocess.run(
         [*torchrun, *command_line(config)],
         cwd=tmp_path,
@@ -54,6 +70,7 @@ def test_plain_torchrun_runs_the_same_loop(tmp_path: Path) -> None:
     )
     assert result.returncode == EXIT_DONE, result.stderr
     assert "done    step 12" in result.stdout
+    assert result.stdout.count("threads ") == NUM_RANKS and "pt_" not in result.stdout, result.stdout
     runs.assert_same_training(config, calm)
     assert not (tmp_path / "outputs").exists() and not (tmp_path / ".hydra").exists(), "Hydra writes nothing"
 

@@ -148,6 +148,8 @@ def _patchable() -> list[Any]:
 def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what was imported needs no look at the end of each function
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1):  # a launcher signals all that may be its workers
+        signal.signal(number, lambda *_: None)
     while True:
         try:
             environment, function, args = connection.recv()

@@ -9,13 +9,17 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from windlass.checkpoint.config import CheckpointKind
 from windlass.conf.compose import run_hydra
 from windlass.conf.schema import Config
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, require
 from windlass.launch.config import LaunchKind
+from windlass.parallel.environment import WHAT_TO_DO, RankEnvironment, forget
+from windlass.streams import goes_on_in
 from windlass.text import printable
+from windlass.train.signals import late_requests_pass
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -28,6 +32,11 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _launch(config: Config) -> int:
+    with late_requests_pass(), goes_on_in(Path(config.run_dir) / "logs" / "launcher.log"):
+        return _launch_and_tidy(config)
+
+
+def _launch_and_tidy(config: Config) -> int:
     try:
         return _start(config)
     finally:
@@ -60,10 +69,24 @@ def _start(config: Config) -> int:
         return launch(config)
     if config.launch.name == LaunchKind.ray:
         return _start_on_ray(config)
+    _be_alone()
     with _uninterrupted():
         from windlass.launch.worker import run_worker
 
     return run_worker(config)
+
+
+def _be_alone() -> None:
+    """Raises ConfigError where the environment has this process be one of several ranks."""
+    world_size = RankEnvironment.read().world_size
+    require(
+        world_size == 1,
+        "WORLD_SIZE",
+        world_size,
+        "launch=local trains on one rank, and would train the same in each of them",
+        f"choose launch=torchrun, {WHAT_TO_DO}",
+    )
+    forget()  # what is left of others
 
 
 def _start_on_ray(config: Config) -> int:

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from windlass.launch.fork_server import fork_context, place_for_sockets, send_signal
-from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome
+from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, write_request
 
 NUM_LAST_WORDS = 20
 """Lines that are kept of what a rank says that nobody reads: before it has a log, or when it crashes."""
@@ -236,8 +236,8 @@ class NodeWorkers:
 
     def stop(self) -> None:
         """Asks for a stop, also of workers that do not listen yet."""
-        (self._scratch / "stop").touch()
-        self.signal(signal.SIGINT)
+        write_request(self._scratch / "stop", "the launcher")
+        self.signal(signal.SIGUSR1)
 
     def end(self, grace_s: float) -> None:
         """Returns when no worker runs any more. Those that have not ended by themselves in `grace_s` are killed."""
@@ -286,8 +286,7 @@ def _run_worker(config_file: str, variables: dict[str, str], out: Connection, er
         connection.close()
     threading.Thread(target=_die_with_keeper, name="keeper", daemon=True).start()
     # Held back until the worker listens, heard while it trains, and too late when it has ended its training.
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
     forked(config_file, variables)
 
 

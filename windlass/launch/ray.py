@@ -23,7 +23,7 @@ from windlass.launch.node_workers import Life
 from windlass.launch.ray_cluster import RayCluster, connected, too_small
 from windlass.launch.ray_crew import Crew, Member
 from windlass.text import printable
-from windlass.train.signals import SECOND_PRESS_S, STOP_SIGNALS
+from windlass.train.signals import SECOND_PRESS_S, STOP_SIGNALS, handle, stop_heard
 
 TICK_S = 0.2
 GRACE_S = 1.0
@@ -42,6 +42,7 @@ class Interrupts:
         self._first_at = 0.0
 
     def note(self, number: int, _: object) -> None:
+        stop_heard()
         if self.stop and number == signal.SIGINT and time.monotonic() - self._first_at > SECOND_PRESS_S:
             self.at_once = True
         if not self.stop:
@@ -49,7 +50,7 @@ class Interrupts:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        previous = handle(dict.fromkeys(STOP_SIGNALS, self.note))
         try:
             yield
         finally:

@@ -28,6 +28,7 @@ from windlass.files import make_folder, open_growing, refuse_links
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.mesh import Mesh
+from windlass.streams import goes_on_in
 from windlass.text import command, override, printable
 from windlass.train.activation_choice import Decision, decide, decision_before
 from windlass.train.agreement import Ending
@@ -96,6 +97,7 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
             decision.write_to(config)
         log_file = Path(config.run_dir) / "logs" / f"rank{mesh.rank}.log"
         log = mesh.agree(lambda: stack.enter_context(_logging_to(log_file)))
+        stack.enter_context(goes_on_in(log_file))
         stack.enter_context(stacks_on_signal(log))
         parts = _build_parts(config, mesh, stack)
         decision = _decide_activations(parts) or decision

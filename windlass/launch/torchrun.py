@@ -27,8 +27,8 @@ from windlass.launch.fork_server import fork_context, shared_cores
 from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
 from windlass.launch.meeting_place import Place, open_place
 from windlass.text import printable
-from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome
-from windlass.train.signals import STOP_SIGNALS
+from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome, write_request
+from windlass.train.signals import STOP_SIGNALS, handle, say, stop_heard
 
 
 def launch(config: Config) -> int:
@@ -50,6 +50,7 @@ def launch(config: Config) -> int:
                 with requests.may_interrupt():
                     store, place = open_place(config.launch.address, config.launch.join_timeout_s)
             except Interrupted:
+                say(f"stopped while waiting for launch.address={config.launch.address}; nothing was trained")
                 return EXIT_STOPPED
             ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, store, place)
     finally:
@@ -101,6 +102,7 @@ def _run(agent: NodeAgent) -> JobEnded:
     except JobEnded as ending:
         return ending
     except Interrupted:
+        say("stopped while waiting for the job's nodes to meet; the same command goes on")
         return JobEnded(Outcome(EXIT_STOPPED, None, LAUNCHER), is_own=True)
     except ConfigError as error:
         return JobEnded(Outcome(EXIT_USER_ERROR, str(error), LAUNCHER), is_own=True)
@@ -167,12 +169,14 @@ class Requests:
     def __init__(self, stop_file: Path) -> None:
         self.may_leave = False
         self.is_leaving = False
+        self.signal_name: str | None = None
+        """Of the first signal that asked the job to stop."""
         self._stop_file = stop_file
         self._is_stopping = self._may_interrupt = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Requests:
-        self._previous = {number: signal.signal(number, self._hear) for number in STOP_SIGNALS}
+        self._previous = handle(dict.fromkeys(STOP_SIGNALS, self._hear))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -193,13 +197,15 @@ class Requests:
     def _hear(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGTERM and (self.is_leaving or self._is_stopping):
             return  # repeated, it means no more, but SIGINT would
+        stop_heard()
+        # A worker would take SIGTERM for its launcher's, who is about to start it again.
+        passed_on = signal.SIGUSR1 if number == signal.SIGTERM else signal.Signals(number)
         if number == signal.SIGTERM and self.may_leave:
-            self.is_leaving, passed_on = True, signal.SIGUSR1
+            self.is_leaving = True
         else:
-            # A worker would take SIGTERM for its launcher's, who is about to start it again.
             self.is_leaving, self._is_stopping = False, True
-            passed_on = signal.SIGINT if number == signal.SIGTERM else signal.Signals(number)
-        self._stop_file.touch()  # for workers that are not there yet
+            self.signal_name = self.signal_name or signal.Signals(number).name
+        write_request(self._stop_file, self.signal_name)
         if self._may_interrupt:
             raise Interrupted
         for worker in _workers():

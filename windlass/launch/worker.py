@@ -12,16 +12,21 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
+from windlass import process
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
 from windlass.errors import EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
 from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.session import run_session
-from windlass.parallel.mesh import Mesh
+from windlass.parallel.environment import RankEnvironment
+from windlass.parallel.mesh import Mesh, end_groups
+from windlass.streams import make_lasting
 from windlass.train.data.prepare import prepared_folder
-from windlass.train.outcome import report_outcome, reported_outcome, stop_requested
-from windlass.train.signals import StopRequest
+from windlass.train.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
+from windlass.train.signals import StopRequest, late_requests_pass
 from windlass.train.state import choose_device
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -34,20 +39,29 @@ def run_worker(config: Config) -> int:
         The exit code. Errors that a user can mend are printed here, by the first rank of a host or by the only
         one that met them.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    mesh: Mesh | None = None
+    code = _train(config)
+    if multiprocessing.parent_process() is None:  # a fork ends without its interpreter
+        end_groups()  # here, where nothing of the run is left
+    return code
+
+
+def _train(config: Config) -> int:
+    local_rank, mesh = 0, None
     try:
         with StopRequest() as stop:
             hear_signals()
+            local_rank = RankEnvironment.read().local_rank
             if config.train.deterministic:
                 # cuBLAS has no deterministic mode without it, and reads it when it is first used.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             device = choose_device(config.train.device)
             # Before the ranks meet: preparing much text takes longer than any collective may wait.
-            tokens = prepared_folder(config.data, progress=local_rank == 0)
-            mesh = config.parallel.build(device)
+            with stop.at_once("the text to be prepared"):
+                tokens = prepared_folder(config.data, progress=local_rank == 0)
+            mesh = _meet(config, device, stop)
             exit_code = run_session(config, mesh, tokens, stop)
-        mesh.stop()
+            stop.awaits = "all ranks to end"
+            mesh.stop()
         return exit_code
     except WindlassError as error:
         is_alone = mesh is not None and not error.on_all_ranks
@@ -61,14 +75,26 @@ def run_worker(config: Config) -> int:
         return EXIT_USER_ERROR
 
 
+def _meet(config: Config, device: torch.device, stop: StopRequest) -> Mesh:
+    environment = RankEnvironment.read()
+    if environment.world_size == 1 or OUTCOME_FILE in os.environ:  # its launcher ends it, and knows of the others
+        return config.parallel.build(device)
+    with stop.at_once(environment.describe()):
+        return config.parallel.build(device)
+
+
 def forked(config_file: str, environment: Mapping[str, str]) -> None:
     """What a child of the fork server runs: `main`, in the environment that its launcher has for it."""
     os.environ.update(environment)
+    make_lasting()
+    # Its launcher's, too late when it has ended its training. (Not SIG_IGN, which would stay: `signals.handle`.)
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     sys.argv = ["windlass.launch.worker", config_file]
     _set_name(f"windlass-{os.environ.get('RANK', '0')}")
     _end_with_launcher()
     try:
-        code = main()
+        with late_requests_pass():
+            code = main()
     except Exception as error:  # as the interpreter would end; multiprocessing adds words of its own
         sys.excepthook(type(error), error, error.__traceback__)
         code = EXIT_FAILURE
@@ -139,4 +165,4 @@ def _redirect_output(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -15,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from windlass.errors import WindlassError
 from windlass.parallel.collectives import all_gather_object, all_reduce
 from windlass.parallel.config import ParallelConfig, Sharding
+from windlass.parallel.environment import RankEnvironment
 
 Result = TypeVar("Result")
 
@@ -40,10 +44,8 @@ class Mesh:
     @staticmethod
     def start(config: ParallelConfig, device: torch.device) -> Mesh:
         """Joins the ranks that torchrun's environment names; call `stop` at the end."""
-        rank = int(os.environ.get("RANK", "0"))
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+        mine = RankEnvironment.read()
+        rank, world_size, local_rank, local_world_size = astuple(mine)
         num_replicas, num_shards = config.mesh_shape(world_size, local_world_size)
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
@@ -155,6 +157,22 @@ class Mesh:
         if self.group is not None:
             self.barrier()
             dist.destroy_process_group()
+
+
+def end_groups() -> None:
+    """Ends the threads of this process's groups, which must not be left when the interpreter ends.
+
+    torch has no call for gloo's: they end with the last reference to their group. So this is for where no object of the
+    run is left but garbage and what torch caches, and where no rank waits for this one in a collective.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if "torch.distributed.tensor" in sys.modules:
+        with suppress(ImportError):  # another torch may not have it: see `windlass.process.end`
+            from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+            _clear_sharding_prop_cache()  # of device meshes, and so of groups
+    gc.collect()
 
 
 def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:

@@ -8,19 +8,22 @@ from __future__ import annotations
 import os
 import sys
 
+from windlass import process
 from windlass.conf.compose import run_hydra
 from windlass.errors import EXIT_USER_ERROR, WindlassError
 from windlass.launch.worker import run_worker
+from windlass.train.signals import late_requests_pass
 
 
 def main() -> int:
     try:
-        return run_hydra(run_worker, "python -m windlass.train", sys.argv[1:])
+        with late_requests_pass():
+            return run_hydra(run_worker, "python -m windlass.train", sys.argv[1:])
     except WindlassError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if (os.environ.get("RANK") or "0") == "0":
             sys.stderr.write(f"windlass: error: {error}\n")
         return EXIT_USER_ERROR
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process.run(main)

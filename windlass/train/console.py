@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol, Self, TextIO
+from typing import IO, Any, Protocol, Self, TextIO
 
 import rich.console
 from rich.live import Live
@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from windlass.streams import why_lost
 from windlass.text import printable
 from windlass.train.config import ConsoleMode
 
@@ -163,7 +164,7 @@ class SilentConsole:
 class PlainConsole(SilentConsole):
     """A line a record, aligned from one to the next: for log files, pipes and dumb terminals."""
 
-    def __init__(self, progress: Progress, file: TextIO) -> None:
+    def __init__(self, progress: Progress, file: IO[str]) -> None:
         self._progress, self._file = progress, file
 
     def update(self, record: Mapping[str, Any]) -> None:
@@ -215,6 +216,7 @@ class RichConsole(SilentConsole):
     def __init__(self, progress: Progress, screen: rich.console.Console, title: str) -> None:
         self._progress, self._screen, self._title = progress, screen, title
         self._live: Live | None = None
+        self._plain = PlainConsole(progress, screen.file)
 
     def start(self) -> None:
         if self._live is None:
@@ -224,10 +226,23 @@ class RichConsole(SilentConsole):
             atexit.register(self.stop)  # `sys.exit` between start and stop must not leave the cursor hidden
 
     def update(self, record: Mapping[str, Any]) -> None:
-        self._progress.update(record)
+        if self._is_for_a_log():
+            self._plain.update(record)
+        else:
+            self._progress.update(record)
 
     def message(self, text: str) -> None:
-        self._screen.print(Text(printable(text)))
+        if self._is_for_a_log():
+            self._plain.message(text)
+        else:
+            self._screen.print(Text(printable(text)))
+
+    def _is_for_a_log(self) -> bool:
+        """Whether the terminal is gone and output goes on elsewhere, which is no place for a view."""
+        if why_lost(self._screen.file) is None:
+            return False
+        self.stop()
+        return True
 
     def stop(self) -> None:
         if self._live is not None:

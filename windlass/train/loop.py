@@ -80,7 +80,9 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         run.record_snapshots()
         stall_s = 0.0
         if agreement.ending is not None or state.step == cfg.steps:
+            stop.awaits = f"the checkpoint of step {state.step} to be written"
             stall_s = run.save()
+            stop.awaits = "the run to end"
         elif run.checkpoint is not None and run.checkpoint.due(state.step):
             # In memory it takes a moment: copy, parity and disk come behind. To a disk it may take any time.
             with nullcontext() if run.checkpoint.is_durable_only else heartbeat.watched(state.step):

@@ -53,7 +53,7 @@ def report_outcome(exit_code: int, message: str | None = None, *, has_begun: boo
     path = os.environ.get(OUTCOME_FILE)
     if path is None:
         return exit_code
-    rank = int(os.environ.get("RANK", "0"))
+    rank = int(os.environ.get("RANK") or "0")
     before = reported_outcome()
     if before is None or (rank == 0 and before.rank != 0):
         temporary = Path(f"{path}.{os.getpid()}")
@@ -70,7 +70,29 @@ def reported_outcome() -> Outcome | None:
     return Outcome.from_json(Path(path).read_text(encoding="utf-8"))
 
 
+def write_request(stop_file: Path, signal_name: str | None) -> None:
+    """For workers that are not there yet, and what SIGUSR1 asks of those that are.
+
+    Args:
+        signal_name: what the launcher was asked to stop by; None: its node leaves the job.
+    """
+    temporary = stop_file.with_name(f"{stop_file.name}.new")
+    temporary.write_text(signal_name or "", encoding="utf-8")
+    temporary.replace(stop_file)
+
+
 def stop_requested() -> bool:
-    """Whether the launcher was asked to stop before this worker could hear it."""
+    """Whether the launcher was asked to stop, or to leave, before this worker could hear it."""
     path = os.environ.get(STOP_FILE)
     return path is not None and Path(path).exists()
+
+
+def stop_of_launcher() -> str | None:
+    """The signal by which the launcher was asked to stop the job; None if it was not."""
+    path = os.environ.get(STOP_FILE)
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8") or None
+    except OSError:
+        return None

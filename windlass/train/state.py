@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -22,6 +21,7 @@ from windlass.errors import ConfigError
 from windlass.offload.tiers import OffloadFigures, Tiers
 from windlass.optim.config import InBackward
 from windlass.parallel.collectives import all_reduce
+from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
 from windlass.train.config import ActivationCheckpoint, Borders, Device, DType
@@ -177,7 +177,7 @@ def choose_device(device: Device) -> torch.device:
     Raises:
         ConfigError: CUDA is wanted and there are too few GPUs.
     """
-    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    num_ranks = RankEnvironment.read().local_world_size
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == Device.cuda and num_gpus < num_ranks:
         raise ConfigError(

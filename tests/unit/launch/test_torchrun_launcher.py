@@ -143,7 +143,7 @@ def test_a_layout_that_cannot_be_is_refused_before_anything_starts(monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "passed_on"),
-    [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)],
+    [(signal.SIGTERM, signal.SIGUSR1), (signal.SIGINT, signal.SIGINT), (signal.SIGHUP, signal.SIGHUP)],
 )
 def test_requests_to_stop_go_to_the_workers(
     number: signal.Signals, passed_on: signal.Signals, config: Config, monkeypatch: pytest.MonkeyPatch

@@ -71,7 +71,9 @@ def test_a_worker_that_starts_after_a_request_to_stop_ends_at_once(
 def test_two_ranks_do_not_share_one_gpu(wanted: str, is_refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
     if is_refused:
         with pytest.raises(ConfigError, match="2 ranks need a GPU each, and torch finds 1 here"):
             choose_device(Device(wanted))
