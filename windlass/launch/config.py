@@ -43,6 +43,10 @@ class LaunchConfig:
     address: str = "auto"
     """`torchrun`: HOST:PORT where the nodes meet, HOST being one of them. `ray`: HOST:PORT of a cluster, `local` for
     one on this machine alone, `auto` for the one that `ray start` has started here."""
+    secret_file: str | None = None
+    """`torchrun` with an address: the file with the secret by which the job's nodes know each other, alike on all and
+    readable by its user alone; null is `~/.config/windlass/secret`. It is made if it is missing. The variable
+    `WINDLASS_SECRET` has the secret itself, and comes first."""
     max_restarts: int = 3
     """How often the workers are started again after one dies; they go on from the newest checkpoint."""
     wait_for_nodes_s: float = 60.0

@@ -19,7 +19,7 @@ from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from typing import Any, NoReturn
 
-from torch.distributed import DistStoreError
+from torch.distributed import DistStoreError, PrefixStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -35,7 +35,6 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
     RendezvousTimeoutError,
 )
-from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
@@ -43,6 +42,7 @@ from windlass.launch.config import LaunchConfig
 from windlass.launch.fork_server import fork_context, forked_worker, send_signal
 from windlass.launch.meeting import JobEnded, Meeting
 from windlass.launch.meeting_place import SAY_AFTER_S
+from windlass.launch.rendezvous_state import JsonBackend
 from windlass.train.outcome import LAUNCHER, Outcome, reported_outcome
 
 HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
@@ -75,11 +75,12 @@ class JobRendezvous(RendezvousHandler):
         self.meeting, self.launch, self._waiting = meeting, launch, waiting
         self.life = -1
         # A connection of its own: a heartbeat must not wait behind another question.
-        store = meeting.place.connect()
+        self._store = meeting.place.connect()
+        store = PrefixStore(f"windlass/{job}", self._store)
         self._inner = DynamicRendezvousHandler.from_backend(
             job,
             store,
-            C10dRendezvousBackend(store, job),
+            JsonBackend(store),
             launch.min_nodes,
             launch.max_nodes,
             meeting.place.local_address,

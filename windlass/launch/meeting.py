@@ -33,6 +33,7 @@ OWN_KEYS = frozenset(
         "data.cache_dir",
         "data.num_workers",
         "launch.node_rank",
+        "launch.secret_file",
         "metrics.console",
         "offload.dir",
         "offload.max_host_bytes",

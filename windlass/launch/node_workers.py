@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import multiprocessing
 import os
 import shutil
@@ -16,12 +17,14 @@ import signal
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from windlass.launch.fork_server import fork_context, place_for_sockets, send_signal
+from windlass.launch.interfaces import everywhere
+from windlass.launch.job_store import StoreServer, store_variables
 from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, write_request
 
 NUM_LAST_WORDS = 20
@@ -43,6 +46,8 @@ class Life:
     num_local_ranks: int
     master_address: str
     master_port: int
+    secret: bytes = field(repr=False)
+    """Of the store on which the ranks meet, which is there."""
 
     @property
     def first_rank(self) -> int:
@@ -60,6 +65,7 @@ class Life:
             "MASTER_PORT": str(self.master_port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": str(self.number),
+            **store_variables((self.master_address, self.master_port), self.secret),
         }
 
 
@@ -132,7 +138,7 @@ class NodeWorkers:
         self._ended: list[Ended] = []
         self._lines: collections.deque[Line] = collections.deque()
         self._num_lines = 0
-        self._store: tuple[BaseProcess, Connection] | None = None
+        self._store: StoreServer | None = None
         self._context = fork_context()
         self._warden, theirs = multiprocessing.Pipe()
         self._warden_process = self._context.Process(target=_ward, args=(theirs, str(self._config_file)))
@@ -147,21 +153,24 @@ class NodeWorkers:
             self._is_warm = True
             self._changed.notify_all()
 
-    def serve_store(self) -> int:
-        """Begins a store for a life's ranks to meet in, in place of the last; returns its port."""
+    def serve_store(self, host: str, secret: bytes) -> int:
+        """Begins a store for a life's ranks to meet in, in place of the last; returns its port.
+
+        Args:
+            host: the address of this node to listen on; on all where that is not its own, as behind a translation.
+        """
         self._end_store()
-        ours, theirs = multiprocessing.Pipe()
-        process = self._context.Process(target=_serve_store, args=(theirs,))
-        process.start()
-        theirs.close()
-        self._store = process, ours
-        return int(ours.recv_bytes())
+        try:
+            self._store = StoreServer(host, secret)
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+            self._store = StoreServer(everywhere(), secret)
+        return self._store.port
 
     def _end_store(self) -> None:
         if self._store is not None:
-            process, connection = self._store
-            connection.close()
-            process.join()
+            self._store.close()
             self._store = None
 
     def start(self, life: Life) -> None:
@@ -296,15 +305,6 @@ def _die_with_keeper() -> None:
     assert keeper is not None
     keeper.join()
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _serve_store(keeper: Connection) -> None:
-    from torch.distributed import TCPStore
-
-    store = TCPStore("localhost", 0, None, is_master=True, wait_for_workers=False)
-    keeper.send_bytes(str(store.port).encode())
-    with contextlib.suppress(EOFError, OSError):
-        keeper.recv_bytes()  # until it closes its end
 
 
 def _ward(keeper: Connection, config_file: str) -> None:

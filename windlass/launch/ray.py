@@ -7,6 +7,7 @@ too early. What a life comes to, and who is in the next one, is for `windlass.la
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import sys
 import time
@@ -18,6 +19,7 @@ from ray.exceptions import RayActorError
 
 from windlass.conf.schema import Config
 from windlass.errors import EXIT_FAILURE, EXIT_STOPPED
+from windlass.launch.interfaces import LOOPBACK, interface_of
 from windlass.launch.membership import Action, Decision, Policy, Verdict, WorkerEnd, exhausted, judge, seats
 from windlass.launch.node_workers import Life
 from windlass.launch.ray_cluster import RayCluster, connected, too_small
@@ -73,6 +75,7 @@ class _Driver:
     def __init__(self, config: Config, cluster: RayCluster, interrupts: Interrupts) -> None:
         launch = config.launch
         self._config, self._cluster, self._interrupts = config, cluster, interrupts
+        self._is_alone = launch.address == "local"
         self._bundle = cluster.bundle(config)
         self._num_local_ranks = launch.nproc_per_node or int(self._bundle.get("GPU", 1))
         for num_nodes in {launch.min_nodes, launch.max_nodes}:
@@ -86,8 +89,13 @@ class _Driver:
         self._num_counted = 0
 
     def _variables(self) -> dict[str, str]:
-        """Ray gives an actor one thread, or as many as it has reserved for all of its ranks together."""
-        return {"OMP_NUM_THREADS": str(max(1, int(self._config.launch.cpus_per_rank)))}
+        """Ray gives an actor one thread, or as many as it has reserved for all of its ranks together. Ranks of a job
+        that is alone on this machine are for no other to reach."""
+        variables = {"OMP_NUM_THREADS": str(max(1, int(self._config.launch.cpus_per_rank)))}
+        interface = interface_of(LOOPBACK) if self._is_alone else None
+        if interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ:
+            variables["GLOO_SOCKET_IFNAME"] = interface
+        return variables
 
     def run(self) -> int:
         try:
@@ -187,14 +195,15 @@ class _Driver:
 
     def _start_workers(self) -> bool:
         """False: the node where they were to meet is lost."""
-        first = self._seats[0]
+        first, secret = self._seats[0], secrets.token_bytes(32)
+        host = LOOPBACK if self._is_alone else first.address
         try:
-            port = ray.get(first.actor.serve_store.remote())
+            port = ray.get(first.actor.serve_store.remote(host, secret))
         except RayActorError:
             self._crew.mark_lost(first)
             return False
         num_nodes, num_local = len(self._seats), self._num_local_ranks
-        lives = [Life(self._life, seat, num_nodes, num_local, first.address, port) for seat in range(num_nodes)]
+        lives = [Life(self._life, seat, num_nodes, num_local, host, port, secret) for seat in range(num_nodes)]
         starts = [member.actor.start.remote(life) for member, life in zip(self._seats, lives, strict=True)]
         for member, start in zip(self._seats, starts, strict=True):
             try:

@@ -60,8 +60,8 @@ class RayNode:
         assert self._workers is not None, "the driver prepares a node before it uses it"
         return self._workers
 
-    def serve_store(self) -> int:
-        return self.workers.serve_store()
+    def serve_store(self, host: str, secret: bytes) -> int:
+        return self.workers.serve_store(host, secret)
 
     def start(self, life: Life) -> None:
         self.workers.start(life)

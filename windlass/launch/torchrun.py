@@ -16,16 +16,19 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed import DistError, PrefixStore, TCPStore
+from torch.distributed import DistError, PrefixStore, Store
 from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
+from windlass.checkpoint.net.handshake import TransportError
 from windlass.conf.schema import Config
 from windlass.conf.store import save_config
 from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from windlass.launch.elastic_agent import JobRendezvous, NodeAgent
 from windlass.launch.fork_server import fork_context, shared_cores
+from windlass.launch.job_store import store_variables
 from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
 from windlass.launch.meeting_place import Place, open_place
+from windlass.launch.secret import job_secret
 from windlass.text import printable
 from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome, write_request
 from windlass.train.signals import STOP_SIGNALS, handle, say, stop_heard
@@ -41,6 +44,7 @@ def launch(config: Config) -> int:
     for num_nodes in range(config.launch.min_nodes, config.launch.max_nodes + 1):
         config.parallel.mesh_shape(num_nodes * num_ranks, num_ranks)  # raises before anything is started
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    secret = job_secret(config.launch)
     scratch = Path(tempfile.mkdtemp(prefix="windlass-"))
     try:
         save_config(config, scratch / "config.yaml")
@@ -48,19 +52,22 @@ def launch(config: Config) -> int:
             fork_context()  # imports while this node waits for the others
             try:
                 with requests.may_interrupt():
-                    store, place = open_place(config.launch.address, config.launch.join_timeout_s)
+                    store, place = open_place(config.launch.address, config.launch.join_timeout_s, secret)
             except Interrupted:
                 say(f"stopped while waiting for launch.address={config.launch.address}; nothing was trained")
                 return EXIT_STOPPED
-            ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, store, place)
+            try:
+                ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, store, place)
+            finally:
+                place.close()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _say(ending, config.run_dir)
+    _say(ending, config.run_dir, place)
     return ending.outcome.exit_code
 
 
 def _take_part(
-    config: Config, num_ranks: int, config_file: Path, requests: Requests, store: TCPStore, place: Place
+    config: Config, num_ranks: int, config_file: Path, requests: Requests, store: Store, place: Place
 ) -> JobEnded:
     """All that this node does in the job, until its end here or everywhere."""
     requests.may_leave = config.launch.is_elastic and not place.is_host
@@ -79,7 +86,7 @@ def _take_part(
                 rendezvous.shutdown()
         finally:
             meeting.sign_off()
-    except (DistError, RendezvousConnectionError):
+    except (DistError, TransportError, RendezvousConnectionError):
         if ending is None:
             ending = JobEnded(reported_outcome() or _without_host(place), is_own=True)
     return ending
@@ -118,8 +125,14 @@ def _without_host(place: Place) -> Outcome:
     )
 
 
-def _say(ending: JobEnded, run_dir: str) -> None:
+def _say(ending: JobEnded, run_dir: str, place: Place) -> None:
     """What no worker of this node has said."""
+    num_refused = 0 if place.server is None else place.server.num_refused
+    if num_refused:
+        sys.stderr.write(
+            f"windlass: warning: {num_refused} connections with the job's store at {place.host}:{place.port} were "
+            "refused: they did not know its secret, or broke off\n"
+        )
     outcome = ending.outcome
     if outcome.message is None or (ending.is_own and outcome.rank == 0):
         return
@@ -150,8 +163,10 @@ def _environment(scratch: Path) -> Iterator[None]:
 def _worker_environment(config: Config, place: Place) -> dict[str, str]:
     """What a worker has beside what the fork server inherited, which may be older than this job."""
     environment = {key: os.environ[key] for key in (OUTCOME_FILE, STOP_FILE)}
-    if config.launch.max_nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ and place.interface is not None:
-        # Else gloo takes the address that this machine's name has, which may be of another network, or loopback.
+    environment |= store_variables((place.host, place.port), place.secret)
+    if "GLOO_SOCKET_IFNAME" not in os.environ and place.interface is not None:
+        # Else gloo takes the address that this machine's name has, which may be of another network, or loopback; and of
+        # a job that is alone, which no other machine is to reach, one that others do.
         environment["GLOO_SOCKET_IFNAME"] = place.interface
     return environment
 

@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.distributed import Store
 
 from windlass import process
 from windlass.conf.schema import Config
@@ -21,6 +22,7 @@ from windlass.errors import EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_
 from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.session import run_session
+from windlass.launch.torch_store import take_store_variables
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
@@ -46,6 +48,7 @@ def run_worker(config: Config) -> int:
 
 
 def _train(config: Config) -> int:
+    connect = take_store_variables()
     local_rank, mesh = 0, None
     try:
         with StopRequest() as stop:
@@ -58,7 +61,7 @@ def _train(config: Config) -> int:
             # Before the ranks meet: preparing much text takes longer than any collective may wait.
             with stop.at_once("the text to be prepared"):
                 tokens = prepared_folder(config.data, progress=local_rank == 0)
-            mesh = _meet(config, device, stop)
+            mesh = _meet(config, device, stop, connect)
             exit_code = run_session(config, mesh, tokens, stop)
             stop.awaits = "all ranks to end"
             mesh.stop()
@@ -75,12 +78,12 @@ def _train(config: Config) -> int:
         return EXIT_USER_ERROR
 
 
-def _meet(config: Config, device: torch.device, stop: StopRequest) -> Mesh:
+def _meet(config: Config, device: torch.device, stop: StopRequest, connect: Callable[[float], Store] | None) -> Mesh:
     environment = RankEnvironment.read()
     if environment.world_size == 1 or OUTCOME_FILE in os.environ:  # its launcher ends it, and knows of the others
-        return config.parallel.build(device)
+        return config.parallel.build(device, connect)
     with stop.at_once(environment.describe()):
-        return config.parallel.build(device)
+        return config.parallel.build(device, connect)
 
 
 def forked(config_file: str, environment: Mapping[str, str]) -> None:

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from windlass.errors import ConfigError, require
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
+    from torch.distributed import Store
 
     from windlass.parallel.mesh import Mesh
 
@@ -93,8 +96,9 @@ class ParallelConfig:
             )
         return num_replicas, world_size // num_replicas
 
-    def build(self, device: torch.device) -> Mesh:
-        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank."""
+    def build(self, device: torch.device, connect: Callable[[float], Store] | None = None) -> Mesh:
+        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank. `connect`: see
+        `Mesh.start`."""
         from windlass.parallel.mesh import Mesh
 
-        return Mesh.start(self, device)
+        return Mesh.start(self, device, connect)

@@ -40,24 +40,35 @@ class Mesh:
     group: dist.ProcessGroup | None
     device_mesh: DeviceMesh | None
     """What FSDP2 cuts over: `(shard,)`, or `(replicate, shard)` where there are replicas."""
+    store: dist.Store | None = None
+    """The launcher's, on which the ranks have met, held for as long as torch uses it; None where it is torch's own."""
+    connect: Callable[[float], dist.Store] | None = None
+    """Gives another connection with it, of which what waits does so for as many seconds."""
 
     @staticmethod
-    def start(config: ParallelConfig, device: torch.device) -> Mesh:
-        """Joins the ranks that torchrun's environment names; call `stop` at the end."""
+    def start(
+        config: ParallelConfig, device: torch.device, connect: Callable[[float], dist.Store] | None = None
+    ) -> Mesh:
+        """Joins the ranks that torchrun's environment names; call `stop` at the end.
+
+        Args:
+            connect: gives a connection with the launcher's store; None: torch's store is where the environment says.
+        """
         mine = RankEnvironment.read()
         rank, world_size, local_rank, local_world_size = astuple(mine)
         num_replicas, num_shards = config.mesh_shape(world_size, local_world_size)
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
-        group = device_mesh = None
+        group = device_mesh = store = None
         if world_size > 1:
             timeout = timedelta(seconds=config.timeout_s)
+            store = None if connect is None else connect(config.timeout_s)
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
-                **_store_of_this_attempt(rank, world_size, timeout),
+                **_store_of_this_attempt(rank, world_size, timeout, store),
             )
             group = dist.group.WORLD
             if config.name in (Sharding.ddp, Sharding.hsdp):
@@ -75,6 +86,8 @@ class Mesh:
             device=device,
             group=group,
             device_mesh=device_mesh,
+            store=store,
+            connect=connect,
         )
 
     @staticmethod
@@ -175,18 +188,21 @@ def end_groups() -> None:
     gc.collect()
 
 
-def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta, store: dist.Store | None) -> dict[str, Any]:
     """Arguments that keep a restarted group of ranks apart from the one before it.
 
     torchrun's agent keeps one key-value store through all restarts of its workers, and workers that meet there find
     the addresses of their dead predecessors: ranks then wait for each other for ever, or fail once more (pytorch
-    #135712; docs/LOG.md has what was seen). So each attempt gets names of its own in the store.
+    #135712; docs/LOG.md has what was seen). So each attempt gets names of its own in the store, and so does each
+    job, as several may meet at one address.
     """
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return {}
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, False, timeout)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"windlass/attempt-{attempt}", store), "rank": rank, "world_size": world_size}
+    if store is None:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            return {}
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, False, timeout)
+    job, attempt = os.environ.get("TORCHELASTIC_RUN_ID", ""), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    names = f"windlass/{job}/attempt-{attempt}"
+    return {"store": dist.PrefixStore(names, store), "rank": rank, "world_size": world_size}
 
 
 def all_ranks_finite(norm: torch.Tensor, mesh: Mesh) -> bool:

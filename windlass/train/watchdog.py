@@ -147,8 +147,11 @@ class AlarmBell:
         life = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many lives
         self._store: dist.Store | None = None
         if mesh.world_size > 1:
-            host, port, timeout = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timedelta(seconds=STORE_S)
-            store = dist.TCPStore(host, port, None, False, timeout, wait_for_workers=False)
+            if mesh.connect is not None:
+                store = self._connection = mesh.connect(STORE_S)  # which torch does not hold
+            else:
+                host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(host, port, None, False, timedelta(seconds=STORE_S), wait_for_workers=False)
             self._store = dist.PrefixStore(f"windlass/hang-{life}", store)
 
     def _try(self, ask: Callable[[dist.Store], Result], otherwise: Result) -> Result:

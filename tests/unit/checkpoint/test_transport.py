@@ -6,37 +6,116 @@ import socket
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack
+from collections import Counter
+from contextlib import ExitStack, suppress
 
 import pytest
-from transport_helpers import SECRET, echo, listening, read_to_end, wait_until, works
+from transport_helpers import LATE_S, SECRET, echo, listening, read, read_to_end, wait_until, works
 
 from windlass.checkpoint.net import transport
-from windlass.checkpoint.net.transport import MAX_UNPROVEN, Connection, Listener, RefusedPeer, TransportError, connect
+from windlass.checkpoint.net.handshake import GREETING, NONCE_BYTES
+from windlass.checkpoint.net.transport import MAX_UNPROVEN_OF_ADDRESS, Connection, Listener, TransportError, connect
 
 
 def test_a_flood_of_strangers_does_not_disturb_who_is_in(caplog: pytest.LogCaptureFixture) -> None:
-    num_strangers = 200
+    num_strangers = 3 * MAX_UNPROVEN_OF_ADDRESS
     with listening() as listener, connect(listener.address, SECRET) as connection, ExitStack() as stack:
         num_threads = threading.active_count()
         for _ in range(num_strangers):
             stack.enter_context(socket.create_connection(listener.address))
             assert works(connection)
-        wait_until(lambda: listener.refused == num_strangers - MAX_UNPROVEN)  # closed at once
-        assert threading.active_count() <= num_threads + MAX_UNPROVEN
-        with pytest.raises(RefusedPeer):
-            connect(listener.address, SECRET)
+        wait_until(lambda: listener.refused == num_strangers - MAX_UNPROVEN_OF_ADDRESS)  # the oldest
+        wait_until(lambda: threading.active_count() <= num_threads + MAX_UNPROVEN_OF_ADDRESS)
+        with connect(listener.address, SECRET) as other:  # in place of one more
+            assert works(other) and works(connection)
+        assert listener.refused == num_strangers - MAX_UNPROVEN_OF_ADDRESS + 1
         stack.close()  # the strangers go
-        wait_until(lambda: listener.refused == num_strangers + 1)
+        wait_until(lambda: listener.refused == num_strangers)
         assert works(connection)
-        with connect(listener.address, SECRET) as other:
-            assert works(other)
-    assert "32 others are in the handshake" in caplog.text
+    assert "made place in the handshake for one that came later" in caplog.text
+
+
+def test_who_is_honest_gets_in_through_half_open_handshakes_that_are_begun_again_and_again() -> None:
+    """From its own address too."""
+    over = threading.Event()
+
+    def hold(address: tuple[str, int]) -> None:
+        while not over.is_set():
+            with suppress(OSError), socket.create_connection(address) as sock:
+                sock.sendall(GREETING + bytes(NONCE_BYTES))
+                while sock.recv(4096):
+                    pass
+
+    with listening() as listener:
+        strangers = [
+            threading.Thread(target=hold, args=(listener.address,)) for _ in range(MAX_UNPROVEN_OF_ADDRESS + 8)
+        ]
+        for stranger in strangers:
+            stranger.start()
+        wait_until(lambda: listener.refused > 8)
+        for _ in range(3):
+            with connect(listener.address, SECRET, num_tries=3) as connection:
+                assert works(connection)
+        over.set()
+        listener.close()
+        for stranger in strangers:
+            stranger.join()
+
+
+def test_a_flood_from_one_address_takes_no_place_of_others() -> None:
+    with listening() as listener, ExitStack() as stack:
+        other = stack.enter_context(socket.create_connection(listener.address, source_address=("127.0.0.2", 0)))
+        wait_until(lambda: len(listener._unproven) == 1)
+        for _ in range(2 * MAX_UNPROVEN_OF_ADDRESS):
+            stack.enter_context(socket.create_connection(listener.address))
+        wait_until(lambda: listener.refused == MAX_UNPROVEN_OF_ADDRESS)
+        hosts = Counter(peer.host for peer in listener._unproven)
+        assert hosts == {"127.0.0.1": MAX_UNPROVEN_OF_ADDRESS, "127.0.0.2": 1}
+        other.sendall(GREETING + bytes(NONCE_BYTES))
+        assert read(other, len(GREETING)) == GREETING  # it is the oldest, and still there
+
+
+def test_where_all_places_are_taken_the_oldest_of_the_address_with_the_most_goes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(transport, "MAX_UNPROVEN", 4)
+    with listening() as listener, ExitStack() as stack:
+        for number in (1, 2, 2, 2, 3):
+            sock = socket.create_connection(listener.address, source_address=(f"127.0.0.{number}", 0))
+            stack.enter_context(sock)
+        wait_until(lambda: listener.refused == 1)
+        assert [peer.host for peer in listener._unproven] == ["127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3"]
+
+
+def test_who_has_proven_itself_makes_place_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the moment before its answer is sent."""
+    monkeypatch.setattr(transport, "MAX_UNPROVEN_OF_ADDRESS", 1)
+    is_proven, go_on = threading.Event(), threading.Event()
+    keep = Listener._keep
+
+    def keep_and_wait(self: Listener, peer: transport._Peer) -> None:
+        keep(self, peer)
+        is_proven.set()
+        go_on.wait()
+
+    monkeypatch.setattr(Listener, "_keep", keep_and_wait)
+    with listening() as listener, ExitStack() as stack:
+        connected: list[Connection] = []
+        thread = threading.Thread(target=lambda: connected.append(connect(listener.address, SECRET, LATE_S)))
+        thread.start()
+        is_proven.wait()
+        for _ in range(3):
+            stack.enter_context(socket.create_connection(listener.address))
+        wait_until(lambda: listener.refused == 2)
+        go_on.set()
+        thread.join()
+        with connected[0] as connection:
+            assert works(connection)
 
 
 def test_refusals_are_logged_once_a_second_and_all_counted(caplog: pytest.LogCaptureFixture) -> None:
     now = 50.0
-    refusals = transport._Refusals(lambda: now)
+    refusals = transport._Refusals(clock=lambda: now)
     for i in range(100):
         refusals.add(f"peer {i}", "why")
     now += transport.LOG_EVERY_S

@@ -22,6 +22,7 @@ from windlass.train.outcome import Outcome
 
 NUM_RANKS = 2
 LONG = ("train.steps=4000", "checkpoint.persist_every=100000")
+SECRET = bytes(32)
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def start(workers: NodeWorkers, number: int = 0) -> None:
-    workers.start(Life(number, 0, 1, NUM_RANKS, "127.0.0.1", workers.serve_store()))
+    workers.start(Life(number, 0, 1, NUM_RANKS, "127.0.0.1", workers.serve_store("127.0.0.1", SECRET), SECRET))
 
 
 def ends_of(workers: NodeWorkers, timeout_s: float = 90) -> list[Ended]:
@@ -139,7 +140,7 @@ from pathlib import Path
 from windlass.launch.node_workers import Life, NodeWorkers
 scratch = tempfile.tempdir = sys.argv[2]
 workers = NodeWorkers(Path(sys.argv[1]).read_text(), Path(scratch))
-workers.start(Life(0, 0, 1, 2, "127.0.0.1", workers.serve_store()))
+workers.start(Life(0, 0, 1, 2, "127.0.0.1", workers.serve_store("127.0.0.1", bytes(32)), bytes(32)))
 time.sleep(600)
 """
 

@@ -62,6 +62,8 @@ class Connection:
 
     def __init__(self, sock: socket.socket, peer: str, pacer: Pacer | None = None) -> None:
         self.peer = peer
+        self.session_key = b""
+        """Known to both ends alone, once they have shaken hands."""
         self._socket, self._pacer = sock, pacer or Pacer(None)
         self._idle_s: float | None = IDLE_S
         self._unread = 0
@@ -72,16 +74,29 @@ class Connection:
             _set_options(sock)
         self.settimeout(IDLE_S)
 
-    def shake_hands(self, prove: Callable[[], None]) -> None:
-        """Runs `prove` on the socket, before anything else is sent or received.
+    def shake_hands(self, prove: Callable[[], bytes]) -> None:
+        """Runs `prove` on the socket, before anything else is sent or received; it returns the session's key.
 
         Raises:
             RefusedPeer: `prove` did. The connection is closed.
             TransportError: it was closed meanwhile.
         """
         with self._using() as sock:
-            prove()
+            self.session_key = prove()
             sock.settimeout(self._idle_s)
+
+    def break_when_cut(self, within_s: float) -> None:
+        """Has the system give a TCP connection up, idle or not, when its peer's machine has been silent for `within_s`,
+        and not the peer itself. Linux would try, by itself, for 15 minutes."""
+        with self._using() as sock:
+            for name, value in (
+                ("TCP_USER_TIMEOUT", int(1000 * within_s)),  # of what is to be delivered
+                ("TCP_KEEPIDLE", max(1, int(within_s / 2))),
+                ("TCP_KEEPINTVL", 1),
+                ("TCP_KEEPCNT", max(1, int(within_s / 2))),
+            ):
+                if hasattr(socket, name):  # not on every system
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def settimeout(self, idle_s: float | None) -> None:
         """How long a send or a receive waits without a byte moving before it gives the peer up; None: for ever."""

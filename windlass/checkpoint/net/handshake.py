@@ -2,8 +2,9 @@
 
 Four messages of fixed size: the connector greets with a nonce, the listener answers with its own, the connector proves
 itself with an HMAC-SHA256 over both nonces, and so does the listener. The role is part of what is proven, so a proof
-that is sent back proves nothing; nonces are fresh, so an old one proves nothing either. What follows is neither
-encrypted nor signed: who can change packets on the way between two nodes is not kept out.
+that is sent back proves nothing; nonces are fresh, so an old one proves nothing either. Both sides get a key of this
+connection alone, with which `signed` signs messages. What agents send is neither encrypted nor signed: who can change
+packets on the way between two nodes is not kept out.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hmac
 import os
 import socket
 import time
+from collections.abc import Callable
 
 HANDSHAKE_S = 5.0
 """For the whole handshake, however its bytes trickle."""
@@ -20,7 +22,7 @@ PROOF_BYTES = 32
 GREETING = b"windlass\x01"
 """The protocol and its version, which begin each side's first message; its nonce follows."""
 
-_CONNECTOR, _LISTENER = b"connector", b"listener"
+_CONNECTOR, _LISTENER, _SESSION = b"connector", b"listener", b"session"
 _own_challenges: dict[bytes, tuple[tuple[str, int], tuple[str, int]]] = {}
 """The nonces with which this process connects just now, and the addresses at both ends."""
 
@@ -33,7 +35,15 @@ class RefusedPeer(TransportError):
     """The handshake failed."""
 
 
-def prove_as_connector(sock: socket.socket, secret: bytes, deadline: float) -> None:
+class _Closed(RefusedPeer):
+    pass
+
+
+class OtherSecret(RefusedPeer):
+    """The peer speaks the protocol, and does not know the secret, or does not take this side's for its own."""
+
+
+def prove_as_connector(sock: socket.socket, secret: bytes, deadline: float) -> bytes:
     """The handshake of the side that connected.
 
     Args:
@@ -41,8 +51,12 @@ def prove_as_connector(sock: socket.socket, secret: bytes, deadline: float) -> N
         secret: the job's.
         deadline: on the monotonic clock.
 
+    Returns:
+        The key of this connection, which both sides know.
+
     Raises:
-        RefusedPeer: the peer does not know the secret, refused ours, or did not answer in time.
+        OtherSecret: the peer does not know the secret, or refused ours.
+        RefusedPeer: it speaks another protocol, or did not answer in time.
     """
     nonce = os.urandom(NONCE_BYTES)
     _own_challenges[nonce] = _ends(sock)
@@ -50,23 +64,34 @@ def prove_as_connector(sock: socket.socket, secret: bytes, deadline: float) -> N
         _send(sock, GREETING + nonce, deadline)
         peer_nonce = _read_greeting(sock, deadline)
         _send(sock, proof(secret, _CONNECTOR, nonce, peer_nonce), deadline)
-        if not hmac.compare_digest(_read(sock, PROOF_BYTES, deadline), proof(secret, _LISTENER, nonce, peer_nonce)):
-            raise RefusedPeer("it does not know the secret")
+        try:
+            theirs = _read(sock, PROOF_BYTES, deadline)
+        except _Closed as error:
+            raise OtherSecret(f"{error} after this side had proven itself") from error
+        if not hmac.compare_digest(theirs, proof(secret, _LISTENER, nonce, peer_nonce)):
+            raise OtherSecret("it does not know the secret")
     finally:
         del _own_challenges[nonce]
+    return proof(secret, _SESSION, nonce, peer_nonce)
 
 
-def prove_as_listener(sock: socket.socket, secret: bytes, deadline: float) -> None:
+def prove_as_listener(
+    sock: socket.socket, secret: bytes, deadline: float, admit: Callable[[], None] = lambda: None
+) -> bytes:
     """The handshake of the side that was connected to: it proves itself only to a peer that has proven itself.
 
     Args:
         sock: accepted, and nothing sent or read yet. Its timeout is changed.
         secret: the job's.
         deadline: on the monotonic clock.
+        admit: called once the peer has proven itself, before it is answered; raises RefusedPeer to turn it away.
+
+    Returns:
+        The key of this connection, which both sides know.
 
     Raises:
         RefusedPeer: the peer does not know the secret, did not answer in time, or is this process, whose connection
-            somebody redirected here.
+            somebody redirected here; or `admit` did.
     """
     peer_nonce = _read_greeting(sock, deadline)
     ends = _own_challenges.get(peer_nonce)
@@ -75,12 +100,17 @@ def prove_as_listener(sock: socket.socket, secret: bytes, deadline: float) -> No
     nonce = os.urandom(NONCE_BYTES)
     _send(sock, GREETING + nonce, deadline)
     if not hmac.compare_digest(_read(sock, PROOF_BYTES, deadline), proof(secret, _CONNECTOR, peer_nonce, nonce)):
-        raise RefusedPeer("it does not know the secret")
+        raise OtherSecret("it does not know the secret")
+    admit()
     _send(sock, proof(secret, _LISTENER, peer_nonce, nonce), deadline)
+    return proof(secret, _SESSION, peer_nonce, nonce)
 
 
 def proof(secret: bytes, role: bytes, connector_nonce: bytes, listener_nonce: bytes) -> bytes:
-    """What `role` sends to show that it knows `secret`. Unambiguous: all that follows the role has a fixed size."""
+    """What `role` sends to show that it knows `secret`; of a session, its key, which nobody sends.
+
+    Unambiguous: all that follows the role has a fixed size.
+    """
     return hmac.digest(secret, GREETING + role + connector_nonce + listener_nonce, "sha256")
 
 
@@ -103,7 +133,7 @@ def _read(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
         except OSError as error:
             raise _failed(error) from error
         if not part:
-            raise RefusedPeer("it closed the connection during the handshake")
+            raise _Closed("it closed the connection during the handshake")
         data += part
     return data
 
