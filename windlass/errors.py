@@ -5,6 +5,7 @@ traceback and exits with 1.
 """
 
 from windlass.text import printable
+from windlass.urls import hide_passwords
 
 EXIT_DONE = 0
 EXIT_FAILURE = 1
@@ -32,7 +33,7 @@ class WindlassError(Exception):
         super().__init__(key, value, rule, fix)  # all four: exceptions travel between processes
 
     def __str__(self) -> str:
-        return printable(f"{self.key}={self.value}: {self.rule}. Fix: {self.fix}.")
+        return printable(hide_passwords(f"{self.key}={self.value}: {self.rule}. Fix: {self.fix}."))
 
 
 class ConfigError(WindlassError):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -27,9 +28,10 @@ from omegaconf.errors import (
 )
 
 from windlass.conf.schema import Config
-from windlass.conf.store import register, to_config
+from windlass.conf.store import register, to_config, to_plain
 from windlass.conf.text_values import taken_as_text
 from windlass.errors import EXIT_STOPPED, ConfigError
+from windlass.urls import HOW_INSTEAD, has_password
 
 CONFIG_MODULE = "windlass.conf"
 CONFIG_NAME = "train"
@@ -71,7 +73,7 @@ def run_hydra(task: Callable[[Config], int], prog: str, arguments: Sequence[str]
 
 def _config_of_job(composed: DictConfig) -> Config:
     """The configuration of this job; those of a sweep get folders of their own."""
-    config = to_config(composed)
+    config = _without_passwords(to_config(composed))
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         config.run_dir = hydra_config.runtime.output_dir
@@ -85,7 +87,24 @@ def compose(overrides: Sequence[str] = ()) -> Config:
     register()
     read = [taken_as_text(override) for override in overrides]
     with _translated_errors(overrides), hydra.initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return to_config(hydra.compose(CONFIG_NAME, overrides=read))
+        return _without_passwords(to_config(hydra.compose(CONFIG_NAME, overrides=read)))
+
+
+def _without_passwords(config: Config) -> Config:
+    """Raises ConfigError if a URL has one: the configuration is written down, and others may read it."""
+
+    def check(node: Any, key: str) -> None:
+        if isinstance(node, dict):
+            for name, child in node.items():
+                check(child, f"{key}.{name}" if key else str(name))
+        elif isinstance(node, list):
+            for child in node:
+                check(child, key)
+        elif isinstance(node, str) and has_password(node):
+            raise ConfigError(key, node, "has a password in it, which others could read", HOW_INSTEAD)
+
+    check(to_plain(config), "")
+    return config
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """A manifest for Kubernetes: an indexed Job, whose pods each run `launch=torchrun`, and the Service that names them.
+A NetworkPolicy lets nobody but these pods connect with them, where the cluster's network heeds policies.
 
 An indexed Job is in every cluster, where a JobSet needs a controller that somebody has installed; it gives each pod a
 number and, with a headless Service, a name that outlives it, so that all meet at the first one. A pod that saved on
@@ -24,6 +25,8 @@ PORT = 29400
 SHM_DIR = "/dev/shm"
 CONTAINER = "windlass"
 LABEL = "windlass-job"
+SECRET_FILE = ".windlass-secret"
+"""On the volume, by which pods know each other."""
 MAX_LABEL = 63
 """Letters of a DNS label."""
 _UNITS = {
@@ -97,7 +100,7 @@ def kubernetes_manifest(job: Job, options: KubernetesOptions, config: Config) ->
             f"must be more than --shm={options.shm}, which counts as memory",
             "set a larger --memory or a smaller --shm",
         )
-    documents = [_service(job, options), _job(job, options)]
+    documents = [_service(job, options), _policy(job, options), _job(job, options)]
     if options.storage is not None:
         documents.insert(0, _claim(options))
     return yaml.safe_dump_all(documents, sort_keys=False, width=120)
@@ -165,6 +168,21 @@ def _service(job: Job, options: KubernetesOptions) -> Document:
     }
 
 
+def _policy(job: Job, options: KubernetesOptions) -> Document:
+    """Who reaches a rank's port could feed it what it likes: gloo and NCCL ask nobody who they are."""
+    pods = {"matchLabels": {LABEL: job.name}}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(job.name, options),
+        "spec": {
+            "podSelector": pods,
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [{"podSelector": {"matchLabels": dict(pods["matchLabels"])}}]}],
+        },
+    }
+
+
 def _job(job: Job, options: KubernetesOptions) -> Document:
     ending: Document = {}
     if job.is_elastic:  # a pod that comes when the others are done would wait for them in vain
@@ -206,7 +224,7 @@ def _pod(job: Job, options: KubernetesOptions) -> Document:
     container: Document = {
         "name": CONTAINER,
         "image": options.image,
-        "command": _command(job),
+        "command": _command(job, options),
         "workingDir": options.mount,
         **({"resources": {"requests": amounts, "limits": dict(amounts)}} if amounts else {}),
         "volumeMounts": [{"name": "runs", "mountPath": options.mount}, {"name": "shm", "mountPath": SHM_DIR}],
@@ -225,7 +243,9 @@ def _pod(job: Job, options: KubernetesOptions) -> Document:
     }
 
 
-def _command(job: Job) -> list[str]:
+def _command(job: Job, options: KubernetesOptions) -> list[str]:
     """No shell reads it, but Kubernetes puts variables in for `$(NAME)`, and `$$` is how it has a `$`."""
     own = [f"launch.nnodes={job.nnodes}", f"launch.address={job.name}-0.{job.name}:{PORT}"]
+    if not job.sets("launch.secret_file"):  # pods have no home in common, where it would be
+        own.append(f"launch.secret_file={PurePosixPath(options.mount) / SECRET_FILE}")
     return [*COMMAND, *own, *(override.replace("$", "$$") for override in job.overrides)]

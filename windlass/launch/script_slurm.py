@@ -25,6 +25,8 @@ _MEETING = """\
 # All nodes meet at the first one, at a port that other jobs there are unlikely to have.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address="${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))"
+# They know each other by a secret, of this start of the job: in its environment, which no other user can read.
+export WINDLASS_SECRET="${WINDLASS_SECRET:-$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')}"
 """
 
 _RUN = """\

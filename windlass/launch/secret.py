@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,7 +20,9 @@ SECRET = "WINDLASS_SECRET"
 MIN_BYTES = 16
 OWN_FILE = Path("windlass", "secret")
 """Below the user's configuration folder."""
-_MAX_BYTES = 4096
+WRITE_S = 2.0
+"""What another launcher has to write the file that it has made."""
+_MAX_BYTES, _POLL_S = 4096, 0.05
 
 
 def job_secret(launch: LaunchConfig) -> bytes:
@@ -65,7 +68,10 @@ def _read(path: Path) -> bytes:
             raise ConfigError(
                 "launch.secret_file", path, "can be read or changed by other users", f"run `chmod 600 {path}`"
             )
-        return _checked(read_bytes(path, _MAX_BYTES).strip(), "launch.secret_file", path)
+        deadline = time.monotonic() + WRITE_S
+        while len(secret := read_bytes(path, _MAX_BYTES).strip()) < MIN_BYTES and time.monotonic() < deadline:
+            time.sleep(_POLL_S)  # the launcher of another node has just made it
+        return _checked(secret, "launch.secret_file", path)
     except FileNotFoundError:
         raise
     except (OSError, Malformed) as error:
@@ -84,19 +90,14 @@ def _checked(secret: bytes, key: str, value: object) -> bytes:
 
 
 def _make(path: Path) -> None:
-    """Whole or not at all: launchers of other nodes may make it at the same time, and the first one's stays."""
+    """Unless the launcher of another node has, just now."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_hex(32) + "\n")
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_hex(32).encode() + b"\n")
             file.flush()
             os.fsync(descriptor)
-        with suppress(FileExistsError):
-            path.hardlink_to(fresh)
-    finally:
-        fresh.unlink()
 
 
 def _unusable(path: object, rule: str) -> ConfigError:

@@ -364,7 +364,7 @@ def redact(config: Any) -> Any:
     if isinstance(config, list | tuple):
         return [redact(value) for value in config]
     if isinstance(config, str):
-        return re.sub(r"(\w+://)[^/@\s]+@", rf"\g<1>{_REDACTED}@", config)
+        return re.sub(r"(\w+://)[^/\s]+@", rf"\g<1>{_REDACTED}@", config)
     return config
 
 

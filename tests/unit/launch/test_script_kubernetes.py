@@ -62,7 +62,7 @@ def test_all_fields_of_a_job_with_fixed_nodes(capsys: Captured) -> None:
         *("--nodes=4", "--name=mine", "--gpus=8", "--cpus=64", "--memory=500Gi", "--shm=200Gi", "--grace-s=120"),
         *("--storage=1Ti", "--storage-class=fast", "--namespace=us", "--mount=/data", "run_dir=/data/a", "model=tiny"),
     )
-    assert list(found) == ["PersistentVolumeClaim", "Service", "Job"]
+    assert list(found) == ["PersistentVolumeClaim", "Service", "NetworkPolicy", "Job"]
     assert found["PersistentVolumeClaim"] == {
         "apiVersion": "v1",
         "kind": "PersistentVolumeClaim",
@@ -78,6 +78,17 @@ def test_all_fields_of_a_job_with_fixed_nodes(capsys: Captured) -> None:
         "kind": "Service",
         "metadata": {"name": "mine", "namespace": "us"},
         "spec": {"clusterIP": "None", "selector": {"windlass-job": "mine"}, "publishNotReadyAddresses": True},
+    }
+    pods = {"matchLabels": {"windlass-job": "mine"}}
+    assert found["NetworkPolicy"] == {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "mine", "namespace": "us"},
+        "spec": {
+            "podSelector": pods,
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [{"podSelector": pods}]}],
+        },
     }
     job = found["Job"]
     assert (job["apiVersion"], job["metadata"]) == ("batch/v1", {"name": "mine", "namespace": "us"})
@@ -111,7 +122,7 @@ def test_all_fields_of_a_job_with_fixed_nodes(capsys: Captured) -> None:
                 "image": "repo/windlass:1",
                 "command": [
                     *("windlass", "train", "launch=torchrun", "launch.nnodes=4", "launch.address=mine-0.mine:29400"),
-                    *("run_dir=/data/a", "model=tiny"),
+                    *("launch.secret_file=/data/.windlass-secret", "run_dir=/data/a", "model=tiny"),
                 ],
                 "workingDir": "/data",
                 "resources": {"requests": amounts, "limits": amounts},
@@ -127,7 +138,7 @@ def test_all_fields_of_a_job_with_fixed_nodes(capsys: Captured) -> None:
 
 def test_an_elastic_job_is_done_when_its_first_pod_is(capsys: Captured) -> None:
     found = manifest_of(capsys, "--nodes=2:4", "--retries=0")
-    assert list(found) == ["Service", "Job"], "a volume that is there is not made"
+    assert list(found) == ["Service", "NetworkPolicy", "Job"], "a volume that is there is not made"
     spec = found["Job"]["spec"]
     assert spec["successPolicy"] == {"rules": [{"succeededIndexes": "0"}]}
     assert (spec["completions"], spec["parallelism"], spec["backoffLimit"]) == (4, 4, 0)

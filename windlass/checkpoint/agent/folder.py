@@ -52,6 +52,16 @@ class Lease:
         return uptime() > self.touched + self.seconds
 
 
+@dataclass(frozen=True)
+class AgentSettings:
+    """What a process is told that is to be the agent of a folder: not on its command line, which others see."""
+
+    job: str
+    num_slots: int
+    host: str
+    lease_s: float
+
+
 class AgentFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -158,7 +168,7 @@ class AgentFolder:
         """
         self.make()
         log = self.path / "agent.log"
-        arguments = [str(self.path), job, str(num_slots), host, str(lease_s)]
+        settings = json.dumps(asdict(AgentSettings(job, num_slots, host, lease_s))).encode() + b"\n"
         deadline = time.monotonic() + START_S
         process: subprocess.Popen[bytes] | None = None
         while time.monotonic() < deadline:
@@ -167,14 +177,17 @@ class AgentFolder:
             if process is None and not self.has_agent():
                 with log.open("ab") as output:
                     process = subprocess.Popen(
-                        [sys.executable, "-m", "windlass.checkpoint.agent", *arguments],
-                        stdin=subprocess.DEVNULL,
+                        [sys.executable, "-m", "windlass.checkpoint.agent", str(self.path)],
+                        stdin=subprocess.PIPE,
                         stdout=output,
                         stderr=output,
                         start_new_session=True,
                         # The C library keeps memory a thread; an agent has many threads, each with little to do.
                         env={"MALLOC_ARENA_MAX": "1", **os.environ},
                     )
+                assert process.stdin is not None
+                with contextlib.suppress(BrokenPipeError), process.stdin:  # it failed at once, and its log says why
+                    process.stdin.write(settings)
             if process is not None and process.poll() is not None:
                 if process.returncode != 0:
                     break

@@ -4,7 +4,7 @@ Trainers copy their state into its slots and tell it so over a unix socket that 
 a job make parity of each other's data over authenticated TCP (`peers`), commit by the protocol of `ledger`, and
 write some of the snapshots to the durable tier (`persist`). Torch-free.
 
-    python -m windlass.checkpoint.agent FOLDER JOB NUM_SLOTS HOST LEASE_S
+    python -m windlass.checkpoint.agent FOLDER < JSON of `AgentSettings`, in one line
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 from windlass.checkpoint.agent.commands import serve_trainer
 from windlass.checkpoint.agent.encoding import Encoding
-from windlass.checkpoint.agent.folder import AgentFolder, peer_pid, remove_expired, uptime
+from windlass.checkpoint.agent.folder import AgentFolder, AgentSettings, peer_pid, remove_expired, uptime
 from windlass.checkpoint.agent.ledger import IN_FLIGHT, Ledger, Phase, Report, Slot, SnapshotId
 from windlass.checkpoint.agent.peers import Group, PeerSender, Push, serve_peer
 from windlass.checkpoint.agent.persist import Persister
@@ -29,6 +29,7 @@ from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
 from windlass.checksum import crc32c
+from windlass.untrusted import convert, parse_json
 
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""
@@ -328,16 +329,18 @@ class Agent:
 
 def main() -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO)
-    path, job, num_slots, host, lease_s = sys.argv[1:]
+    (path,) = sys.argv[1:]
+    settings = convert(parse_json(sys.stdin.buffer.readline()), AgentSettings)
+    job, host, lease_s = settings.job, settings.host, settings.lease_s
     folder = AgentFolder(Path(path))
     with folder.locked() as is_ours:
         if not is_ours:
             return 0
-        folder.touch(job, float(lease_s))  # first, so that somebody removes the folder if this agent fails
+        folder.touch(job, lease_s)  # first, so that somebody removes the folder if this agent fails
         for removed in remove_expired(folder.path.parent.parent):
             logger.info("removed %s: its job is over", removed)
         try:
-            agent = Agent(folder, job, int(num_slots), host, float(lease_s))
+            agent = Agent(folder, job, settings.num_slots, host, lease_s)
         except OSError as error:
             logger.error("it cannot listen on %s: %s", host, error.strerror or error)
             return 1

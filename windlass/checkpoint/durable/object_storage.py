@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import fsspec
 
 from windlass.errors import ConfigError, RunFolderError
+from windlass.urls import HOW_INSTEAD, has_password
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,12 +35,14 @@ class FsspecStorage:
         sleep: waits between tries, which double up to `MAX_WAIT_S` and are spread so that ranks do not come together.
 
     Raises:
-        ConfigError: nothing that is installed serves URLs of its scheme.
+        ConfigError: nothing that is installed serves URLs of its scheme, or there is a password in it.
         RunFolderError: from every method, after `NUM_TRIES` failures, or at once where access is denied.
     """
 
     def __init__(self, location: str, sleep: Callable[[float], None] = time.sleep) -> None:
         self.location, self._sleep = location, sleep
+        if has_password(location):
+            raise ConfigError("checkpoint.dir", location, "has a password in it, which others could read", HOW_INSTEAD)
         try:
             # A cached listing would hide what other ranks write.
             self._files, self._root = fsspec.url_to_fs(location, use_listings_cache=False)
