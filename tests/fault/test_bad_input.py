@@ -276,4 +276,4 @@ def test_going_back_sets_newer_checkpoints_aside(finished: runs.Config, tmp_path
     assert "changed optim.lr: 0.002 -> 0.01" in runs.output(config)
     names = {path.name for path in runs.checkpoints(config).iterdir()}
     steps = {"step-00000006", "step-00000009", "step-00000006.superseded"}
-    assert names == steps | {"chunks", "latest.json", "generation"}
+    assert names == steps | {"chunks", "latest.json", "generation", "job", ".lock"}

@@ -16,6 +16,8 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from windlass.checkpoint.durable.object_storage import MORE_SCHEMES
+
 GATE = "WINDLASS_TEST_GATE"
 """The variable that names the gate's folder."""
 SCHEME = "gated"
@@ -73,6 +75,7 @@ def gated_store(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
     monkeypatch.setenv(GATE, str(gate))
     fsspec.register_implementation(SCHEME, GatedFileSystem, clobber=True)
+    monkeypatch.setenv(MORE_SCHEMES, SCHEME)
     opened = Gate(gate)
     try:
         yield f"{SCHEME}://{store}", opened

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from windlass.checkpoint.durable.chunk_file import chunk_name, open_chunk
+from windlass.checkpoint.durable.chunk_file import Part, chunk_name, open_chunk
 from windlass.checkpoint.durable.locate import checkpoints_of
-from windlass.checkpoint.durable.manifest import Manifest
-from windlass.checkpoint.durable.storage import Location, Storage, open_storage, resolved, split
-from windlass.errors import CorruptCheckpoint
+from windlass.checkpoint.durable.manifest import Manifest, unreadable
+from windlass.checkpoint.durable.storage import Location, open_storage, resolved, split
+from windlass.checkpoint.durable.store import DurableStore
+from windlass.errors import CorruptCheckpoint, WindlassError
+from windlass.os_errors import MISSING
 from windlass.text import printable
 
 
@@ -47,7 +49,7 @@ def list_checkpoints(path: Location) -> list[Listed]:
     for folder in checkpoints_of(path):
         try:
             manifest = Manifest.read(folder)
-        except CorruptCheckpoint as error:
+        except WindlassError as error:  # damaged, of another version, or not given: the others are told of all the same
             rows.append(Listed(str(folder), -1, 0, 0, 0, 0.0, error.rule))
             continue
         shared = sum(size for sha256, size in manifest.chunks.items() if sha256 in before)
@@ -61,6 +63,7 @@ def list_checkpoints(path: Location) -> list[Listed]:
 def render_list(rows: list[Listed], as_json: bool) -> str:
     if as_json:
         return json.dumps([asdict(row) for row in rows], indent=2)
+    rows = [replace(row, path=printable(row.path), problem=row.problem and printable(row.problem)) for row in rows]
     lines = [f"{'step':>8}  {'size':>10}  {'shared':>10}  {'ranks':>5}  {'written':<19}  path"]
     for row in rows:
         if row.problem:
@@ -73,38 +76,50 @@ def render_list(rows: list[Listed], as_json: bool) -> str:
 
 
 def verify(path: Location) -> list[Verification]:
-    """Reads every byte of the checkpoints that `path` stands for; those that several share, once."""
-    known: dict[str, str | None] = {}
-    return [_verify_one(folder, known) for folder in checkpoints_of(path)]
+    """Makes every check that a load of them makes, of the checkpoints that `path` stands for, and reads every byte.
+
+    Those that several share are read once.
+
+    Raises:
+        ConfigError: there is none.
+        IncompatibleCheckpoint: another version of windlass wrote one.
+        RunFolderError: the system does not give a file, which says nothing of its bytes.
+    """
+    known: dict[tuple[str, int, frozenset[Part]], str | None] = {}
+    return [_verify_one(folder, known) for folder in checkpoints_of(path, with_lost=True)]
 
 
-def _verify_one(folder: Location, known: dict[str, str | None]) -> Verification:
+def _verify_one(folder: Location, known: dict[tuple[str, int, frozenset[Part]], str | None]) -> Verification:
     """`known` says of each chunk that was read what is wrong with it, and learns of more."""
     begin = time.perf_counter()
+    store = DurableStore(split(resolved(folder))[0])
     try:
         manifest = Manifest.read(folder)
+        problems = [] if (other := store.other_run(manifest)) is None else [other]
     except CorruptCheckpoint as error:
         return Verification(str(folder), 0, 0, time.perf_counter() - begin, [error.rule])
-    place, _ = split(resolved(folder))
-    storage = open_storage(place)
     num_read = 0
-    for sha256, size in manifest.chunks.items():
-        if sha256 not in known:
-            known[sha256] = _problem_of(storage, sha256, size)
-            num_read += size
-    found = [(chunk_name(sha256), known[sha256]) for sha256 in manifest.chunks]
-    problems = [f"{name}: {problem}" for name, problem in found if problem is not None]
-    problems += [f"{name}: its fragments do not cover it" for name in manifest.uncovered()]
+    for sha256, parts in manifest.parts_of_chunks().items():
+        chunk = (sha256, manifest.chunks[sha256], frozenset(parts))
+        if chunk not in known:
+            known[chunk] = _problem_of(folder, *chunk)
+            num_read += manifest.chunks[sha256]
+        if known[chunk] is not None:
+            problems.append(f"{chunk_name(sha256)}: {known[chunk]}")
     return Verification(str(folder), manifest.num_bytes, num_read, time.perf_counter() - begin, problems)
 
 
-def _problem_of(storage: Storage, sha256: str, size: int) -> str | None:
+def _problem_of(folder: Location, sha256: str, size: int, parts: frozenset[Part]) -> str | None:
     try:
-        open_chunk(storage, sha256, size)
+        open_chunk(open_storage(split(resolved(folder))[0]), sha256, size, parts)
     except FileNotFoundError:
         return "is not there"
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         return str(error)
+    except MISSING as error:
+        return f"cannot be used: {error.strerror}"
+    except OSError as error:
+        raise unreadable(folder, chunk_name(sha256), error) from error
     return None
 
 
@@ -115,7 +130,7 @@ def render_verification(results: list[Verification], as_json: bool) -> str:
     for result in results:
         rate = result.num_read_bytes / max(result.seconds, 1e-9) / 1e6
         lines.append(
-            f"{'sound  ' if result.is_sound else 'DAMAGED'}  {result.path}  "
+            f"{'sound  ' if result.is_sound else 'DAMAGED'}  {printable(result.path)}  "
             f"({result.num_bytes / 2**20:.1f} MiB, {result.num_read_bytes / 2**20:.1f} MiB of them read and compared, "
             f"{rate:.0f} MB/s)"
         )

@@ -28,7 +28,7 @@ from windlass.checkpoint.memory.snapshots import LazySnapshots
 from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.pieces import put_groups
-from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
+from windlass.errors import ConfigError, CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
 
@@ -372,11 +372,24 @@ class Checkpointer:
         """
         self._finish_saves()
         self.open()
-        reader = self.mesh.agree(lambda: open_checkpoint(folder))
+        reader = self.mesh.agree(lambda: self._open(folder))
         self._restore_all(reader)
         self._begin(None)
         self.current_step = reader.manifest.step if self.owns(folder) else None
         return reader.manifest.step
+
+    def _open(self, folder: Location) -> CheckpointReader:
+        """A checkpoint; in this run's own folder another run's is refused, for nobody has named it."""
+        reader = open_checkpoint(folder)
+        other = self.store.other_run(reader.manifest) if self.owns(folder) else None
+        if other is not None:
+            raise IncompatibleCheckpoint(
+                "resume",
+                folder,
+                other,
+                "delete it, or begin a run of its own from it: run_dir=NEW_FOLDER with resume= that path",
+            )
+        return reader
 
     def _finish_saves(self) -> None:
         """Before something else is done to the folder or the objects."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -136,7 +137,8 @@ class CheckpointedObjects:
         # First what may still refuse, such as a loader of other data, while nothing is overwritten.
         for name, value in self.others.items():
             if not _begins_anew(name, reader.manifest):
-                value.load_state_dict(reader.manifest.objects[name])
+                with _understood(reader, name):
+                    value.load_state_dict(reader.manifest.objects[name])
         weights = WeightGroups(self.out_of_core)
         for module_name, module in self.modules.items():
             parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -150,7 +152,8 @@ class CheckpointedObjects:
                     reader.read(piece.fragment, tensor)
         for state in self.optimizers.values():
             if not _begins_anew(state.name, reader.manifest):
-                state.restore(reader)
+                with _understood(reader, state.name):
+                    state.restore(reader)
         if reader.manifest.world_size == self.mesh.world_size:
             prefix = f"{RNG_PREFIX}.{self.mesh.rank}."
             states = {
@@ -158,7 +161,8 @@ class CheckpointedObjects:
                 for name in reader.manifest.tensors
                 if name.startswith(prefix)
             }
-            restore_rng(states, self.mesh.device)
+            with _understood(reader, RNG_PREFIX):
+                restore_rng(states, self.mesh.device)
 
     def check_compatible(self, reader: CheckpointReader) -> None:
         """Raises IncompatibleCheckpoint if the checkpoint is of another model or optimizer."""
@@ -196,6 +200,21 @@ class CheckpointedObjects:
             )
 
 
+@contextlib.contextmanager
+def _understood(reader: CheckpointReader, name: str) -> Iterator[None]:
+    """Raises IncompatibleCheckpoint where an object cannot make anything of what is stored for it."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise IncompatibleCheckpoint(
+            "resume",
+            reader.source.describe(),
+            f"has a state of {name} that cannot be used ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+            "resume from another checkpoint (`windlass ckpt list` names them; resume=PATH)",
+        ) from error
+
+
 def _begins_anew(name: str, manifest: Manifest) -> bool:
     """Whether an object stays as it is: only a checkpoint that was imported, and says so, may lack its state."""
-    return name not in manifest.objects and manifest.objects.get("info", {}).get(PARTIAL) is True
+    info = manifest.objects.get("info")
+    return name not in manifest.objects and isinstance(info, dict) and info.get(PARTIAL) is True

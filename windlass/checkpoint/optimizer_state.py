@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
 from windlass.checkpoint.durable.reader import CheckpointReader
+from windlass.checkpoint.tensors import TORCH_DTYPES
 from windlass.parallel.fragment import empty_like_global, fragment_of, local_tensor
 from windlass.parallel.out_of_core import OutOfCore
 
@@ -216,7 +217,7 @@ class OptimizerState:
         for key, entry in there.items():
             tensor_name = self._tensor_name(name, key)
             if key in likes:
-                tensors[key] = empty_like_global(likes[key], getattr(torch, entry.dtype))
+                tensors[key] = empty_like_global(likes[key], TORCH_DTYPES[entry.dtype])
                 reader.read(fragment_of(tensor_name, tensors[key]), local_tensor(tensors[key]))
             else:
                 tensors[key] = reader.read_whole(tensor_name)
@@ -266,7 +267,7 @@ def _difference(there: StoredTensor | None, here: torch.Tensor | None) -> str | 
     if there is None or here is None or there.shape != tuple(here.shape):
         return f"{shape_there} there and {shape_here} here"
     # A float is restored in its stored dtype, whatever float it would be here.
-    dtype = getattr(torch, there.dtype)
+    dtype = TORCH_DTYPES[there.dtype]
     if dtype != here.dtype and not (dtype.is_floating_point and here.dtype.is_floating_point):
         return f"{there.dtype} there and {str(here.dtype).removeprefix('torch.')} here"
     return None

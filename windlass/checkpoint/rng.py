@@ -9,6 +9,8 @@ from typing import cast
 import numpy as np
 import torch
 
+from windlass.untrusted import parse_json
+
 
 def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
     """torch's generators of the CPU and of `device`, Python's and NumPy's; uint8, 1-D."""
@@ -26,8 +28,15 @@ def capture_rng(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(states: dict[str, torch.Tensor], device: torch.device) -> None:
-    """The inverse of `capture_rng`. A generator that the checkpoint lacks (another kind of device) is left alone."""
-    torch.set_rng_state(states["torch_cpu"])
+    """The inverse of `capture_rng`. A generator that the checkpoint lacks (another kind of device) is left alone.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are no states of these generators.
+    """
+    try:
+        torch.set_rng_state(states["torch_cpu"])
+    except RuntimeError as error:  # of another size
+        raise ValueError(str(error)) from error
     version, words, gauss = _from_bytes(states["python"])
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = _from_bytes(states["numpy"])
@@ -41,4 +50,4 @@ def _to_bytes(value: object) -> torch.Tensor:
 
 
 def _from_bytes(tensor: torch.Tensor) -> list:
-    return json.loads(tensor.numpy().tobytes())
+    return parse_json(tensor.numpy().tobytes())

@@ -9,7 +9,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,7 +23,7 @@ from windlass.checkpoint.durable.storage import Location, name_of
 from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
-from windlass.errors import RunFolderError, WindlassError
+from windlass.errors import CorruptCheckpoint, RunFolderError, WindlassError
 from windlass.files import make_folder, open_growing, refuse_links
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -131,11 +131,11 @@ def _open_folder(
     folder = stack.enter_context(RunFolder(Path(config.run_dir)))
     _refuse_links(config)
     checkpoints = checkpoint_dir(config)
-    own_folder = isinstance(checkpoints, Path) and config.checkpoint.dir is not None
-    if config.checkpoint.name != CheckpointKind.none and own_folder:
+    if config.checkpoint.name != CheckpointKind.none and isinstance(checkpoints, Path):
         try:
             checkpoints.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(lock_folder(checkpoints, "checkpoint.dir"))
+            if not checkpoints.samefile(folder.path):  # which is locked
+                stack.enter_context(lock_folder(checkpoints, "checkpoint.dir"))
         except OSError as error:
             raise unusable(checkpoints, error) from error
     config_file = folder.path / CONFIG_FILE
@@ -150,8 +150,10 @@ def _open_folder(
     if config_file.exists():
         before, holder = to_plain(load_config(config_file)), folder.path
     elif steps:  # a checkpoint.dir that another run has used
-        before, holder = _config_of(step_folder(checkpoints, steps[-1])), checkpoints
+        before, holder = _config_of(checkpoints, steps), checkpoints
     else:
+        return {}, None
+    if not before:
         return {}, None
     kept = decision_before(config, before)
     if kept is not None:
@@ -179,11 +181,14 @@ def _refuse_links(config: Config) -> None:
             raise RunFolderError("run_dir", run_dir, str(error.strerror), fix) from error
 
 
-def _config_of(checkpoint: Location) -> dict[str, Any]:
-    """What the run that wrote it was; empty if it does not say, as one that was imported."""
-    info = Manifest.read(checkpoint).objects.get("info")
-    plain = info.get("config") if isinstance(info, dict) else None
-    return plain if isinstance(plain, dict) else {}
+def _config_of(checkpoints: Location, steps: list[int]) -> dict[str, Any]:
+    """What the newest checkpoint that can be read says; nothing where it does not say it."""
+    for step in reversed(steps):
+        with suppress(CorruptCheckpoint):  # it is set aside when it is its turn to be restored
+            info = Manifest.read(step_folder(checkpoints, step)).objects.get("info")
+            config = info.get("config") if isinstance(info, dict) else None
+            return config if isinstance(config, dict) else {}
+    return {}
 
 
 def _record_config(config: Config, mesh: Mesh) -> None:

@@ -29,8 +29,12 @@ def example() -> Manifest:
         world_size=2,
         time=1234567890.123456,
         objects={"train": {"step": 7, "loss": 0.1 + 0.2, "none": None, "text": "naïve ✓"}},
-        tensors={"w": StoredTensor((3, 3), "float32", fragments), "s": StoredTensor((), "int64")},
-        chunks={"ab" * 32: 88, "cd" * 32: 76},
+        tensors={
+            "w": StoredTensor((3, 3), "float32", fragments),
+            "s": StoredTensor((), "int64", [StoredFragment("ab" * 32, "s", 88, 96, (), ())]),
+        },
+        chunks={"ab" * 32: 96, "cd" * 32: 76},
+        run="0123456789abcdef",
     )
 
 
@@ -44,16 +48,15 @@ def test_a_manifest_reads_back_equal(tmp_path: Path) -> None:
 
 
 def test_its_size_is_that_of_its_chunks() -> None:
-    assert example().num_bytes == 88 + 76
+    assert example().num_bytes == 96 + 76
 
 
 def test_tensors_that_are_not_whole_are_named() -> None:
     manifest = example()
-    assert manifest.uncovered() == ["s"], "a scalar has one element"
-    manifest.tensors["s"].fragments.append(StoredFragment("ab" * 32, "s", 88, 96, (), ()))
-    assert manifest.uncovered() == []
+    assert list(manifest.problems()) == []
+    manifest.tensors["s"].fragments.pop()
     manifest.tensors["w"].fragments.pop()
-    assert manifest.uncovered() == ["w"]
+    assert list(manifest.problems()) == ["w lacks 3 of its 9 elements", "s lacks 1 of its 1 elements"]
 
 
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:

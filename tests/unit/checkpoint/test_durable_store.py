@@ -167,9 +167,8 @@ def test_the_pointer_resolves_at_every_moment(local: DurableStore, tmp_path: Pat
         assert max(local.steps()) >= max([int(name[5:13]) for name in seen], default=0), "no step is lost on the way"
         said = local._pointer()
         assert said is not None
-        text = storage.read(f"{said['folder']}/{MANIFEST}")
-        assert Manifest.parse(text, "").step == said["step"]
-        seen.append(said["folder"])
+        assert Manifest.parse(storage.read(f"{said.folder}/{MANIFEST}"), "").step == said.step
+        seen.append(said.folder)
 
     class Watched:
         def __getattr__(self, name: str) -> Any:
@@ -358,6 +357,7 @@ fsspec.register_implementation("distant", Distant, clobber=True)
 def test_a_slow_store_that_fails_now_and_then_keeps_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several writers put chunks at the same time; what names a thing is written after it, and deleted before it."""
     monkeypatch.setattr(object_storage, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setenv(object_storage.MORE_SCHEMES, "distant")
     location = f"distant://{uuid.uuid4().hex}"
     store = DurableStore(location)
     store.open_for_writing()

@@ -83,9 +83,9 @@ def test_each_chunk_is_opened_and_checked_once(
     del tensors["none"]  # of which nothing is read
     opened: list[str] = []
 
-    def counted(storage: object, sha256: str, size: int) -> memoryview:
+    def counted(storage: object, sha256: str, *more: object) -> memoryview:
         opened.append(sha256)
-        return chunk_file.open_chunk(storage, sha256, size)  # type: ignore[arg-type]
+        return chunk_file.open_chunk(storage, sha256, *more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(reader, "open_chunk", counted)
     checkpoint = open_checkpoint(save(location, 1, tensors))

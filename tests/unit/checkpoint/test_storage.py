@@ -229,6 +229,7 @@ def unreliable(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Unreliable]]:
     monkeypatch.setattr(Unreliable, "store", {})
     monkeypatch.setattr(Unreliable, "pseudo_dirs", [""])
     monkeypatch.setattr(Unreliable, "num_failures", 0)
+    monkeypatch.setenv(object_storage.MORE_SCHEMES, "unreliable")
     yield Unreliable
 
 
@@ -280,6 +281,24 @@ def test_a_store_that_lets_nobody_in_is_not_asked_again(
 def test_a_scheme_that_nothing_serves_is_the_users_mistake() -> None:
     with pytest.raises(ConfigError, match="nowhere"):
         open_storage("nowhere://bucket/run")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("ftp://host/x", "http://host/x", "S3://bucket/x", "://x", "data://x"),
+        *(
+            "reference::file:///x/refs.json",
+            "simplecache::s3://bucket/x",
+            "s3://bucket/x::reference://",
+            "s3://a/s3://b",
+        ),
+    ],
+)
+def test_only_stores_that_are_listed_are_opened_and_no_chains(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsspec, "url_to_fs", lambda *_, **__: pytest.fail("fsspec was asked"))
+    with pytest.raises(ConfigError, match="is not a URL of s3://"):
+        open_storage(url)
 
 
 def test_locations_have_one_form(tmp_path: Path) -> None:

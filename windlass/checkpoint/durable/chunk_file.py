@@ -11,11 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from windlass.checkpoint.durable.storage import Storage
 from windlass.checkpoint.image import PAGE_BYTES, Entry
+from windlass.untrusted import Malformed, parse_json
 
 DTYPE_CODES = {
     "float64": "F64",
@@ -33,6 +34,10 @@ FOLDER = "chunks"
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
 FILLER = "windlass.filler."
 """What names of bytes that mean nothing begin with."""
+MAX_HEADER_BYTES = 100_000_000
+"""As the `safetensors` library has it."""
+Part = tuple[str, str, tuple[int, ...], int, int]
+"""A block in a chunk's file: its key, dtype, shape, and where it begins and ends."""
 NAMED = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -98,16 +103,36 @@ def _filler(begin: int, end: int) -> dict[str, Any]:
     return {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
 
 
-def open_chunk(storage: Storage, sha256: str, size: int | None = None) -> memoryview:
+def open_chunk(storage: Storage, sha256: str, size: int | None = None, parts: Iterable[Part] = ()) -> memoryview:
     """The bytes of a chunk's file, all of them checked.
+
+    Args:
+        size: of the file, where that is known.
+        parts: blocks that a manifest finds in it: the chunk itself must say that they are there.
 
     Raises:
         ValueError: they are not those that were written.
-        FileNotFoundError: it is not there.
+        OSError: it is not there, or the system does not give it.
     """
-    data = storage.open(chunk_name(sha256))
+    data = storage.open(chunk_name(sha256), None if size is None else size + 1)
     if size is not None and data.nbytes != size:
-        raise ValueError(f"has {data.nbytes} bytes where {size} were written")
+        raise ValueError(f"has {'more' if data.nbytes > size else data.nbytes} bytes where {size} were written")
     if hashlib.sha256(data).hexdigest() != sha256:
         raise ValueError("its bytes have changed")
+    _check_layout(data, parts)
     return data
+
+
+def _check_layout(data: memoryview, parts: Iterable[Part]) -> None:
+    parts = list(parts)
+    if not parts:
+        return
+    length = int.from_bytes(data[:8], "little")
+    header = parse_json(bytes(data[8 : 8 + length]), MAX_HEADER_BYTES) if 8 + length <= data.nbytes else None
+    if not isinstance(header, dict):
+        raise Malformed("it has no header of safetensors")
+    for key, dtype, shape, begin, end in parts:
+        offsets = [begin - 8 - length, end - 8 - length]
+        expected = {"dtype": DTYPE_CODES[dtype], "shape": list(shape), "data_offsets": offsets}
+        if header.get(key) != expected:
+            raise ValueError(f"has no {key} of {dtype} and shape {list(shape)} at byte {begin}")

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from windlass import isal
 from windlass.checkpoint.image import PAGE_BYTES, round_up
 from windlass.files import TEMPORARY_SUFFIX, make_folder, refuse_links, sync_folder
+from windlass.mapped_file import map_file
+from windlass.untrusted import MAX_BYTES, Malformed, read_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -83,15 +85,15 @@ class LocalStorage:
         sync_folder(path.parent)
         return True
 
-    def read(self, name: str) -> bytes:
-        return (self.location / name).read_bytes()
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        try:
+            return read_bytes(self.location / name, max_bytes)
+        except Malformed as error:
+            raise Malformed(f"{name}: {error}") from None
 
-    def open(self, name: str) -> memoryview:
-        with (self.location / name).open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:  # cannot be mapped
-                return memoryview(b"")
-            # Copy on write: torch takes no read-only memory, and nobody writes to it.
-            return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    def open(self, name: str, max_bytes: int | None = None) -> memoryview:
+        # Copy on write: torch takes no read-only memory, and nobody writes to it.
+        return map_file(self.location / name, copy_on_write=True)
 
     def size(self, name: str) -> int | None:
         try:

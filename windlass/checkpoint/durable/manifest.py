@@ -12,16 +12,30 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from windlass.checkpoint.durable.storage import Location, Storage, join, open_storage
+from windlass.checkpoint.durable.chunk_file import Part
+from windlass.checkpoint.durable.storage import Location, Storage, join, name_of, open_storage
+from windlass.checkpoint.image import DTYPE_BYTES
+from windlass.checkpoint.tiling import tiling_problem
 from windlass.errors import CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError, WindlassError
+from windlass.os_errors import remedy, said
+from windlass.untrusted import MAX_BYTES, Malformed, convert, parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = "windlass-checkpoint"
-VERSION = 2
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
+VERSION = 3
+READ_VERSIONS = (2, VERSION)
+"""Version 2 does not say which run wrote it."""
+STEP_FOLDER = re.compile(r"step-([0-9]{8,16})")
+RUN = re.compile(r"[0-9a-f]{16}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_COUNT = 10**15
+"""Of steps, lives, ranks and bytes of a chunk."""
+MAX_TIME = 250_000_000_000.0
+"""Unix seconds of the year 9892: `time.localtime` takes no year of five digits."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,14 @@ class StoredFragment:
 class StoredTensor:
     shape: tuple[int, ...]
     dtype: str
-    """As torch names it, without the `torch.`."""
+    """As torch names it, without the `torch.`; one of `DTYPE_BYTES`."""
     fragments: list[StoredFragment] = field(default_factory=list)
+
+    def problem(self) -> str | None:
+        """Why it cannot be read, as a clause; None if its fragments tile it."""
+        if self.dtype not in DTYPE_BYTES:
+            return f"has the dtype {self.dtype[:40]!r}, which is none of {', '.join(DTYPE_BYTES)}"
+        return tiling_problem(self.shape, [(fragment.offset, fragment.shape) for fragment in self.fragments])
 
 
 @dataclass
@@ -58,24 +78,58 @@ class Manifest:
     tensors: dict[str, StoredTensor]
     chunks: dict[str, int]
     """SHA-256 -> bytes of the file."""
+    run: str = ""
+    """The run that wrote it, by the identity of its folder of checkpoints; empty for version 2."""
 
     @property
     def num_bytes(self) -> int:
         return sum(self.chunks.values())
 
-    def uncovered(self) -> list[str]:
-        """The tensors of which there are not as many elements as they have."""
-        return [
-            name
-            for name, tensor in self.tensors.items()
-            if sum(math.prod(fragment.shape) for fragment in tensor.fragments) != math.prod(tensor.shape)
-        ]
+    def parts_of_chunks(self) -> dict[str, set[Part]]:
+        """SHA-256 -> the blocks that it has in that chunk. Blocks with the same bytes may be one."""
+        found: dict[str, set[Part]] = {sha256: set() for sha256 in self.chunks}
+        for tensor in self.tensors.values():
+            for part in tensor.fragments:
+                found[part.chunk].add((part.key, tensor.dtype, part.shape, part.begin, part.end))
+        return found
+
+    def problems(self) -> Iterator[str]:
+        """What of it no reader may use: everything that can be told before a chunk is opened."""
+        for key, limit in (("step", MAX_COUNT), ("generation", MAX_COUNT), ("world_size", MAX_COUNT)):
+            if not 0 <= getattr(self, key) <= limit:
+                yield f"its {key} is {getattr(self, key)}"
+        if not -MAX_TIME < self.time < MAX_TIME:
+            yield f"its time is {self.time}"
+        for sha256, size in self.chunks.items():
+            if not SHA256.fullmatch(sha256) or not 0 < size <= MAX_COUNT:
+                yield f"{sha256[:80]!r} of {size} bytes is no chunk"
+        for name, tensor in self.tensors.items():
+            problem = self._problem_of(name, tensor)
+            if problem is not None:
+                yield problem
+        yield from _problems_of_objects(self.objects)
+
+    def _problem_of(self, name: str, tensor: StoredTensor) -> str | None:
+        if not name.isprintable():
+            return f"{name[:80]!a} is no name of a tensor"
+        problem = tensor.problem()
+        if problem is not None:
+            return f"{name} {problem}"
+        for fragment in tensor.fragments:
+            size = self.chunks.get(fragment.chunk)
+            num_bytes = math.prod(fragment.shape) * DTYPE_BYTES[tensor.dtype]
+            if size is None:
+                return f"{name} has a part in {fragment.chunk[:80]!r}, which is no chunk of it"
+            if not (0 <= fragment.begin <= fragment.end <= size and fragment.end - fragment.begin == num_bytes):
+                return (
+                    f"{name} has a part of {num_bytes} bytes at {fragment.begin} to {fragment.end} of a chunk of {size}"
+                )
+        return None
 
     def to_bytes(self) -> bytes:
         """The text of `manifest.json`, with a checksum over itself."""
         body = dataclasses.asdict(self)
-        document = {"format": FORMAT, "version": VERSION, "sha256": _digest(VERSION, body), "body": body}
-        return json.dumps(document).encode()
+        return _dumped(_Document(FORMAT, VERSION, _digest(VERSION, body), body))
 
     @staticmethod
     def parse(text: bytes, folder: Location) -> Manifest:
@@ -86,40 +140,80 @@ class Manifest:
             IncompatibleCheckpoint: another version of windlass wrote it.
         """
         try:
-            document = json.loads(text.decode())
-            if document["format"] != FORMAT:
-                raise ValueError(f"is {document['format']!r}, not {FORMAT!r}")
-            body, version = document["body"], document["version"]
+            document = convert(parse_json(text), _Document)
+            if document.format != FORMAT:
+                raise Malformed(f"is {document.format[:40]!r}, not {FORMAT!r}")
             # The second: JSON has more than one way to write the same, and a changed byte is a changed byte.
-            if document["sha256"] != _digest(version, body) or json.dumps(document).encode() != text:
-                raise ValueError("its bytes have changed")
-            if version != VERSION:
+            if document.sha256 != _digest(document.version, document.body) or _dumped(document) != text:
+                raise Malformed("its bytes have changed")
+            if document.version not in READ_VERSIONS:
                 raise IncompatibleCheckpoint(
                     "checkpoint",
                     folder,
-                    f"is of version {version} of the format, and this windlass reads {VERSION}",
+                    f"is of version {document.version} of the format, and this windlass reads "
+                    f"{' and '.join(map(str, READ_VERSIONS))}",
                     "use the windlass that wrote it",
                 )
-            fields = dict(body)
-            fields["tensors"] = {name: _tensor(entry) for name, entry in body["tensors"].items()}
-            return Manifest(**fields)
-        except (ValueError, KeyError, TypeError) as error:
+            manifest = convert(document.body, Manifest, "body")
+            if document.version > 2 and not RUN.fullmatch(manifest.run):
+                raise Malformed(f"it is of the run {manifest.run[:40]!r}, which is no run")
+            problem = next(manifest.problems(), None)
+            if problem is not None:
+                raise Malformed(problem)
+            return manifest
+        except Malformed as error:
             raise corrupt(folder, f"{MANIFEST} cannot be used: {error}") from error
 
     @staticmethod
     def read(folder: Location) -> Manifest:
-        """The manifest of the checkpoint in `folder`.
+        """The manifest of the checkpoint in `folder`, of whose name it must be, if that is the name of a step.
 
         Raises:
-            CorruptCheckpoint: there is none, or it is not as it was written.
+            CorruptCheckpoint: there is none, it is not as it was written, or it is another step's.
             IncompatibleCheckpoint: another version of windlass wrote it.
             RunFolderError: the disk does not give it.
         """
         try:
-            text = open_storage(folder).read(MANIFEST)
+            text = open_storage(folder).read(MANIFEST, MAX_BYTES)
+        except Malformed as error:
+            raise corrupt(folder, f"{MANIFEST} cannot be used: {error}") from error
         except OSError as error:
             raise unreadable(folder, MANIFEST, error) from error
-        return Manifest.parse(text, folder)
+        manifest = Manifest.parse(text, folder)
+        named, _, _ = name_of(folder).partition(".")  # of one that was set aside, too
+        if step_of(named) not in (None, manifest.step):
+            raise corrupt(
+                folder, f"its {MANIFEST} is that of step {manifest.step}: the folder was renamed, or the file copied"
+            )
+        return manifest
+
+
+@dataclass
+class _Document:
+    """What `manifest.json` holds, in this order."""
+
+    format: str
+    version: int
+    sha256: str
+    body: dict[str, Any]
+
+
+def is_of_optimizer(entry: object) -> bool:
+    """Whether the JSON state of an object is an optimizer's."""
+    return isinstance(entry, dict) and entry.keys() >= {"class", "param_groups", "numbers"}
+
+
+def _problems_of_objects(objects: dict[str, Any]) -> Iterator[str]:
+    for name, entry in objects.items():
+        if is_of_optimizer(entry):
+            try:
+                convert(entry["class"], str, f"objects.{name}.class")
+                groups = convert(entry["param_groups"], list[dict[str, Any]], f"objects.{name}.param_groups")
+                for group in groups:
+                    convert(group.get("names"), list[str], f"objects.{name}.param_groups.names")
+                convert(entry["numbers"], dict[str, dict[str, Any]], f"objects.{name}.numbers")
+            except Malformed as error:
+                yield str(error)
 
 
 def corrupt(folder: Location, what: str) -> CorruptCheckpoint:
@@ -136,7 +230,10 @@ def unreadable(folder: Location, file: str, error: OSError) -> WindlassError:
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError):
         return corrupt(folder, f"{file} cannot be used: {error.strerror or 'it is not there'}")
     return RunFolderError(
-        "checkpoint", join(folder, file), f"cannot be read: {error.strerror or error}", "mend that and start again"
+        "checkpoint",
+        join(folder, file),
+        f"cannot be read: {said(error)}; that is no damage",
+        remedy(error, "mend that and start again"),
     )
 
 
@@ -151,7 +248,7 @@ def step_folder(directory: Location, step: int) -> Location:
 def step_of(name: str) -> int | None:
     """The step whose folder is called `name`; None if it is no step's, or was set aside."""
     match = STEP_FOLDER.fullmatch(name)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and step_name(int(match[1])) == name else None
 
 
 def committed_steps(directory: Location) -> list[int]:
@@ -168,14 +265,8 @@ def steps_in(storage: Storage) -> list[int]:
     )
 
 
-def _tensor(entry: dict[str, Any]) -> StoredTensor:
-    return StoredTensor(tuple(entry["shape"]), entry["dtype"], [_fragment(part) for part in entry["fragments"]])
-
-
-def _fragment(entry: dict[str, Any]) -> StoredFragment:
-    fields = dict(entry)
-    fields["offset"], fields["shape"] = tuple(entry["offset"]), tuple(entry["shape"])
-    return StoredFragment(**fields)
+def _dumped(document: _Document) -> bytes:
+    return json.dumps(vars(document)).encode()
 
 
 def _digest(version: int, body: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ A store has no rename and needs none: a PUT is there whole or not at all. Networ
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 import fsspec
 
 from windlass.errors import ConfigError, RunFolderError
+from windlass.os_errors import remedy, said
+from windlass.untrusted import MAX_BYTES, Malformed
 from windlass.urls import HOW_INSTEAD, has_password
 
 if TYPE_CHECKING:
@@ -22,10 +25,31 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
+SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "memory")
+"""`memory` lasts as long as its process: for tests."""
+MORE_SCHEMES = "WINDLASS_STORAGE_SCHEMES"
+"""Environment variable: other schemes of fsspec's that are admitted, with `,` between them."""
 NUM_TRIES = 8
 FIRST_WAIT_S = 0.5
 MAX_WAIT_S = 20.0
 NOT_TRANSIENT = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def _check_scheme(location: str) -> None:
+    """Raises ConfigError unless the URL is of a store that whoever starts windlass admits.
+
+    fsspec has dozens of schemes, and chains of them: some read archives, call other hosts, or run templates.
+    """
+    scheme, _, rest = location.partition("://")
+    more = [name.strip() for name in os.environ.get(MORE_SCHEMES, "").split(",") if name.strip()]
+    if "::" in location or "://" in rest or scheme not in (*SCHEMES, *more):
+        raise ConfigError(
+            "checkpoint.dir",
+            location,
+            f"is not a URL of {', '.join(f'{name}://' for name in (*SCHEMES, *more))}, and chains (`::`) are not taken",
+            f"name such a place or a local folder; {MORE_SCHEMES}=NAME in the environment admits another scheme of "
+            "fsspec's",
+        )
 
 
 class FsspecStorage:
@@ -43,6 +67,7 @@ class FsspecStorage:
         self.location, self._sleep = location, sleep
         if has_password(location):
             raise ConfigError("checkpoint.dir", location, "has a password in it, which others could read", HOW_INSTEAD)
+        _check_scheme(location)
         try:
             # A cached listing would hide what other ranks write.
             self._files, self._root = fsspec.url_to_fs(location, use_listings_cache=False)
@@ -66,11 +91,15 @@ class FsspecStorage:
     def adopt(self, name: str, file: Path) -> bool:
         return False
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        size = self.size(name)
+        if size is not None and size > max_bytes:
+            raise Malformed(f"{name}: it has {size:,} bytes, and at most {max_bytes:,} are read")
         return self._try(f"read {name}", lambda: self._files.cat_file(self._path(name)))
 
-    def open(self, name: str) -> memoryview:
-        return memoryview(self.read(name))
+    def open(self, name: str, max_bytes: int | None = None) -> memoryview:
+        part = {} if max_bytes is None else {"start": 0, "end": max_bytes}
+        return memoryview(self._try(f"read {name}", lambda: self._files.cat_file(self._path(name), **part)))
 
     def size(self, name: str) -> int | None:
         try:
@@ -113,9 +142,9 @@ class FsspecStorage:
                     raise RunFolderError(
                         "checkpoint.dir",
                         self.location,
-                        f"cannot {what}: {error.strerror or error or type(error).__name__}",
-                        "see that the store answers and lets this machine in; the checkpoints that are there are "
-                        "intact, and the same command resumes from the newest",
+                        f"cannot {what}: {said(error)}",
+                        remedy(error, "see that the store answers and lets this machine in")
+                        + "; the checkpoints that are there are intact, and the same command resumes from the newest",
                     ) from error
                 self._sleep(wait_s * random.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, MAX_WAIT_S)

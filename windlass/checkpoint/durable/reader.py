@@ -10,6 +10,7 @@ import torch
 from windlass.checkpoint.durable.chunk_file import chunk_name, open_chunk
 from windlass.checkpoint.durable.manifest import Manifest, StoredFragment, corrupt, unreadable
 from windlass.checkpoint.durable.storage import Location, Storage, open_storage, resolved, split
+from windlass.checkpoint.tensors import TORCH_DTYPES, empty_on_host
 from windlass.parallel.fragment import Fragment
 
 OPEN_BYTES = 1 << 30
@@ -41,16 +42,15 @@ class ChunkSource:
     def __init__(self, storage: Storage, folder: Location, manifest: Manifest) -> None:
         self.storage, self.folder, self.manifest = storage, folder, manifest
         self._open: OrderedDict[str, memoryview] = OrderedDict()
-        self._unread: dict[str, set[str]] = {}
+        self._parts = manifest.parts_of_chunks()
+        self._unread = {sha256: {key for key, *_ in parts} for sha256, parts in self._parts.items()}
         """Of each chunk, the keys that nobody has asked for yet. One that was read through is not kept open."""
-        for tensor in manifest.tensors.values():
-            for fragment in tensor.fragments:
-                self._unread.setdefault(fragment.chunk, set()).add(fragment.key)
 
     def read(self, stored: StoredFragment) -> memoryview:
         data = self._open.get(stored.chunk)
         if data is None:
-            data = open_chunk(self.storage, stored.chunk, self.manifest.chunks[stored.chunk])
+            parts = self._parts[stored.chunk]
+            data = open_chunk(self.storage, stored.chunk, self.manifest.chunks[stored.chunk], parts)
             self._open[stored.chunk] = data
             while len(self._open) > 1 and sum(other.nbytes for other in self._open.values()) > OPEN_BYTES:
                 self._open.popitem(last=False)
@@ -80,7 +80,7 @@ class CheckpointReader:
     def read(self, fragment: Fragment, into: torch.Tensor) -> None:
         """Fills the local tensor `into`, which holds `fragment`."""
         stored_tensor = self.manifest.tensors[fragment.name]
-        dtype = getattr(torch, stored_tensor.dtype)
+        dtype = TORCH_DTYPES[stored_tensor.dtype]
         num_read = 0
         for stored in stored_tensor.fragments:
             block = Fragment(fragment.name, stored_tensor.shape, stored.offset, stored.shape, dtype)
@@ -98,8 +98,8 @@ class CheckpointReader:
     def read_whole(self, name: str) -> torch.Tensor:
         """The global tensor `name`, on the CPU."""
         stored = self.manifest.tensors[name]
-        dtype = getattr(torch, stored.dtype)
-        tensor = torch.empty(stored.shape, dtype=dtype)
+        dtype = TORCH_DTYPES[stored.dtype]
+        tensor = empty_on_host(stored.shape, dtype, name)
         self.read(Fragment(name, stored.shape, (0,) * len(stored.shape), stored.shape, dtype), tensor)
         return tensor
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from windlass.checkpoint.durable.local_storage import LocalStorage
+from windlass.untrusted import MAX_BYTES
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -54,10 +55,16 @@ class Storage(Protocol):
         """
         ...
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str, max_bytes: int = MAX_BYTES) -> bytes:
+        """All of `name`. Raises Malformed if that is more than `max_bytes`, or no file."""
+        ...
 
-    def open(self, name: str) -> memoryview:
-        """The bytes of `name`: mapped where that can be, and for as long as something refers to them."""
+    def open(self, name: str, max_bytes: int | None = None) -> memoryview:
+        """The bytes of `name`: mapped where that can be, and for as long as something refers to them.
+
+        Args:
+            max_bytes: more than that need not be fetched; None: all.
+        """
         ...
 
     def size(self, name: str) -> int | None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
+import re
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,21 +26,41 @@ from typing import Any
 from windlass.checkpoint.durable.chunk_file import FOLDER, chunk_name, chunk_of, chunks_named_in, open_chunk, preamble
 from windlass.checkpoint.durable.manifest import (
     MANIFEST,
+    RUN,
     Manifest,
     StoredFragment,
     StoredTensor,
+    step_folder,
     step_name,
     step_of,
     steps_in,
 )
 from windlass.checkpoint.durable.storage import Location, join, open_storage
 from windlass.checkpoint.image import Chunk, Entry, chunks_from_json, chunks_to_json
-from windlass.errors import RunFolderError, StaleWriter
+from windlass.errors import RunFolderError, StaleWriter, WindlassError
+from windlass.os_errors import remedy, said
+from windlass.untrusted import Malformed, convert, parse_json
 
 POINTER = "latest.json"
 FENCE = "generation"
 JOB = "job"
 STEP_PREFIX = "step-"
+GENERATION = re.compile(rb"[0-9]{1,15}")
+MAX_SMALL_BYTES = 4096
+"""Of the pointer, the fence and the identity."""
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """What `latest.json` says."""
+
+    step: int
+    folder: str
+    sha256: str
+    """Of the manifest."""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(vars(self)).encode()
 
 
 @dataclass(frozen=True)
@@ -89,7 +110,7 @@ class DurableStore:
         with self._disk_errors():
             self.storage.make()
             steps = steps_in(self.storage)
-            if steps and self._pointed_step() != steps[-1]:
+            if steps and self._pointed_step() != steps[-1] and self._is_own(steps[-1]):
                 self._point_to(step_name(steps[-1]))
 
     def put_chunk(self, chunk: Chunk, data: memoryview) -> WrittenChunk:
@@ -151,9 +172,10 @@ class DurableStore:
             RunFolderError: also where a chunk is gone again: another writer took it for a leftover.
             ValueError: the chunks do not make up whole tensors.
         """
-        manifest = Manifest(step, generation, world_size, time.time(), objects, *_index(written))
-        if partial := manifest.uncovered():
-            raise ValueError(f"the chunks lack parts of {partial[:3]}")
+        manifest = Manifest(step, generation, world_size, time.time(), objects, *_index(written), run=self.job_id())
+        problem = next(manifest.problems(), None)
+        if problem is not None:
+            raise ValueError(f"the chunks make no checkpoint: {problem}")
         text, name = manifest.to_bytes(), f"{step_name(step)}/{MANIFEST}"
         with self._disk_errors():
             self._check_present(manifest)
@@ -264,19 +286,53 @@ class DurableStore:
         """The committed steps, oldest first, and the pointer's: one whose manifest is lost is damage, not absence."""
         with self._disk_errors():
             steps = set(steps_in(self.storage))
-            if (pointer := self._pointer()) is not None and pointer["folder"] == step_name(pointer["step"]):
-                steps.add(pointer["step"])
+            if (pointer := self._pointer()) is not None and pointer.folder == step_name(pointer.step):
+                steps.add(pointer.step)
             return sorted(steps)
 
     def job_id(self) -> str:
-        """What tells this place from one that was here before under the same name; written at the first call."""
+        """The run that has its checkpoints here: manifests say it, and agents know the run by it.
+
+        Random, and written at the first call. Where the file is lost, the newest checkpoint still says it.
+        """
         with self._disk_errors():
+            written = self._written_job()
+            if written is not None:
+                return written
+            identity = self._job_of_manifests() or secrets.token_hex(8)
+            self.storage.write(JOB, [identity.encode()])
+            return identity
+
+    def other_run(self, manifest: Manifest) -> str | None:
+        """Says, as a clause, that a checkpoint in this place is another run's; None if nothing tells that it is."""
+        with self._disk_errors():
+            own = self._written_job() or self._job_of_manifests()
+        if not manifest.run or own is None or manifest.run == own:
+            return None
+        return f"is a checkpoint of another run ({manifest.run}) than the folder that it is in ({own})"
+
+    def _written_job(self) -> str | None:
+        try:
+            text = self.storage.read(JOB, MAX_SMALL_BYTES).decode("ascii", "replace")
+        except FileNotFoundError:
+            return None
+        return text if RUN.fullmatch(text) else None
+
+    def _job_of_manifests(self) -> str | None:
+        for step in reversed(steps_in(self.storage)):
             try:
-                return self.storage.read(JOB).decode()
-            except FileNotFoundError:
-                identity = secrets.token_hex(8)
-                self.storage.write(JOB, [identity.encode()])
-                return identity
+                run = Manifest.read(step_folder(self.location, step)).run
+            except WindlassError:
+                continue
+            if run:
+                return run
+        return None
+
+    def _is_own(self, step: int) -> bool:
+        try:
+            return self.other_run(Manifest.read(step_folder(self.location, step))) is None
+        except WindlassError:
+            return False
 
     def generation(self) -> int:
         """The newest life of the run that has begun; 0 before the first."""
@@ -305,10 +361,10 @@ class DurableStore:
 
     def _fenced_generation(self) -> int:
         try:
-            text = self.storage.read(FENCE)
+            text = self.storage.read(FENCE, MAX_SMALL_BYTES)
         except FileNotFoundError:
             return 0
-        if not text.isdigit():
+        if not GENERATION.fullmatch(text):
             raise RunFolderError(
                 "checkpoint.dir",
                 join(self.location, FENCE),
@@ -335,30 +391,30 @@ class DurableStore:
 
     def _point_to(self, folder: str) -> None:
         sha256 = hashlib.sha256(self.storage.read(f"{folder}/{MANIFEST}")).hexdigest()
-        pointer = {"step": step_of(folder.partition(".")[0]), "folder": folder, "sha256": sha256}
-        self.storage.write(POINTER, [json.dumps(pointer).encode()])
+        step = step_of(folder.partition(".")[0])
+        assert step is not None
+        self.storage.write(POINTER, [Pointer(step, folder, sha256).to_bytes()])
 
-    def _pointer(self) -> dict[str, Any] | None:
+    def _pointer(self) -> Pointer | None:
         """What `latest.json` says; None if it is missing or damaged."""
         try:
-            text = self.storage.read(POINTER)
-            pointer = json.loads(text)
-            is_sound = pointer.keys() == {"step", "folder", "sha256"}
-            is_sound &= step_of(pointer["folder"].partition(".")[0]) == pointer["step"]
-            return pointer if is_sound and json.dumps(pointer).encode() == text else None
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+            text = self.storage.read(POINTER, MAX_SMALL_BYTES)
+            pointer = convert(parse_json(text), Pointer)
+        except (FileNotFoundError, Malformed):
             return None
+        is_sound = step_of(pointer.folder.partition(".")[0]) == pointer.step and pointer.to_bytes() == text
+        return pointer if is_sound else None
 
     def _pointed_step(self) -> int | None:
         """The step of the checkpoint that the pointer names; None if it names none, or not the one that is there."""
         pointer = self._pointer()
-        if pointer is None or pointer["folder"] != step_name(pointer["step"]):
+        if pointer is None or pointer.folder != step_name(pointer.step):
             return None
         try:
-            manifest = self.storage.read(f"{pointer['folder']}/{MANIFEST}")
+            manifest = self.storage.read(f"{pointer.folder}/{MANIFEST}")
         except FileNotFoundError:
             return None
-        return pointer["step"] if hashlib.sha256(manifest).hexdigest() == pointer["sha256"] else None
+        return pointer.step if hashlib.sha256(manifest).hexdigest() == pointer.sha256 else None
 
     def _step_folders(self) -> list[str]:
         """Also those that were set aside, or that a user has renamed in that way."""
@@ -386,9 +442,13 @@ class DurableStore:
             raise RunFolderError(
                 "checkpoint.dir",
                 self.location,
-                f"cannot take the checkpoint: {error.strerror or error}",
-                "make room or choose another checkpoint.dir; the checkpoints that are there are intact, and the same "
-                "command resumes from the newest",
+                f"cannot take the checkpoint: {said(error)}",
+                remedy(error, "make room or choose another checkpoint.dir")
+                + "; the checkpoints that are there are intact, and the same command resumes from the newest",
+            ) from error
+        except Malformed as error:
+            raise RunFolderError(
+                "checkpoint.dir", self.location, f"holds a file that no run writes: {error}", "move it away"
             ) from error
 
 

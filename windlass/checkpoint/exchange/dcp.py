@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.exchange.dcp_metadata import Place, damaged, first_line, read_contents
 from windlass.checkpoint.exchange.folder import Report
+from windlass.checkpoint.tensors import TORCH_DTYPES
 
 Tree = Mapping[str, Any]
 
@@ -80,7 +81,7 @@ def _on_meta(tree: Tree, reader: CheckpointReader, names: dict[str, str], prefix
         if isinstance(value, str):
             names[f"{prefix}{key}"] = value
             stored = reader.manifest.tensors[value]
-            state[key] = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype), device="meta")
+            state[key] = torch.empty(stored.shape, dtype=TORCH_DTYPES[stored.dtype], device="meta")
         else:
             state[key] = _on_meta(value, reader, names, f"{prefix}{key}.")
     return state

@@ -36,6 +36,9 @@ def open_snapshot(group: AgentGroup, plan: RecoveryPlan) -> CheckpointReader:
         Part.from_json(part) for parts_of_rank in all_gather_object(parts, group.mesh.group) for part in parts_of_rank
     ]
     manifest = manifest_of(plan.step, group.generation, group.world_size_of(plan), everything)
+    for name, tensor in manifest.tensors.items():
+        if problem := tensor.problem():
+            raise _damaged(plan, f"{name} {problem}")
     source = SlotSource(
         plan.snapshot, plan.step, local, group.sources(plan), bytes.fromhex(group.secret), group.generation
     )
