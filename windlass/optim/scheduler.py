@@ -62,7 +62,10 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from that step, and gives the optimizer the rates of its next update."""
-        self.last_epoch = state_dict["step"]
+        step = state_dict["step"]
+        if type(step) is not int or step < 0:
+            raise ValueError(f"{step!r} is no step")
+        self.last_epoch = step
         self._step_count = self.last_epoch + 1
         factor = self.factor(self.last_epoch)
         for group, peak in zip(self.optimizer.param_groups, self.base_lrs, strict=True):

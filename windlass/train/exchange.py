@@ -9,17 +9,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.exchange import dcp, huggingface
 from windlass.checkpoint.exchange.dcp_state import read_state, state_dict_layout
-from windlass.checkpoint.exchange.folder import PARTIAL, new_folder
+from windlass.checkpoint.exchange.folder import PARTIAL, new_folder, require_room
 from windlass.checkpoint.exchange.huggingface import HuggingFaceFolder, Weight
 from windlass.checkpoint.exchange.imported import Described, Read, write_checkpoint
 from windlass.checkpoint.image import DTYPE_BYTES
+from windlass.checkpoint.tensors import TORCH_DTYPES
 from windlass.errors import ConfigError, require
 from windlass.files import atomic_file
 from windlass.text import override
@@ -28,6 +27,7 @@ from windlass.train.data.progress import ProgressReport
 from windlass.train.data.tokenizer import ByteTokenizer, load_tokenizer
 from windlass.train.huggingface import (
     ROTARY_BUFFER,
+    check_size,
     check_weights,
     from_huggingface,
     huggingface_name,
@@ -37,6 +37,7 @@ from windlass.train.huggingface import (
     windlass_name,
 )
 from windlass.train.state import TrainState
+from windlass.untrusted import Malformed, convert
 
 MODEL_PREFIX = "model."
 TOKENIZER = "tokenizer.json"
@@ -79,12 +80,17 @@ def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_byt
             for name, entry in reader.manifest.tensors.items()
             if name.startswith(MODEL_PREFIX)
         }
-        check_weights(folder, weight_shapes(model), {name: entry.shape for name, entry in stored.items()})
+        found = {name: entry.shape for name, entry in stored.items()}
+        check_size(folder, model, found)
+        check_weights(folder, weight_shapes(model), found)
         weights = [_weight(reader, name, entry, dtype) for name, entry in stored.items()]
         tokenizer, eos_id, notes = _tokenizer(config)
         stored_dtype = dtype or next(iter(stored.values())).dtype
-        document = to_huggingface(model, config.get("train", {}).get("seq_len"), stored_dtype, eos_id)
+        train = config.get("train")
+        seq_len = train.get("seq_len") if isinstance(train, dict) else None
+        document = to_huggingface(model, seq_len if isinstance(seq_len, int) else None, stored_dtype, eos_id)
         num_bytes = sum(weight.nbytes for weight in weights)
+        require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
             huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
         if tokenizer is not None:
@@ -97,7 +103,7 @@ def _weight(reader: CheckpointReader, name: str, stored: StoredTensor, dtype: st
     return Weight(
         huggingface_name(name),
         stored.shape,
-        getattr(torch, dtype or stored.dtype),
+        TORCH_DTYPES[dtype or stored.dtype],
         lambda: reader.read_whole(MODEL_PREFIX + name),
     )
 
@@ -110,12 +116,12 @@ def _stored_config(manifest: Manifest) -> dict[str, Any]:
 
 def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) -> ModelConfig:
     try:
-        return ModelConfig(**config["model"])
-    except (KeyError, TypeError):
+        return convert(config.get("model"), ModelConfig, "model")
+    except Malformed as error:
         raise ConfigError(
             "path",
             folder,
-            "does not say which Llama it is of: windlass train did not write it",
+            f"does not say which Llama it is of: windlass train did not write it ({error})",
             "export it with --format dcp",
         ) from None
 
@@ -144,6 +150,7 @@ def export_dcp(path: str, output: Path) -> Exchanged:
     with closing(open_checkpoint(folder)) as reader, new_folder(output) as writing:
         stored = reader.manifest.tensors.values()
         num_bytes = sum(math.prod(entry.shape) * DTYPE_BYTES[entry.dtype] for entry in stored)
+        require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
             dcp.write_folder(writing, reader, *state_dict_layout(reader.manifest), progress.set_done)
     return Exchanged(str(folder), str(output), reader.manifest.step, len(stored), num_bytes)
@@ -165,8 +172,10 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
     folder = HuggingFaceFolder(path)
     model = from_huggingface(folder.config, path)
     names = {windlass_name(name): name for name in folder.tensors if not name.endswith(ROTARY_BUFFER)}
-    check_weights(path, weight_shapes(model), {name: folder.tensors[flat][0] for name, flat in names.items()})
-    target = getattr(torch, dtype or "float32")
+    found = {name: folder.tensors[flat][0] for name, flat in names.items()}
+    check_size(path, model, found)
+    check_weights(path, weight_shapes(model), found)
+    target = TORCH_DTYPES[dtype or "float32"]
     tensors = {MODEL_PREFIX + name: (folder.tensors[flat][0], target) for name, flat in names.items()}
     step = step or 0
     train = {"seq_len": folder.config["max_position_embeddings"]} if "max_position_embeddings" in folder.config else {}
@@ -200,7 +209,7 @@ def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, op
     for name, flat in state.tensors.items():
         stored = folder.contents.tensors[flat]
         is_weight = name.startswith(MODEL_PREFIX) and stored.dtype.is_floating_point
-        tensors[name] = (stored.shape, getattr(torch, dtype) if dtype and is_weight else stored.dtype)
+        tensors[name] = (stored.shape, TORCH_DTYPES[dtype] if dtype and is_weight else stored.dtype)
     require(
         state.is_partial or step in (None, state.step),
         "--step",
@@ -232,6 +241,7 @@ def _write(
     output: Path, step: int, world_size: int, objects: dict[str, Any], tensors: Mapping[str, Described], read: Read
 ) -> int:
     num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
+    require_room(output, num_bytes)
     with new_folder(output) as writing, ProgressReport("import", num_bytes) as progress:
         write_checkpoint(writing, step, world_size, objects, tensors, read, progress.set_done)
     return num_bytes

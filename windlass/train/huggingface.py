@@ -10,7 +10,10 @@ from typing import Any
 from windlass.errors import ConfigError
 from windlass.text import override
 from windlass.train.config import ModelConfig
+from windlass.untrusted import convert
 
+MAX_WIDTH = 2**30
+"""So that numbers of elements of a model that is described, and not there, fit in 64 bits."""
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD = "lm_head.weight"
 PREFIX = "model."
@@ -50,6 +53,25 @@ def check_weights(
             "path",
             path,
             f"its weights are not those that its configuration describes: {'; '.join(differences[:3])}{more}",
+            "check that the configuration and the weights are of the same model",
+        )
+
+
+def check_size(path: Path | str, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
+    """Before a model of it is built: raises ConfigError unless the weights that are there are of so large a model."""
+    embedding = (config.vocab_size, config.hidden_size)
+    differences = []
+    if config.num_layers > len(found):  # each has some; `check_weights` says which are missing
+        differences.append(f"they are {len(found)}, of {config.num_layers} layers")
+    if found.get("embed_tokens.weight") != embedding:
+        differences.append(f"embed_tokens.weight is {found.get('embed_tokens.weight')} and should be {embedding}")
+    if config.intermediate_size > MAX_WIDTH:
+        differences.append(f"no layer is {config.intermediate_size} wide")
+    if differences:
+        raise ConfigError(
+            "path",
+            path,
+            f"its weights are not those that its configuration describes: {'; '.join(differences)}",
             "check that the configuration and the weights are of the same model",
         )
 
@@ -99,6 +121,8 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
     if config.get("model_type") != "llama":
         raise _refusal(path, f"model_type={config.get('model_type')!r}, and only 'llama' is imported")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, Mapping):
+        raise _refusal(path, f"rotary positions {str(rope)[:80]!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise _refusal(path, f"rotary positions of type {kind!r}, and this Llama has only plain ones")
@@ -107,7 +131,7 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
             raise _refusal(path, f"{key}={config[key]!r}, and this Llama has only {plain!r}")
     try:
         num_heads = config["num_attention_heads"]
-        model = ModelConfig(
+        model = _typed(
             name="llama",
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
@@ -122,12 +146,17 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
         )
     except KeyError as error:
         raise _refusal(path, f"no {error.args[0]}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise _refusal(path, f"a value that is none ({error})") from None
     head_dim = config.get("head_dim") or model.head_dim
     if head_dim != model.head_dim:
         raise _refusal(path, f"head_dim={head_dim}, and this Llama has hidden_size / heads = {model.head_dim}")
     return model
+
+
+def _typed(**fields: Any) -> ModelConfig:
+    """Raises Malformed where a field is of another type."""
+    return convert(fields, ModelConfig)
 
 
 def overrides(config: ModelConfig) -> list[str]:

@@ -32,6 +32,7 @@ from windlass.train.evaluate import Evaluation, evaluate
 from windlass.train.flops import peak_device_flops
 from windlass.train.metrics import Metrics
 from windlass.train.model import Llama
+from windlass.untrusted import Malformed, convert
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
@@ -54,7 +55,10 @@ class TrainState:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step, self.tokens, self.skipped_steps = state["step"], state["tokens"], state["skipped_steps"]
+        before = convert(dict(state), TrainState)
+        if "step" not in state or min(before.step, before.tokens, before.skipped_steps) < 0:
+            raise Malformed("a count is missing or negative")
+        self.step, self.tokens, self.skipped_steps = before.step, before.tokens, before.skipped_steps
 
 
 @dataclass

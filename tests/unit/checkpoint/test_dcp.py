@@ -339,8 +339,8 @@ def forget_all(metadata: Metadata) -> None:
         (lead_elsewhere, "is no file of the folder"),
         (transform, "transformed"),
         (forget_place, "does not say where model.0.weight is"),
-        (move_part, "lies outside of it"),
-        (forget_part, "have 0 of 24 elements"),
+        (move_part, "lies outside of"),
+        (forget_part, "lacks 24 of its 24 elements"),
         (forget_all, "is not a table of contents"),
     ],
 )

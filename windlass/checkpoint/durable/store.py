@@ -364,6 +364,8 @@ class DurableStore:
             text = self.storage.read(FENCE, MAX_SMALL_BYTES)
         except FileNotFoundError:
             return 0
+        except Malformed:
+            text = b""
         if not GENERATION.fullmatch(text):
             raise RunFolderError(
                 "checkpoint.dir",

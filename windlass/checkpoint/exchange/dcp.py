@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import io
+import math
+import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,18 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.exchange.dcp_metadata import Place, damaged, first_line, read_contents
-from windlass.checkpoint.exchange.folder import Report
-from windlass.checkpoint.tensors import TORCH_DTYPES
+from windlass.checkpoint.exchange.folder import Report, not_given
+from windlass.checkpoint.tensors import TORCH_DTYPES, empty_on_host
+from windlass.mapped_file import map_file
+from windlass.os_errors import MISSING, said
+from windlass.untrusted import MAX_BYTES, Malformed
 
+MORE_BYTES = 1 << 20
+"""What `torch.save` adds to a tensor, and far more."""
+END_BYTES = 22
+"""Of the last record of a zip archive without a comment."""
+MAX_RECORDS = 10_000
+"""Of an archive. The bytes of a tensor may look like some."""
 Tree = Mapping[str, Any]
 
 
@@ -116,10 +128,11 @@ class DcpFolder:
             CorruptCheckpoint: a part is missing, or is not what the table of contents says.
         """
         stored = self.contents.tensors[name]
-        whole = torch.empty(stored.shape, dtype=stored.dtype)
+        whole = empty_on_host(stored.shape, stored.dtype, name)
         for part in stored.parts:
-            loaded = self._load(name, part.place)
-            if not isinstance(loaded, torch.Tensor) or loaded.shape != part.shape or loaded.dtype != stored.dtype:
+            num_bytes = math.prod(part.shape) * stored.dtype.itemsize
+            loaded = self._load(name, part.place, 2 * num_bytes + MORE_BYTES)
+            if not _is_plain_tensor(loaded) or loaded.shape != part.shape or loaded.dtype != stored.dtype:
                 raise damaged(self.folder, f"a part of {name} is not what the table of contents says")
             block = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))
             whole[block].copy_(loaded)
@@ -131,15 +144,46 @@ class DcpFolder:
         Raises:
             CorruptCheckpoint: it is missing, or an object that only unpickling would give.
         """
-        return self._load(name, self.contents.values[name])
+        return self._load(name, self.contents.values[name], MAX_BYTES)
 
-    def _load(self, name: str, place: Place) -> Any:
+    def _load(self, name: str, place: Place, max_bytes: int) -> Any:
         try:
-            with (self.folder / place.file).open("rb") as file:
-                file.seek(place.begin)
-                data = file.read(place.length)
-            if len(data) != place.length:
-                raise EOFError(f"it ends {place.length - len(data)} bytes early")
-            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if place.length > max_bytes:
+                raise Malformed(f"it has {place.length:,} bytes there, and at most {max_bytes:,} are expected")
+            stream = io.BytesIO(map_file(self.folder / place.file, begin=place.begin, size=place.length))
+            _check_archive(stream)
+        except Malformed as error:
+            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {error}") from None
+        except MISSING as error:
+            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {said(error)}") from error
+        except OSError as error:
+            raise not_given(self.folder / place.file, error) from error
+        try:
+            return torch.load(stream, map_location="cpu", weights_only=True)
         except Exception as error:  # the stream's bytes decide which one
             raise damaged(self.folder, f"{name} cannot be read from {place.file}: {first_line(error)}") from error
+
+
+def _is_plain_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _check_archive(stream: io.BytesIO) -> None:
+    """Raises Malformed unless a stream of `torch.save` is an archive of parts that are as long as they say.
+
+    Compressed ones may be of gigabytes, and so is what an older format says of itself.
+    """
+    data = stream.getbuffer()
+    end = data.nbytes - END_BYTES
+    is_plain = end >= 0 and bytes(data[:4]) == b"PK\x03\x04" and bytes(data[end : end + 4]) == b"PK\x05\x06"
+    if not is_plain or stream.getvalue().count(b"PK\x01\x02") > MAX_RECORDS:
+        raise Malformed("it is no archive of torch.save")
+    try:
+        records = zipfile.ZipFile(stream).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise Malformed(f"it is no archive of torch.save ({error})") from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise Malformed("it is compressed")
+    if sum(record.file_size for record in records) > data.nbytes:
+        raise Malformed("its parts are longer than it is")
+    stream.seek(0)

@@ -1,23 +1,25 @@
 """The table of contents of a torch.distributed.checkpoint (DCP) folder, read without running anything it brings.
 
 DCP keeps the table in `.metadata` as a pickle, and torch reads it with `pickle.load`, which calls whatever the file
-names. Here an unpickler turns the few classes of such a table into inert records, looks nothing else up, and refuses
+names. Here `plain_pickle` turns the few classes of such a table into inert records, looks nothing else up, and refuses
 a file that names anything else. What it found is then checked field by field.
 """
 
 from __future__ import annotations
 
-import io
-import math
-import pickle
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from windlass.checkpoint.exchange import plain_pickle
+from windlass.checkpoint.exchange.folder import not_given
+from windlass.checkpoint.exchange.plain_pickle import Record
+from windlass.checkpoint.tiling import MAX_DIMS, MAX_ELEMENTS, tiling_problem
 from windlass.errors import ConfigError, CorruptCheckpoint
+from windlass.os_errors import MISSING
+from windlass.untrusted import Malformed, read_bytes
 
 METADATA = ".metadata"
 DTYPES = (
@@ -65,43 +67,38 @@ class Contents:
     paths: dict[tuple[str | int, ...], str]
 
 
-class _Record:
-    """What an object of the table held, and nothing that it could do."""
-
-    state: Any = None
-
-    def __init__(self, *_: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-    def field(self, name: str) -> Any:
-        return self.state.get(name) if isinstance(self.state, dict) else None
+class _Table(Record): ...
 
 
-class _Table(_Record): ...
+class _Tensor(Record): ...
 
 
-class _Tensor(_Record): ...
+class _Value(Record): ...
 
 
-class _Value(_Record): ...
+class _Chunk(Record): ...
 
 
-class _Chunk(_Record): ...
+class _Properties(Record): ...
 
 
-class _Properties(_Record): ...
+class _Index(Record): ...
 
 
-class _Index(_Record): ...
+class _StorageInfo(Record): ...
 
 
-class _StorageInfo(_Record): ...
+def _size(value: Any) -> tuple[int, ...]:
+    return _sizes(value)
 
 
-ADMITTED: dict[tuple[str, str], Callable[..., Any] | torch.dtype] = {
+def _ordered() -> dict[str, Any]:
+    return {}
+
+
+Places = dict[tuple[str, tuple[int, ...] | None], Place]
+"""By the name of an entry, and the offset of a part of a tensor."""
+ADMITTED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): _Table,
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _Tensor,
     ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): _Value,
@@ -110,30 +107,20 @@ ADMITTED: dict[tuple[str, str], Callable[..., Any] | torch.dtype] = {
     ("torch.distributed.checkpoint.metadata", "MetadataIndex"): _Index,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): _Properties,  # of older torch
-    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): _Record,
+    ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"): Record,
     # What no reader needs: the layout and memory format of tensors, who saved, and the path of the folder then.
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): _Record,
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"): _Record,
-    ("torch.serialization", "_get_layout"): _Record,
-    ("pathlib", "PosixPath"): _Record,
-    ("pathlib", "WindowsPath"): _Record,
-    ("pathlib._local", "PosixPath"): _Record,
-    ("pathlib._local", "WindowsPath"): _Record,
-    ("torch", "Size"): tuple,
-    ("collections", "OrderedDict"): dict,
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): Record,
+    ("torch.distributed.checkpoint.metadata", "StorageMeta"): Record,
+    ("torch.serialization", "_get_layout"): Record,
+    ("pathlib", "PosixPath"): Record,
+    ("pathlib", "WindowsPath"): Record,
+    ("pathlib._local", "PosixPath"): Record,
+    ("pathlib._local", "WindowsPath"): Record,
+    ("torch", "Size"): _size,
+    ("collections", "OrderedDict"): _ordered,
     **{("torch", name): getattr(torch, name) for name in DTYPES},
 }
 """Every global that a table may name, and what is taken for it."""
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str, /) -> Any:
-        try:
-            return ADMITTED[module_name, global_name]
-        except KeyError:
-            raise pickle.UnpicklingError(
-                f"it names {module_name}.{global_name}, which no table of contents needs"
-            ) from None
 
 
 def read_contents(folder: Path) -> Contents:
@@ -144,86 +131,100 @@ def read_contents(folder: Path) -> Contents:
         CorruptCheckpoint: `.metadata` is no table of contents, or names what none needs.
     """
     try:
-        data = (folder / METADATA).read_bytes()
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        data = read_bytes(folder / METADATA)
+    except MISSING:
         raise ConfigError(
             "path",
             folder,
             f"is not a folder of torch.distributed.checkpoint: it has no {METADATA}",
             "name the folder that `dcp.save` wrote, with all that is in it",
         ) from None
+    except Malformed as error:
+        raise damaged(folder, f"{METADATA} cannot be used: {error}") from None
     except OSError as error:
-        raise damaged(folder, f"{METADATA} cannot be read: {error}") from error
+        raise not_given(folder / METADATA, error) from error
     try:
-        table = _Unpickler(io.BytesIO(data)).load()
-    except Exception as error:  # the file's bytes decide which one
-        raise damaged(folder, f"{METADATA} is refused: {first_line(error)}") from error
+        table = plain_pickle.load(data, ADMITTED)
+    except plain_pickle.Refused as error:
+        raise damaged(folder, f"{METADATA} is refused: {error}") from None
     try:
         return _contents(table)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise damaged(folder, f"{METADATA} is not a table of contents: {first_line(error)}") from error
+    except Malformed as error:
+        raise damaged(folder, f"{METADATA} is not a table of contents: {error}") from None
 
 
 def _contents(table: Any) -> Contents:
+    _require(isinstance(table, _Table), "no entries")
     entries, storage = table.field("state_dict_metadata"), table.field("storage_data")
-    _require(isinstance(table, _Table) and isinstance(entries, dict) and isinstance(storage, dict), "no entries")
-    places: dict[tuple[str, tuple[int, ...] | None], Place] = {}
+    _require(isinstance(entries, dict) and isinstance(storage, dict), "no entries")
+    places: Places = {}
     for index, info in storage.items():
+        _require(isinstance(index, _Index), "its places are of no entries")
         offset = index.field("offset")
-        places[index.field("fqn"), None if offset is None else _sizes(offset)] = _place(info)
-    tensors, values = {}, {}
+        places[_name(index.field("fqn")), None if offset is None else _sizes(offset)] = _place(info)
+    tensors: dict[str, StoredTensor] = {}
+    values: dict[str, Place] = {}
+    num_parts = 0
     for name, entry in entries.items():
-        _require(isinstance(name, str), f"{name!r} is no name")
+        _name(name)
         if isinstance(entry, _Tensor):
-            tensors[name] = _tensor(name, entry, places)
+            chunks = entry.field("chunks")
+            _require(isinstance(chunks, list), f"it does not say what the parts of {name} are")
+            num_parts += len(chunks)  # a file may have one list of parts for many tensors
+            _require(num_parts <= len(places), "its tensors have more parts than it has places")
+            tensors[name] = _tensor(name, entry, chunks, places)
         else:
             _require(isinstance(entry, _Value) and (name, None) in places, f"it does not say where {name} is")
             values[name] = places[name, None]
     nested = table.field("planner_data")
-    paths = {tuple(nested[name]) if isinstance(nested, dict) and name in nested else (name,): name for name in entries}
+    paths = {_path(nested[name]) if isinstance(nested, dict) and name in nested else (name,): name for name in entries}
     return Contents(tensors, values, paths)
 
 
-def _tensor(name: str, entry: _Tensor, places: dict[tuple[str, tuple[int, ...] | None], Place]) -> StoredTensor:
+def _tensor(name: str, entry: _Tensor, chunks: list[Any], places: Places) -> StoredTensor:
     shape, properties = _sizes(entry.field("size")), entry.field("properties")
-    dtype = properties.state[0] if isinstance(properties.state, tuple) else properties.field("dtype")
-    _require(isinstance(dtype, torch.dtype), f"{name} has no dtype")
-    parts = []
-    for chunk in entry.field("chunks"):
-        offset, part_shape = _sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))
-        is_inside = len(offset) == len(part_shape) == len(shape) and all(
-            start + size <= total for start, size, total in zip(offset, part_shape, shape, strict=True)
-        )
-        _require(is_inside, f"a part of {name} lies outside of it")
-        _require((name, offset) in places, f"it does not say where {name} is")
-        parts.append(Part(offset, part_shape, places[name, offset]))
-    # A tensor whose parts are fewer is damaged; one whose parts overlap was not written by DCP.
-    num_elements = sum(math.prod(part.shape) for part in parts)
-    _require(
-        num_elements == math.prod(shape), f"the parts of {name} have {num_elements} of {math.prod(shape)} elements"
-    )
-    return StoredTensor(shape, dtype, parts)
+    state = properties.state if isinstance(properties, _Properties) else None
+    dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
+    if not isinstance(dtype, torch.dtype):
+        raise Malformed(f"{name} has no dtype")
+    _require(all(isinstance(chunk, _Chunk) for chunk in chunks), f"it does not say what the parts of {name} are")
+    blocks = [(_sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))) for chunk in chunks]
+    problem = tiling_problem(shape, blocks)
+    _require(problem is None, f"{name} {problem}")
+    _require(all((name, offset) in places for offset, _ in blocks), f"it does not say where {name} is")
+    return StoredTensor(shape, dtype, [Part(offset, size, places[name, offset]) for offset, size in blocks])
 
 
 def _place(info: Any) -> Place:
     _require(isinstance(info, _StorageInfo), "it does not say where its entries are")
     file, begin, length = info.field("relative_path"), info.field("offset"), info.field("length")
-    is_inside = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
+    is_inside = isinstance(file, str) and Path(file).name == file and file not in ("", "..") and file.isprintable()
     _require(is_inside, f"{file!r} is no file of the folder")
     _require(not info.field("transform_descriptors"), "its entries are transformed (compressed, perhaps)")
     _sizes((begin, length))
     return Place(file, begin, length)
 
 
+def _name(value: Any) -> str:
+    _require(isinstance(value, str) and value.isprintable(), "an entry has no name, or one that cannot be shown")
+    return value
+
+
+def _path(value: Any) -> tuple[str | int, ...]:
+    is_path = isinstance(value, list | tuple) and 0 < len(value) <= MAX_DIMS
+    _require(is_path and all(isinstance(key, str | int) for key in value), "an entry has no place in the state dict")
+    return tuple(value)
+
+
 def _sizes(value: Any) -> tuple[int, ...]:
-    sizes = tuple(value)
-    _require(all(type(size) is int and size >= 0 for size in sizes), f"{sizes} are no sizes")
-    return sizes
+    is_short = isinstance(value, list | tuple) and len(value) <= MAX_DIMS
+    _require(is_short and all(type(size) is int and 0 <= size <= MAX_ELEMENTS for size in value), "it has no sizes")
+    return tuple(value)
 
 
 def _require(condition: bool, rule: str) -> None:
     if not condition:
-        raise ValueError(rule)
+        raise Malformed(rule)
 
 
 def first_line(error: Exception) -> str:

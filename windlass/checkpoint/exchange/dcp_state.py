@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 
-from windlass.checkpoint.durable.manifest import Manifest
+from windlass.checkpoint.durable.manifest import Manifest, is_of_optimizer
 from windlass.checkpoint.exchange.dcp import DcpFolder
 from windlass.checkpoint.exchange.dcp_metadata import damaged
 from windlass.checkpoint.image import DTYPE_BYTES
 from windlass.checkpoint.objects import RNG_PREFIX
 from windlass.errors import ConfigError
+from windlass.untrusted import MAX_DEPTH, Malformed, convert, parse_json
 
+MAX_VALUES = 1_000_000
+"""Of an entry that is no tensor, with all that is in it."""
 OWN_KEY = "__windlass__"
 MODEL, OPTIMIZER = "model", "optimizer"
 """What the names of random generators begin with in a checkpoint."""
@@ -33,11 +36,7 @@ def state_dict_layout(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any
     Returns:
         The tensors, each as its name in the checkpoint, and the values; to be merged.
     """
-    optimizers = {
-        name: entry
-        for name, entry in manifest.objects.items()
-        if isinstance(entry, dict) and {"class", "param_groups", "numbers"} <= entry.keys()
-    }
+    optimizers = {name: entry for name, entry in manifest.objects.items() if is_of_optimizer(entry)}
     modules: set[str] = set()
     paths: dict[str, list[str]] = {}
     for name in manifest.tensors:
@@ -80,6 +79,17 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 
 @dataclass
+class _Own:
+    """What windlass adds to a folder that it exports."""
+
+    step: int
+    world_size: int
+    objects: dict[str, Any]
+    paths: dict[str, list[str]]
+    """Name in the checkpoint -> keys in the state dict."""
+
+
+@dataclass
 class DcpState:
     """What an import takes from a DCP folder.
 
@@ -111,7 +121,12 @@ def read_state(folder: DcpFolder, optimizer_class: str | None) -> DcpState:
         CorruptCheckpoint: an entry cannot be read.
     """
     state = _own_state(folder) or _others_state(folder, optimizer_class)
+    problem = next(Manifest(state.step, 0, state.world_size, 0.0, state.objects, {}, {}).problems(), None)
+    if problem is not None:
+        raise damaged(folder.folder, f"makes no checkpoint: {problem}")
     for name, flat in state.tensors.items():
+        if not name.isprintable():
+            raise damaged(folder.folder, f"{name[:80]!a} is no name of a tensor")
         dtype = str(folder.contents.tensors[flat].dtype).removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
             raise ConfigError("path", folder.folder, f"has {name} as {dtype}", f"convert it: {', '.join(DTYPE_BYTES)}")
@@ -123,12 +138,13 @@ def _own_state(folder: DcpFolder) -> DcpState | None:
     if flat is None:
         return None
     try:
-        own = json.loads(folder.read_value(flat))
-        tensors = {name: folder.contents.paths[tuple(path)] for name, path in own["paths"].items()}
-        if not all(flat in folder.contents.tensors for flat in tensors.values()):
-            raise ValueError("it lacks tensors")
-        return DcpState(int(own["step"]), int(own["world_size"]), dict(own["objects"]), tensors, is_partial=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = folder.read_value(flat)
+        own = convert(parse_json(text) if isinstance(text, str) else None, _Own)
+        paths = {name: folder.contents.paths.get(tuple(path), "") for name, path in own.paths.items()}
+        if not all(flat in folder.contents.tensors for flat in paths.values()):
+            raise Malformed("it lacks tensors")
+        return DcpState(own.step, own.world_size, own.objects, paths, is_partial=False)
+    except Malformed as error:
         raise damaged(folder.folder, f"its {OWN_KEY} entry cannot be used: {error}") from error
 
 
@@ -177,7 +193,8 @@ def _take_optimizer(
                 raise _of_other_parameters(folder, flat)
     param_groups = []
     for _, group in sorted(groups.items()):
-        names = [f"{MODEL}.{parameter}" for parameter in group.pop("params", [])]
+        parameters = group.pop("params", [])
+        names = [f"{MODEL}.{name}" for name in (parameters if isinstance(parameters, list | tuple) else [])]
         unknown = [name for name in names if name not in state.tensors]
         if unknown or not names:
             raise _of_other_parameters(folder, unknown[0] if unknown else "param_groups")
@@ -193,13 +210,33 @@ def _plain(folder: DcpFolder, flat: str) -> Any:
     value = folder.read_tensor(flat) if is_tensor else folder.read_value(flat)
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value.item()
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            "path", folder.folder, f"has {flat}, which is no plain value ({error})", "leave --optimizer-class out"
-        ) from error
+    if not _is_plain(value):
+        raise ConfigError("path", folder.folder, f"has {flat}, which is no plain value", "leave --optimizer-class out")
     return value
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON can hold it. A file may have one list in many places: it is counted in each."""
+    level, num_values = [value], 0
+    for _ in range(MAX_DEPTH):
+        if not level:
+            return True
+        num_values += len(level)
+        if num_values > MAX_VALUES or not all(_is_plain_alone(item) for item in level):
+            return False
+        nested = (item.values() if isinstance(item, dict) else item for item in level if not _is_single(item))
+        level = [child for items in nested for child in items]
+    return False
+
+
+def _is_plain_alone(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value)
+    return _is_single(value) or isinstance(value, list | tuple)
+
+
+def _is_single(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)
 
 
 def _of_other_parameters(folder: DcpFolder, what: str) -> ConfigError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from windlass.errors import RunFolderError
 from windlass.files import sync_folder
+from windlass.os_errors import remedy, said
 
 Report = Callable[[int], None]
 """Is told how many bytes are done, in all."""
@@ -49,6 +50,20 @@ def new_folder(output: Path) -> Iterator[Path]:
         raise
 
 
+def not_given(path: Path, error: OSError) -> RunFolderError:
+    """A file of a folder that is imported is there, and the system does not give it: that is no damage."""
+    return RunFolderError("path", path, f"cannot be read: {said(error)}", remedy(error, "mend that and start again"))
+
+
+def require_room(output: Path, num_bytes: int) -> None:
+    """Before anything is written: raises RunFolderError if `output` is to have more bytes than its disk has left."""
+    folder = next(parent for parent in (output.absolute(), *output.absolute().parents) if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        rule = f"needs {num_bytes:,} bytes, and {free:,} are free there"
+        raise RunFolderError("--output", output, rule, "make room, or name a folder on another disk")
+
+
 def _refuse_filled(output: Path) -> None:
     if output.is_dir() and not any(output.iterdir()):
         return
@@ -61,6 +76,6 @@ def _unwritable(output: Path, error: OSError) -> RunFolderError:
     return RunFolderError(
         "--output",
         output,
-        f"cannot be written: {error.strerror or error}",
-        "make room or mend its permissions, or name another folder",
+        f"cannot be written: {said(error)}",
+        remedy(error, "make room or mend its permissions, or name another folder"),
     )

@@ -12,19 +12,24 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from windlass.checkpoint.exchange.folder import Report
-from windlass.errors import ConfigError, CorruptCheckpoint
+from windlass.checkpoint.durable.chunk_file import MAX_HEADER_BYTES
+from windlass.checkpoint.exchange.folder import Report, not_given
+from windlass.checkpoint.exchange.safetensors_file import Entry, read_header
+from windlass.errors import ConfigError, CorruptCheckpoint, WindlassError
+from windlass.mapped_file import map_file
+from windlass.os_errors import MISSING, said
+from windlass.untrusted import Malformed, convert, read_json
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+ITEM_BYTES = {code: dtype.itemsize for code, dtype in DTYPES.items()}
 ALIGNMENT = 64
 
 
@@ -132,21 +137,32 @@ class HuggingFaceFolder:
                 "path", folder, f"is not a Hugging Face folder: it has no {CONFIG}", "name a folder that has one"
             )
         self.config = self._read_json(CONFIG)
-        self._files = self._open_files()
-        self.tensors = {name: self._describe(name) for name in self._files}
+        self._places = self._find()
+        self.tensors = {name: self._describe(name) for name in self._places}
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU."""
+        place = self._places[name]
+        begin, end = place.entry.data_offsets
         try:
-            return self._files[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.folder, f"{name} cannot be read: {error}") from error
+            data = map_file(self.folder / place.file, True, place.data_begin + begin, end - begin)
+        except Malformed as error:
+            raise _damaged(self.folder, f"{name} cannot be read: {error}") from None
+        except OSError as error:
+            raise self._not_given(place.file, error) from error
+        dtype = DTYPES[place.entry.dtype]
+        if not data:
+            return torch.empty(place.entry.shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(place.entry.shape)
 
-    def _open_files(self) -> dict[str, Any]:
-        """Tensor name -> the open file that has it, as the index says or as the only file does."""
+    def _find(self) -> dict[str, _Place]:
+        """Tensor name -> where it is, as the index says or as the only file does."""
         if (self.folder / INDEX).is_file():
-            weight_map = self._read_json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(_is_file_name(file) for file in weight_map.values()):
+            try:
+                weight_map = convert(self._read_json(INDEX).get("weight_map"), dict[str, str], "weight_map")
+            except Malformed:
+                weight_map = {"": ""}
+            if not all(_is_file_name(file) for file in weight_map.values()):
                 raise _damaged(self.folder, f"the weight_map of {INDEX} does not map names of tensors to files")
         elif (self.folder / SINGLE).is_file():
             weight_map = None
@@ -157,27 +173,31 @@ class HuggingFaceFolder:
                 f"has neither {INDEX} nor {SINGLE}; other formats hold pickles, which are not read",
                 "save it with transformers' save_pretrained(..., safe_serialization=True)",
             )
-        open_files = {file: self._open(file) for file in sorted(set(weight_map.values()) if weight_map else {SINGLE})}
-        names = {file: set(opened.keys()) for file, opened in open_files.items()}
+        files, left = {}, MAX_HEADER_BYTES
+        for file in sorted(set(weight_map.values()) if weight_map is not None else {SINGLE}):
+            files[file] = self._read_file(file, left)
+            left -= max((place.data_begin for place in files[file].values()), default=0)
         if weight_map is None:
-            return dict.fromkeys(sorted(names[SINGLE]), open_files[SINGLE])
+            return dict(sorted(files[SINGLE].items()))
         for name, file in weight_map.items():
-            if name not in names[file]:
-                raise _damaged(self.folder, f"{INDEX} says that {file} has {name}, and it has not")
-        return {name: open_files[file] for name, file in weight_map.items()}
+            if name not in files[file]:
+                raise _damaged(self.folder, f"{INDEX} says that {file} has {name[:200]!r}, and it has not")
+        return {name: files[file][name] for name, file in weight_map.items()}
 
-    def _open(self, file: str) -> Any:
-        path = self.folder / file
-        if not path.is_file():
-            raise _damaged(self.folder, f"{INDEX} names {file}, which is missing")
+    def _read_file(self, file: str, max_bytes: int) -> dict[str, _Place]:
         try:
-            return cast("Any", safe_open)(path, framework="pt", device="cpu")
-        except (SafetensorError, OSError) as error:
-            raise _damaged(self.folder, f"{file} cannot be used: {error}") from error
+            header = read_header(self.folder / file, ITEM_BYTES, max_bytes)
+        except FileNotFoundError:
+            raise _damaged(self.folder, f"{INDEX} names {file}, which is missing") from None
+        except Malformed as error:
+            raise _damaged(self.folder, f"{file} cannot be used: {error}") from None
+        except OSError as error:
+            raise self._not_given(file, error) from error
+        return {name: _Place(file, entry, header.num_bytes) for name, entry in header.tensors.items()}
 
     def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        view = self._files[name].get_slice(name)
-        code = view.get_dtype()
+        entry = self._places[name].entry
+        code = entry.dtype
         if code not in DTYPES:
             raise ConfigError(
                 "path",
@@ -185,21 +205,36 @@ class HuggingFaceFolder:
                 f"has {name} as {code}, and only {', '.join(DTYPES)} are imported",
                 "convert it to one of them first",
             )
-        return tuple(view.get_shape()), DTYPES[code]
+        return entry.shape, DTYPES[code]
 
     def _read_json(self, file: str) -> dict[str, Any]:
         try:
-            document = json.loads((self.folder / file).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise _damaged(self.folder, f"{file} cannot be used: {error}") from error
+            document = read_json(self.folder / file, MAX_HEADER_BYTES)
+        except Malformed as error:
+            raise _damaged(self.folder, f"{file} cannot be used: {error}") from None
+        except OSError as error:
+            raise self._not_given(file, error) from error
         if not isinstance(document, dict):
             raise _damaged(self.folder, f"{file} is not a JSON object")
         return document
 
+    def _not_given(self, file: str, error: OSError) -> WindlassError:
+        if isinstance(error, MISSING):
+            return _damaged(self.folder, f"{file} cannot be used: {said(error)}")
+        return not_given(self.folder / file, error)
 
-def _is_file_name(value: object) -> bool:
+
+@dataclass(frozen=True)
+class _Place:
+    file: str
+    entry: Entry
+    data_begin: int
+    """Where the data of the file begin."""
+
+
+def _is_file_name(value: str) -> bool:
     """Whether it names a file of the folder itself: an index must not lead anywhere else."""
-    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
+    return value not in ("", "..") and value.isprintable() and Path(value).name == value
 
 
 def _damaged(folder: Path, what: str) -> CorruptCheckpoint:

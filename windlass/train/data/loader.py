@@ -149,8 +149,11 @@ class Loader(Iterator[Batch]):
                 rule = f"must be {state.get(name)} as in the checkpoint, which counts samples in that order"
                 key = {"seed": "train.seed", "seq_len": "train.seq_len"}.get(name, f"data.{name}")
                 raise IncompatibleCheckpoint(key, own[name], rule, f"{fix}, or start a new run")
+        cursor = state["cursor"]
+        if type(cursor) is not int or cursor < 0:
+            raise ValueError(f"{cursor!r} is no number of samples")
         self.close()
-        self._cursor = int(state["cursor"])
+        self._cursor = cursor
         self._producer = self._start()
 
     def close(self) -> None:
