@@ -55,6 +55,15 @@ class EncodingErrors(Enum):
     ignore = "ignore"
 
 
+class TextFormat(Enum):
+    """How text files are read: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+
+
 class WandbMode(StrEnum):
     disabled = "disabled"
     offline = "offline"
@@ -171,11 +180,16 @@ class StdlibDataConfig(PreparedDataConfig):
 
 @dataclass
 class TextDataConfig(PreparedDataConfig):
-    """Text files (a document each) and `.jsonl` files (a document a line) in `path`, a file or folder."""
+    """Text files (a document each) and JSON files (a document a row) in `path`, a file or folder; `.gz`, `.zst` too."""
 
     name: str = "text"
     path: str = "???"
     glob: str = "**/*"
+    format: TextFormat = TextFormat.auto
+    """`auto` goes by the names: `.jsonl` and `.ndjson` have a JSON row a line; `.json` files that begin with `[` are an
+    array of rows, those whose first line is a row have a row a line; all others are text."""
+    follow_links: bool = False
+    """Take the files that symbolic links lead to, wherever; else only of relative links to near `path`."""
     text_key: str = "text"
     """The field of a JSON line that holds the text."""
     encoding_errors: EncodingErrors = EncodingErrors.strict
@@ -195,6 +209,7 @@ class ParquetDataConfig(PreparedDataConfig):
     name: str = "parquet"
     path: str = "???"
     glob: str = "**/*.parquet"
+    follow_links: bool = False
     text_key: str = "text"
     encoding_errors: EncodingErrors = EncodingErrors.strict
 

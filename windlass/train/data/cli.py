@@ -13,8 +13,12 @@ from windlass.text import override, printable
 from windlass.train.config import EncodingErrors
 from windlass.train.data.manifest import SETTINGS, Manifest
 from windlass.train.data.prepare import prepare, refuse_inside
-from windlass.train.data.sources import PARQUET_SUFFIXES, Source, list_files, parquet_source, text_source
+from windlass.train.data.source_files import PARQUET_SUFFIXES
+from windlass.train.data.sources import Source, list_files, parquet_source, text_source
+from windlass.train.data.tally import left_out
 from windlass.train.data.tokenizer import load_tokenizer
+
+AS = {"json": "arrays of rows", "jsonl": "a row a line", "text": "text"}
 
 if TYPE_CHECKING:
     SubParsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -39,8 +43,9 @@ def add_parser(subparsers: SubParsers) -> argparse.ArgumentParser:
     parser.add_argument(
         "--format",
         default="auto",
-        choices=("auto", "text", "jsonl", "parquet"),
-        help="auto goes by the names of the files: .jsonl, .ndjson, .parquet, and text for all others",
+        choices=("auto", "text", "jsonl", "json", "parquet"),
+        help="text: documents; jsonl: a JSON row a line; json: an array of rows; auto goes by the names of the files,"
+        " for .json by how they begin, and takes all others for text. Text and JSON may be packed (.gz, .zst)",
     )
     parser.add_argument(
         "--text-key",
@@ -49,6 +54,11 @@ def add_parser(subparsers: SubParsers) -> argparse.ArgumentParser:
         help="JSON field or Parquet column of the text (default: text)",
     )
     parser.add_argument("--glob", metavar="PATTERN", help="files to take from folders (default: **/*)")
+    parser.add_argument(
+        "--follow-links",
+        action="store_true",
+        help="take the files that symbolic links lead to, wherever that is (default: only near INPUT)",
+    )
     parser.add_argument(
         "--separator",
         metavar="STRING",
@@ -97,12 +107,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _source(args: argparse.Namespace) -> Source:
     glob = args.glob or "**/*"
-    if args.format == "parquet" or (args.format == "auto" and _all_parquet(args.input, glob)):
+    if args.format == "parquet" or (args.format == "auto" and _all_parquet(args.input, glob, args.follow_links)):
         return parquet_source(
             args.input,
             glob=args.glob or "**/*.parquet",
             text_key=args.text_key,
             encoding_errors=args.encoding_errors,
+            follow_links=args.follow_links,
         )
     return text_source(
         args.input,
@@ -110,13 +121,14 @@ def _source(args: argparse.Namespace) -> Source:
         text_key=args.text_key,
         encoding_errors=args.encoding_errors,
         separator=args.separator,
-        jsonl={"auto": None, "text": False, "jsonl": True}[args.format],
+        format=args.format,
+        follow_links=args.follow_links,
     )
 
 
-def _all_parquet(inputs: list[str], glob: str) -> bool:
+def _all_parquet(inputs: list[str], glob: str, follow_links: bool) -> bool:
     """Whether the files are Parquet, by their names. Raises ConfigError if some are."""
-    are_parquet = [file.name.lower().endswith(PARQUET_SUFFIXES) for file in list_files(inputs, glob)]
+    are_parquet = [file.name.lower().endswith(PARQUET_SUFFIXES) for file in list_files(inputs, glob, follow_links)]
     if any(are_parquet) and not all(are_parquet):
         raise ConfigError(
             "--format",
@@ -131,9 +143,12 @@ def _summary(manifest: Manifest, source: Source, out_dir: Path, seconds: float, 
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     num_tokens = train.num_tokens + validation.num_tokens
     num_bytes = sum(shard.num_bytes for split in (train, validation) for shard in split.shards)
+    read_as = ", ".join(f"{number:,} .json files as {AS[kind]}" for kind, number in source.formats)
     rows = [
+        *([("input", read_as)] if read_as else []),
         ("documents", f"{train.num_documents:,} train, {validation.num_documents:,} validation"),
         ("tokens", f"{train.num_tokens:,} train, {validation.num_tokens:,} validation"),
+        *((("left out" if number == 0 else ""), clause) for number, clause in enumerate(left_out(manifest.tally))),
         ("tokenizer", f"{manifest.tokenizer['name']}, vocabulary of {manifest.tokenizer['vocab_size']:,}"),
         ("size", f"{source.num_bytes / 1e6:,.1f} MB of text, {num_bytes / 1e6:,.1f} MB of tokens"),
         (
@@ -147,4 +162,4 @@ def _summary(manifest: Manifest, source: Source, out_dir: Path, seconds: float, 
         ),
         ("train on it", f"windlass train data=tokens {override('data.path', out_dir)}"),
     ]
-    return "".join(f"{name + ':':<17}{printable(text)}\n" for name, text in rows)
+    return "".join(f"{name + ':' if name else '':<17}{printable(text)}\n" for name, text in rows)

@@ -8,43 +8,28 @@ run skips.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import Any
 
 from windlass.errors import DataError
+from windlass.train.data.json_rows import ArrayUnit, parse_row, text_of_row
+from windlass.train.data.parquet import ParquetUnit
+from windlass.train.data.source_files import (
+    BLOCK_BYTES,
+    Document,
+    SourceFile,
+    check_document,
+    decode,
+    not_utf8,
+    open_text,
+    read_document,
+)
+from windlass.train.data.tally import Tally
 
-BLOCK_BYTES = 1 << 20
-PARQUET_BATCH_BYTES = 8 << 20
 SKIP = "skip"
 """An `encoding_errors` of our own: leaves out files that are not UTF-8. For the standard library only."""
-REPLACE_FIX = "convert it to UTF-8, or set data.encoding_errors=replace (--encoding-errors replace)"
-
-
-class Document(NamedTuple):
-    identity: str
-    """Its name in the source. A hash of it decides whether it is for training or validation."""
-    text: str
-    num_bytes: int
-    """Its share of the unit's `num_bytes`."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    path: str
-    name: str
-    """Relative to the input, with `/`: the same wherever the input lies."""
-    size: int
-    mtime_ns: int
-    """0 where only the size tells whether the file is still the same."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +43,12 @@ class FilesUnit:
     def num_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
-    def documents(self) -> Iterator[Document]:
+    def documents(self, tally: Tally) -> Iterator[Document]:
         for file in self.files:
-            with open_checked(file) as stream:
-                data = stream.read()
+            with open_text(file) as stream:
+                data = read_document(stream, file)
             try:
-                text = data.decode("utf-8", "strict" if self.encoding_errors == SKIP else self.encoding_errors)
+                text = decode(data, "strict" if self.encoding_errors == SKIP else self.encoding_errors, tally)
             except UnicodeDecodeError as error:
                 if self.encoding_errors == SKIP:
                     continue
@@ -71,6 +56,8 @@ class FilesUnit:
             text = text.removeprefix("\ufeff")
             if text:
                 yield Document(file.name, text, file.size)
+            else:
+                tally.empty_documents += 1
 
 
 @dataclass(frozen=True)
@@ -91,35 +78,39 @@ class RecordsUnit:
 
     @property
     def num_bytes(self) -> int:
-        return self.stop - self.start
+        return self.file.size if self.file.codec is not None else self.stop - self.start
 
-    def documents(self) -> Iterator[Document]:
-        for offset, record in self._records():
+    def documents(self, tally: Tally) -> Iterator[Document]:
+        for offset, record in self._records(tally):
             if not record.strip():
                 continue
             try:
-                text = record.decode("utf-8", self.encoding_errors)
+                text = decode(record, self.encoding_errors, tally)
             except UnicodeDecodeError as error:
                 raise not_utf8(self.file, offset + error.start) from None
             if offset == 0:
                 text = text.removeprefix("\ufeff")
-            text = self._text_of(text, self.text_key, offset) if self.text_key is not None else text.strip("\r\n")
+            text = text.strip("\r\n") if self.text_key is None else self._text_of(text, self.text_key, offset, tally)
             if text:
                 yield Document(f"{self.file.name}\0{offset}", text, len(record))
+            else:
+                tally.empty_documents += 1
 
-    def _records(self) -> Iterator[tuple[int, bytes]]:
+    def _records(self, tally: Tally) -> Iterator[tuple[int, bytes]]:
         """Byte offset and content of each record. The last one may reach beyond `stop`."""
         width = len(self.separator)
         base = max(0, self.start - width)  # offset of buffer[0]; a separator may end right at `start`
         record_start = 0 if self.start == 0 else None
         buffer, search_from = bytearray(), 0
-        with open_checked(self.file) as stream:
-            stream.seek(base)
+        with open_text(self.file) as stream:
+            if base:
+                stream.seek(base)
             while True:
                 found = buffer.find(self.separator, search_from)
                 if found >= 0:
                     if record_start is not None:
-                        yield record_start, bytes(buffer[record_start - base : found])
+                        tally.separators += self.text_key is None
+                        yield record_start, self._checked(buffer[record_start - base : found])
                     search_from = found + width
                     record_start = base + search_from
                     if record_start >= self.stop:
@@ -136,43 +127,31 @@ class RecordsUnit:
                 if not block:
                     break
                 buffer += block
+                check_document(self.file, len(buffer) - BLOCK_BYTES)
         if record_start is not None and buffer:
-            yield record_start, bytes(buffer)
+            yield record_start, self._checked(buffer)
 
-    def _text_of(self, record: str, text_key: str, offset: int) -> str:
-        try:
-            value = json.loads(record)
-        except json.JSONDecodeError as error:
-            raise self._bad_line(offset, f"is not JSON ({error.msg})", "mend or remove the line") from None
-        if not isinstance(value, dict):
-            raise self._bad_line(offset, f"must be a JSON object, not {_json_type(value)}", "mend the line")
-        if text_key not in value:
-            keys = ", ".join(map(str, value)) or "none"
-            raise self._bad_line(
-                offset,
-                f"has no key data.text_key={text_key!r}; its keys are: {keys}",
-                "set data.text_key (--text-key) to the one that holds the text",
+    def _checked(self, record: bytearray) -> bytes:
+        """`record`, which must not hold separators with the line ends of Windows: they would be taken for text."""
+        windows = self.separator.replace(b"\n", b"\r\n")
+        if self.text_key is None and self.separator not in windows and windows in record:
+            shown = windows.decode().replace("\r", "\\r").replace("\n", "\\n").replace("\t", "\\t")
+            raise DataError(
+                "data.separator",
+                shown.replace("\\r", ""),
+                f"must be what separates documents, and {self.file.path} has lines that end with CR LF (\\r\\n)",
+                f"set data.separator='{shown}' (--separator '{shown}'), or convert the file's line ends",
             )
-        text = value[text_key]
-        if not isinstance(text, str):
-            raise self._bad_line(
-                offset,
-                f"must hold a string under data.text_key={text_key!r}, not {_json_type(text)}",
-                "mend the line, or set data.text_key (--text-key) to the key that holds the text",
-            )
-        if "\\u" in record:  # only an escape can smuggle in half of a surrogate pair
-            try:
-                text = text.encode("utf-8", self.encoding_errors).decode("utf-8")
-            except UnicodeEncodeError:
-                raise self._bad_line(
-                    offset,
-                    "escapes half of a surrogate pair, which no UTF-8 text can hold",
-                    "mend the line, or set data.encoding_errors=replace (--encoding-errors replace)",
-                ) from None
-        return text
+        return bytes(record)
+
+    def _text_of(self, record: str, text_key: str, offset: int, tally: Tally) -> str:
+        def refused(rule: str, fix: str) -> DataError:
+            return self._bad_line(offset, rule, fix)
+
+        return text_of_row(parse_row(record, refused), text_key, self.encoding_errors, tally, refused)
 
     def _bad_line(self, offset: int, rule: str, fix: str) -> DataError:
-        with open_checked(self.file) as stream:
+        with open_text(self.file) as stream:
             line, left = 1, offset
             while left and (block := stream.read(min(left, BLOCK_BYTES))):
                 line += block.count(b"\n")
@@ -180,52 +159,22 @@ class RecordsUnit:
         return DataError("data.path", f"{self.file.path}:{line}", rule, fix)
 
 
-@dataclass(frozen=True)
-class ParquetUnit:
-    """Row groups [first_row_group, stop_row_group) of a Parquet file; a document a row of `column`."""
-
-    file: SourceFile
-    first_row_group: int
-    stop_row_group: int
-    first_row: int
-    num_rows: int
-    num_bytes: int
-    """Of the column, uncompressed, as the file's footer says."""
-    column: str
-    encoding_errors: str
-
-    def documents(self) -> Iterator[Document]:
-        row, row_bytes = self.first_row, max(1, self.num_bytes // max(1, self.num_rows))
-        for batch in self._batches(max(1, min(1024, PARQUET_BATCH_BYTES // row_bytes))):
-            for data in _as_binary(batch.column(0)).to_pylist():
-                if data is None:
-                    raise self._bad_row(row, "is null", "filter out the rows without text")
-                try:
-                    text = data.decode("utf-8", self.encoding_errors)
-                except UnicodeDecodeError as error:
-                    raise self._bad_row(row, f"is not UTF-8 at its byte {error.start}", REPLACE_FIX) from None
-                if text:
-                    yield Document(f"{self.file.name}\0{row}", text, len(data))
-                row += 1
-
-    def _batches(self, num_rows: int) -> Iterator[pa.RecordBatch]:
-        row_groups = list(range(self.first_row_group, self.stop_row_group))
-        with open_parquet(self.file) as parquet:
-            yield from parquet.iter_batches(num_rows, row_groups, [self.column], use_threads=False)
-
-    def _bad_row(self, row: int, rule: str, fix: str) -> DataError:
-        rule = f"row {row} of column {self.column!r} {rule}"
-        return DataError("data.path", self.file.path, rule, fix)
+Unit = FilesUnit | RecordsUnit | ArrayUnit | ParquetUnit
 
 
-Unit = FilesUnit | RecordsUnit | ParquetUnit
+def unit_files(unit: Unit) -> tuple[SourceFile, ...]:
+    return unit.files if isinstance(unit, FilesUnit) else (unit.file,)
 
 
 def unit_identity(unit: Unit) -> dict[str, Any]:
-    """`unit` as plain JSON, without the place where the files lie."""
+    """`unit` as plain JSON, which another file never has: names, sizes and times can be made equal, but not all of it.
+
+    Of files without a time it leaves out where they lie: there the source's settings tell their content.
+    """
     fields: dict[str, Any] = {"kind": type(unit).__name__, **asdict(unit)}
     for file in [fields["file"]] if "file" in fields else fields["files"]:
-        del file["path"]
+        if file["mtime_ns"] == 0:
+            del file["path"]
     if "separator" in fields:
         fields["separator"] = fields["separator"].hex()
     return fields
@@ -235,73 +184,3 @@ def split_position(identity: str) -> float:
     """A number in [0, 1) from `identity` alone: below `validation_fraction` a document is for validation."""
     digest = blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / (1 << 53)
-
-
-@contextmanager
-def open_checked(file: SourceFile) -> Iterator[BinaryIO]:
-    """`file` for reading. Raises DataError if it cannot be read, or is not as it was when it was listed."""
-    try:
-        with Path(file.path).open("rb") as stream:
-            stat = os.fstat(stream.fileno())
-            if stat.st_size != file.size or file.mtime_ns not in (0, stat.st_mtime_ns):
-                raise DataError(
-                    "data.path",
-                    file.path,
-                    "must not change while it is prepared",
-                    "run the command again when nothing writes to it any more",
-                )
-            yield stream
-    except OSError as error:
-        raise unreadable(file.path, error) from None
-
-
-@contextmanager
-def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
-    """The Parquet `file`. Damage, found now or while the body reads, is a DataError that names it."""
-    with open_checked(file) as stream:
-        try:
-            with pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as parquet:
-                yield parquet
-        except (pa.ArrowException, OSError) as error:
-            first_line = str(error).partition("\n")[0]
-            raise DataError(
-                "data.path",
-                file.path,
-                f"is not a sound Parquet file ({first_line})",
-                "write or download it again, or leave it out with data.glob (--glob)",
-            ) from None
-
-
-def unreadable(path: str | Path, error: OSError) -> DataError:
-    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        return DataError("data.path", path, f"must exist ({error.strerror})", "check the path")
-    if isinstance(error, PermissionError):
-        return DataError(
-            "data.path",
-            path,
-            f"must be readable ({error.strerror})",
-            f"give this user read access, e.g. chmod -R u+rX {path}",
-        )
-    return DataError("data.path", path, f"cannot be read ({error.strerror or error})", "check the disk and the path")
-
-
-def not_utf8(file: SourceFile, byte_offset: int) -> DataError:
-    return DataError("data.path", file.path, f"must be UTF-8 text, and is not at byte {byte_offset}", REPLACE_FIX)
-
-
-def _as_binary(column: pa.Array) -> pa.Array:
-    """Strings as bytes: `to_pylist` of strings fails on what is not UTF-8 without saying in which row."""
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    return column.cast(pa.large_string()).cast(pa.large_binary())
-
-
-def _json_type(value: object) -> str:
-    names: dict[type, str] = {
-        dict: "an object",
-        list: "an array",
-        str: "a string",
-        bool: "a boolean",
-        type(None): "null",
-    }
-    return names.get(type(value), "a number")

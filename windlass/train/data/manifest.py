@@ -17,7 +17,8 @@ Torch-free.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,18 @@ from typing import Any
 from windlass.errors import DataError
 from windlass.files import TEMPORARY_SUFFIX, atomic_file, sync_folder
 from windlass.text import command
+from windlass.train.data.tally import Tally
+from windlass.train.data.tokenizer import MAX_VOCAB_SIZE
+from windlass.untrusted import Malformed, convert, read_json
 
 FORMAT = "windlass-tokens"
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 MANIFEST, SETTINGS, UNITS, LOCK = "manifest.json", "settings.json", "units", ".lock"
 TOKENIZER_FILE = "tokenizer.json"
+TOKEN_BYTES = {"uint16": 2, "uint32": 4}
+SHA256 = re.compile("[0-9a-f]{64}")
+SHARD_FILE = re.compile(r"(train|validation)/\d{6,}\.arrow")
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,17 @@ class SplitInfo:
 
 
 @dataclass(frozen=True)
+class TokenizerInfo:
+    """As a manifest has it of the tokenizer; see `Manifest`."""
+
+    spec: str
+    name: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What is in a prepared folder.
 
@@ -68,6 +86,7 @@ class Manifest:
         train_entropy_nats: entropy of the training split's unigram frequencies, -sum f(t) ln f(t).
         fingerprint: hash over the tokenizer and the documents of both splits as they follow each other. Equal
             fingerprints mean equal token streams, also where the text was prepared on another machine.
+        tally: of what was read and left out. All zero in folders that older versions prepared.
     """
 
     tokenizer: dict[str, Any]
@@ -78,6 +97,7 @@ class Manifest:
     unigram_entropy_nats: float
     train_entropy_nats: float
     fingerprint: str
+    tally: Tally = field(default_factory=Tally)
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -89,28 +109,60 @@ class Manifest:
         """The manifest of `folder`. Raises DataError if there is none, or none that this version reads."""
         data = _read_manifest(folder)
         try:
-            splits = {
-                name: SplitInfo(
-                    split["num_documents"],
-                    split["num_tokens"],
-                    [ShardInfo(**shard) for shard in split["shards"]],
-                )
-                for name, split in data.pop("splits").items()
-            }
-            return Manifest(splits=splits, **data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise _broken(folder, f"is incomplete ({error})") from None
+            manifest = convert(data, Manifest)
+            convert(manifest.tokenizer, TokenizerInfo, "tokenizer")
+            _check(manifest)
+        except Malformed as error:
+            raise _broken(folder, f"cannot be used: {error}") from None
+        return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raises Malformed if the numbers of a manifest contradict each other, or bounds of what is written."""
+
+    def require(holds: bool, rule: str) -> None:
+        if not holds:
+            raise Malformed(rule)
+
+    vocab_size, eos_id = manifest.tokenizer["vocab_size"], manifest.tokenizer["eos_id"]
+    require(manifest.dtype in TOKEN_BYTES, f"`dtype` is {manifest.dtype[:20]!r}, not {' or '.join(TOKEN_BYTES)}")
+    token_bytes = TOKEN_BYTES[manifest.dtype]
+    require(0 <= eos_id < vocab_size <= min(MAX_VOCAB_SIZE, 1 << 8 * token_bytes), "`tokenizer` has impossible ids")
+    require(0 <= manifest.max_token_id < vocab_size, "`max_token_id` is no id of the tokenizer")
+    require(manifest.splits.keys() == set(SPLITS), f"`splits` are not {' and '.join(SPLITS)}")
+    for name, split in manifest.splits.items():
+        for i, shard in enumerate(split.shards):
+            check_shard(shard, token_bytes, f"splits.{name}.shards[{i}]")
+        require(sum(shard.num_tokens for shard in split.shards) == split.num_tokens, f"`splits.{name}` does not add up")
+
+
+def check_shard(shard: ShardInfo, token_bytes: int, where: str) -> None:
+    """Raises Malformed if what is said of a shard is impossible."""
+    rules = {
+        "is no file of a split": SHARD_FILE.fullmatch(shard.file) is not None,
+        "has no checksums": all(map(SHA256.fullmatch, (shard.sha256, shard.tokens_sha256))),
+        "has a record batch without tokens": min(shard.batch_num_tokens, default=0) > 0,
+        "does not add up": sum(shard.batch_num_tokens) == shard.num_tokens,
+        # Each document has the token that ends it.
+        "has an impossible number of documents": 0 < shard.num_documents <= shard.num_tokens,
+        "has more tokens than bytes": shard.num_tokens * token_bytes <= shard.num_bytes,
+    }
+    for rule, holds in rules.items():
+        if not holds:
+            raise Malformed(f"`{where}` {rule}")
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
-        data = json.loads((folder / MANIFEST).read_bytes())
+        data = read_json(folder / MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise _no_manifest(folder) from None
     except OSError as error:
-        raise _broken(folder, f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise _broken(folder, f"is not JSON ({error})") from None
+        raise DataError(
+            "data.path", folder / MANIFEST, f"cannot be read ({error.strerror})", "mend that and start again"
+        ) from None
+    except Malformed as error:
+        raise _broken(folder, f"cannot be used: {error}") from None
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise DataError(
             "data.path",
@@ -122,7 +174,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise DataError(
             "data.path",
             folder,
-            f"has format version {data.get('format_version')}; this windlass reads version {FORMAT_VERSION}",
+            f"has format version {str(data.get('format_version'))[:20]}; this windlass reads version {FORMAT_VERSION}",
             "prepare the text again with this version of windlass",
         )
     return data

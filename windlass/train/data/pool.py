@@ -18,6 +18,10 @@ from windlass.train.data.worker import Advanced, Failed, Finished, Setup, Task
 
 WORKER_MAIN = "import sys; from windlass.train.data.worker import main; main(int(sys.argv[1]))"
 EXIT_TIMEOUT_S = 5.0
+WHY: dict[int, str] = {
+    signal.SIGKILL: ", as happens when memory runs out",
+    signal.SIGABRT: ", as happens when a tokenizer takes more memory than text of this size does",
+}
 
 
 def num_cores() -> int:
@@ -96,7 +100,7 @@ class WorkerPool:
         raise DataError(
             "data.num_workers",
             self._num_workers,
-            f"a worker process {how}" + (", as happens when memory runs out" if code == -signal.SIGKILL else ""),
+            f"a worker process {how}{WHY.get(-code, '')}",
             "run the same command again, with fewer data.num_workers (--num-workers): it goes on from there",
         )
 
@@ -123,4 +127,5 @@ def _send(connection: Connection, message: Setup | Task) -> None:
 def _environment() -> dict[str, str]:
     """The parent's, and its `sys.path`; one thread each, since each core has a process."""
     path = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)
-    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+    quiet = {"RUST_BACKTRACE": "0"}  # what the Rust of tokenizers panics with becomes one message
+    return {**os.environ, "PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", **quiet}

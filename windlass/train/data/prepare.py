@@ -23,7 +23,7 @@ from windlass.errors import ConfigError, DataError, require
 from windlass.files import TEMPORARY_SUFFIX, atomic_file, open_growing, refuse_links, sync_folder
 from windlass.text import printable
 from windlass.train.config import DataConfig, PreparedDataConfig, TokensDataConfig
-from windlass.train.data.documents import Unit, unit_identity
+from windlass.train.data.documents import RecordsUnit, Unit, unit_identity
 from windlass.train.data.manifest import (
     FORMAT_VERSION,
     LOCK,
@@ -35,6 +35,7 @@ from windlass.train.data.manifest import (
     Manifest,
     SplitInfo,
     remove_temporaries,
+    shard_file,
     unit_file,
     write_json,
 )
@@ -42,19 +43,23 @@ from windlass.train.data.pool import WorkerPool, num_cores
 from windlass.train.data.progress import ProgressReport
 from windlass.train.data.shard_writer import BATCH_TOKENS, UnitResult, space_errors, token_dtype
 from windlass.train.data.sources import Source, source_from_config
+from windlass.train.data.tally import Tally, left_out
 from windlass.train.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from windlass.train.data.worker import Advanced, Finished, Setup, Task
+from windlass.untrusted import Malformed, read_json
+
+RULES = 2
+"""The version of what becomes of text: a folder that was prepared by other rules is not taken for the same."""
 
 
 def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
     """The folder with the tokens of `cfg`, prepared now into the cache unless it is there already.
 
-    The cache knows text by the names, sizes and modification times of its files. Any number of processes may
-    call this
-    at the same time: one prepares, the others wait.
+    The cache knows text by the places, names, sizes, times and inodes of its files. Any number of processes may call
+    this at the same time: one prepares, the others wait.
 
     Args:
-        progress: report on stderr how far it is.
+        progress: report on stderr how far it is, and what was left out.
 
     Raises:
         ConfigError, DataError: as `prepare`; or `data=tokens` names a folder that is not a finished one.
@@ -64,7 +69,7 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
             fix = "set data.path=DIR, the folder given to `windlass data prepare --out`"
             raise ConfigError("data.path", cfg.path, "must name a prepared folder", fix)
         folder = Path(cfg.path).expanduser()
-        Manifest.load(folder)
+        _say_left_out(Manifest.load(folder), progress)
         return folder
     source = source_from_config(cfg)
     assert isinstance(cfg, PreparedDataConfig)  # or there would be no source
@@ -74,7 +79,7 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
     folder = _cache_dir(cfg.cache_dir) / f"{source.name}-{key}"
     if "path" in vars(cfg):
         refuse_inside(folder, [vars(cfg)["path"]], "data.cache_dir")
-    prepare(
+    manifest = prepare(
         source,
         tokenizer,
         folder,
@@ -83,7 +88,13 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
         progress=progress,
         key="data.cache_dir",
     )
+    _say_left_out(manifest, progress)
     return folder
+
+
+def _say_left_out(manifest: Manifest, progress: bool) -> None:
+    for clause in left_out(manifest.tally) if progress else ():
+        sys.stderr.write(f"windlass: warning: data: {clause}\n")
 
 
 def prepare(
@@ -150,6 +161,7 @@ def _settings(source: Source, tokenizer: Tokenizer, validation_fraction: float) 
     """All that determines the bytes of a prepared folder."""
     return {
         "format_version": FORMAT_VERSION,
+        "rules": RULES,
         "source": source.settings,
         "input_files": source.fingerprint,
         "tokenizer": tokenizer.fingerprint,
@@ -177,7 +189,7 @@ def _make_folder(folder: Path, key: str) -> None:
 def _refuse_foreign(folder: Path, settings: dict[str, Any], key: str) -> None:
     """Raise ConfigError unless `folder` is as good as empty, or is being prepared with these settings."""
     try:
-        found = json.loads((folder / SETTINGS).read_bytes())
+        found = read_json(folder / SETTINGS)
     except FileNotFoundError:
         names = sorted(p.name for p in folder.iterdir())
         foreign = [name for name in names if name != LOCK and not name.endswith(TEMPORARY_SUFFIX)]
@@ -185,8 +197,8 @@ def _refuse_foreign(folder: Path, settings: dict[str, Any], key: str) -> None:
             rule = f"must be empty or new; it holds {', '.join(foreign[:3])} ({len(foreign)} in all)"
             raise ConfigError(key, folder, rule, "choose another folder") from None
         return
-    except ValueError:
-        rule = f"its {SETTINGS} is not JSON, so was not written by windlass"
+    except Malformed as error:
+        rule = f"its {SETTINGS} was not written by windlass: {error}"
         raise ConfigError(key, folder, rule, "choose another folder") from None
     if found != settings:
         names = sorted(name for name in settings if not isinstance(found, dict) or found.get(name) != settings[name])
@@ -226,13 +238,14 @@ def _lay_out(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> No
     for name in (*SPLITS, UNITS):
         (folder / name).mkdir(exist_ok=True)
     if isinstance(tokenizer, HuggingFaceTokenizer):
-        with tokenizer.path.open("rb") as original, atomic_file(folder / TOKENIZER_FILE) as copy:
-            shutil.copyfileobj(original, copy)
+        with atomic_file(folder / TOKENIZER_FILE) as file:
+            file.write(tokenizer.content)
 
 
 def _tokenize(source: Source, setup: Setup, num_workers: int | None, progress: bool) -> None:
     tasks = [Task(i, unit, _unit_fingerprint(unit)) for i, unit in enumerate(source.units)]
-    left = [task for task in tasks if _load_result(setup.folder, task.index, task.fingerprint) is None]
+    vocab_size = setup.tokenizer.vocab_size
+    left = [task for task in tasks if _load_result(setup.folder, task.index, task.fingerprint, vocab_size) is None]
     if not left:
         return
     left_bytes = sum(task.unit.num_bytes for task in left)
@@ -256,31 +269,44 @@ def _unit_fingerprint(unit: Unit) -> str:
     return sha256(json.dumps(unit_identity(unit), sort_keys=True).encode()).hexdigest()
 
 
-def _load_result(folder: Path, index: int, fingerprint: str) -> UnitResult | None:
+def _load_result(folder: Path, index: int, fingerprint: str, vocab_size: int) -> UnitResult | None:
     """What the sidecar of a finished unit says. None if the unit is still to be done."""
     try:
-        result = UnitResult.from_json(json.loads((folder / unit_file(index)).read_bytes()))
-        sizes_agree = all((folder / s.file).stat().st_size == s.num_bytes for s in result.shards.values())
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        result = UnitResult.load(folder / unit_file(index), vocab_size)
+        are_whole = all(
+            shard.file == shard_file(split, index) and (folder / shard.file).stat().st_size == shard.num_bytes
+            for split, shard in result.shards.items()
+        )
+    except (FileNotFoundError, Malformed):
         return None
-    return result if sizes_agree and result.unit == fingerprint else None
+    return result if are_whole and result.unit == fingerprint else None
 
 
 def _finish(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict[str, Any]) -> Manifest:
     """Check the units, add them up, and write the manifest."""
     counts = {split: np.zeros(tokenizer.vocab_size, dtype=np.int64) for split in SPLITS}
     shards: dict[str, list] = {split: [] for split in SPLITS}
-    lowest, highest = 1.0, 0.0
+    lowest, highest, tally = 1.0, 0.0, Tally()
     for index, unit in enumerate(source.units):
-        result = _load_result(folder, index, _unit_fingerprint(unit))
+        result = _load_result(folder, index, _unit_fingerprint(unit), tokenizer.vocab_size)
         assert result is not None, f"unit {index} was just finished"
+        tally.add(result.tally)
         lowest, highest = min(lowest, result.lowest), max(highest, result.highest)
         for split, shard in result.shards.items():
             shards[split].append(shard)
             counts[split] += result.token_counts[split]
+    has_separator = any(isinstance(unit, RecordsUnit) and unit.text_key is None for unit in source.units)
+    if has_separator and not tally.separators:
+        _discard(folder)
+        raise DataError(
+            "data.separator",
+            source.settings["separator"],
+            "must be what separates documents, and occurs nowhere in the text",
+            "see what does (\\n, \\r and \\t in it stand for line ends and tabs), or leave it out",
+        )
     if not shards["train"] or not shards["validation"]:
         _discard(folder)
-        raise _empty_split(source, settings["validation_fraction"], bool(shards["train"]), lowest, highest)
+        raise _empty_split(source, settings["validation_fraction"], bool(shards["train"]), lowest, highest, tally)
     splits = {
         split: SplitInfo(sum(s.num_documents for s in infos), sum(s.num_tokens for s in infos), infos)
         for split, infos in shards.items()
@@ -300,6 +326,7 @@ def _finish(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict[s
         unigram_entropy_nats=unigram_cross_entropy(counts["train"], counts["validation"]),
         train_entropy_nats=entropy(counts["train"]),
         fingerprint=_stream_fingerprint(tokenizer, splits),
+        tally=tally,
     )
     for split in SPLITS:
         sync_folder(folder / split)
@@ -340,7 +367,16 @@ def _discard(folder: Path) -> None:
     (folder / SETTINGS).unlink()
 
 
-def _empty_split(source: Source, fraction: float, has_train: bool, lowest: float, highest: float) -> DataError:
+def _empty_split(
+    source: Source, fraction: float, has_train: bool, lowest: float, highest: float, tally: Tally
+) -> DataError:
+    if lowest > highest and tally.tokenless_documents:
+        return DataError(
+            "data.tokenizer",
+            source.name,
+            f"makes no token of any of the {tally.tokenless_documents:,} documents",
+            "give a tokenizer that knows this text, or data.tokenizer=bytes",
+        )
     if lowest > highest:
         return DataError("data", source.name, "has no text: all documents are empty", "give files with text")
     if lowest == highest:

@@ -17,12 +17,16 @@ import pyarrow as pa
 
 from windlass.errors import ConfigError, DataError
 from windlass.files import atomic_file
-from windlass.train.data.documents import Document, Unit, split_position
-from windlass.train.data.manifest import SPLITS, ShardInfo, shard_file, unit_file, write_json
-from windlass.train.data.tokenizer import Tokenizer
+from windlass.train.data.documents import Unit, split_position
+from windlass.train.data.manifest import SPLITS, ShardInfo, check_shard, shard_file, unit_file, write_json
+from windlass.train.data.source_files import Document
+from windlass.train.data.tally import Tally
+from windlass.train.data.tokenizer import MAX_VOCAB_SIZE, Tokenizer, encode_counting
+from windlass.untrusted import Malformed, convert, read_json
 
 BATCH_TOKENS = 1 << 20
 """Tokens a record batch, about: a batch is written when it has as many, and holds whole documents."""
+MAX_SIDECAR_BYTES = 64 * MAX_VOCAB_SIZE
 GROUP_CHARS = 1 << 20
 GROUP_DOCUMENTS = 1024
 OUT_OF_SPACE = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
@@ -36,6 +40,7 @@ class UnitResult:
         shards: by split; a split without documents has none.
         token_counts: by split, int64 [vocab_size].
         lowest, highest: of the documents' `split_position`, 1 and 0 where the unit has no documents.
+        tally: of what was read and left out.
     """
 
     unit: str
@@ -43,20 +48,32 @@ class UnitResult:
     token_counts: dict[str, np.ndarray]
     lowest: float
     highest: float
+    tally: Tally
 
-    def to_json(self) -> dict[str, Any]:
+    def save(self, path: Path) -> None:
         counts = {split: _pack(array) for split, array in self.token_counts.items()}
-        return {**asdict(self), "token_counts": counts}
+        write_json(path, {**asdict(self), "token_counts": counts})
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> UnitResult:
-        return UnitResult(
-            unit=data["unit"],
-            shards={split: ShardInfo(**shard) for split, shard in data["shards"].items()},
-            token_counts={split: _unpack(counts) for split, counts in data["token_counts"].items()},
-            lowest=data["lowest"],
-            highest=data["highest"],
-        )
+    def load(path: Path, vocab_size: int) -> UnitResult:
+        """What `save` wrote. Raises Malformed and OSError."""
+        stored = convert(read_json(path, MAX_SIDECAR_BYTES), _StoredResult)
+        counts = {split: _unpack(packed, vocab_size) for split, packed in stored.token_counts.items()}
+        if not counts.keys() == stored.shards.keys() <= set(SPLITS):
+            raise Malformed("its shards are not those of the splits")
+        for shard in stored.shards.values():
+            check_shard(shard, token_dtype(vocab_size).itemsize, "shards")
+        return UnitResult(stored.unit, stored.shards, counts, stored.lowest, stored.highest, stored.tally)
+
+
+@dataclass(frozen=True)
+class _StoredResult:
+    unit: str
+    shards: dict[str, ShardInfo]
+    token_counts: dict[str, str]
+    lowest: float
+    highest: float
+    tally: Tally
 
 
 def write_unit(
@@ -77,24 +94,29 @@ def write_unit(
         DataError: the input cannot be read, or the disk is full.
         ConfigError: the tokenizer returns ids that it must not.
     """
-    lowest, highest = 1.0, 0.0
+    lowest, highest, tally = 1.0, 0.0, Tally()
     with ExitStack() as stack:
         stack.enter_context(space_errors(folder))
         writers = {
             split: stack.enter_context(ShardWriter(folder, shard_file(split, unit_index), tokenizer))
             for split in SPLITS
         }
-        for group in _groups(unit.documents()):
-            for document, ids in zip(group, tokenizer.encode([d.text for d in group]), strict=True):
+        for group in _groups(unit.documents(tally)):
+            texts = [document.text for document in group]
+            tally.characters += sum(map(len, texts))
+            for document, ids in zip(group, encode_counting(tokenizer, texts, tally), strict=True):
+                if ids.size == 0:
+                    tally.tokenless_documents += 1
+                    continue
                 position = split_position(document.identity)
                 lowest, highest = min(lowest, position), max(highest, position)
                 writers["validation" if position < validation_fraction else "train"].add(ids)
             on_progress(sum(document.num_bytes for document in group))
         shards = {split: info for split, writer in writers.items() if (info := writer.finish()) is not None}
     counts = {split: writers[split].token_counts for split in shards}
-    result = UnitResult(unit_fingerprint, shards, counts, lowest, highest)
+    result = UnitResult(unit_fingerprint, shards, counts, lowest, highest, tally)
     with space_errors(folder):
-        write_json(folder / unit_file(unit_index), result.to_json())
+        result.save(folder / unit_file(unit_index))
     return result
 
 
@@ -249,5 +271,13 @@ def _pack(counts: np.ndarray) -> str:
     return base64.b64encode(zlib.compress(counts.astype("<i8").tobytes(), 6)).decode("ascii")
 
 
-def _unpack(packed: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(packed)), dtype="<i8").astype(np.int64)
+def _unpack(packed: str, vocab_size: int) -> np.ndarray:
+    num_bytes = 8 * vocab_size
+    try:
+        unpacker = zlib.decompressobj()
+        counts = unpacker.decompress(base64.b64decode(packed, validate=True), num_bytes)
+    except (ValueError, zlib.error) as error:
+        raise Malformed(f"its token counts cannot be unpacked: {error}") from None
+    if len(counts) != num_bytes or not unpacker.eof:
+        raise Malformed(f"its token counts are not {vocab_size} numbers")
+    return np.frombuffer(counts, dtype="<i8").astype(np.int64)

@@ -109,7 +109,7 @@ class TokenDataset:
         _check_size(self.folder, shard)
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.folder / shard.file)))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, ValueError, MemoryError) as error:
             raise _damaged(self.folder / shard.file, str(error)) from None
         if reader.num_record_batches != len(shard.batch_num_tokens):
             raise _damaged(self.folder / shard.file, "its number of record batches is not that of the manifest")
@@ -120,14 +120,29 @@ class TokenDataset:
         index = int(np.searchsorted(self._shard_first_batch, batch, side="right")) - 1
         shard, local = self._shards[index], batch - int(self._shard_first_batch[index])
         try:
-            column = self._readers(index).get_batch(local).column(0)
+            record_batch = self._readers(index).get_batch(local)
+            record_batch.validate(full=True)  # offsets, and lengths of buffers; tokens are not read for it
+            column = record_batch.column(0)
             values = column.values.to_numpy(zero_copy_only=True)
             offsets = column.offsets.to_numpy(zero_copy_only=True)
-        except (pa.ArrowException, AttributeError) as error:
+        except (pa.ArrowException, AttributeError, IndexError, ValueError, MemoryError, OSError) as error:
             raise _damaged(self.folder / shard.file, str(error)) from None
-        if len(values) != shard.batch_num_tokens[local] or values.dtype != self.dtype:
+        is_whole = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(values)
+        if not is_whole or len(values) != shard.batch_num_tokens[local] or values.dtype != self.dtype:
             raise _damaged(self.folder / shard.file, f"record batch {local} is not as the manifest says")
         return values, offsets[:-1]
+
+    def check_ids(self, start: int, length: int) -> None:
+        """Raises DataError, with the shard, if a token of [start, start + length) is above `max_token_id`."""
+        batch = int(np.searchsorted(self._batch_stops, start, side="right"))
+        last = int(np.searchsorted(self._batch_stops, start + length - 1, side="right"))
+        for number in range(batch, last + 1):
+            values, _ = self._batches(number)
+            if (highest := int(values.max())) > self.max_token_id:
+                shard = self._shards[int(np.searchsorted(self._shard_first_batch, number, side="right")) - 1]
+                raise _damaged(
+                    self.folder / shard.file, f"it has the token {highest}, and its largest was {self.max_token_id}"
+                )
 
 
 class _Cache(Generic[K, V]):

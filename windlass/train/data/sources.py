@@ -11,14 +11,13 @@ import os
 import platform
 import re
 import stat
+import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-
-import pyarrow as pa
 
 from windlass.errors import ConfigError, DataError
 from windlass.train.config import (
@@ -28,25 +27,28 @@ from windlass.train.config import (
     StdlibDataConfig,
     TextDataConfig,
 )
-from windlass.train.data.documents import (
-    SKIP,
-    FilesUnit,
-    ParquetUnit,
-    RecordsUnit,
+from windlass.train.data.documents import SKIP, FilesUnit, RecordsUnit, Unit, unit_identity
+from windlass.train.data.json_rows import ArrayUnit, looks_like
+from windlass.train.data.parquet import cut_parquet
+from windlass.train.data.source_files import (
+    CODECS,
+    OTHER_ARCHIVES,
+    OTHER_TABLES,
+    PARQUET_SUFFIXES,
     SourceFile,
-    Unit,
-    open_parquet,
-    unit_identity,
     unreadable,
 )
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIXES = (".parquet", ".pq")
+JSON_SUFFIX = ".json"
 STDLIB_EXCLUDED = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 """Installed packages are not the standard library, and distributions differ in which tests they ship."""
 MIN_UNIT_BYTES = 1 << 20
 MAX_UNIT_BYTES = 256 << 20
 UNITS_AIMED_AT = 64
+LINK_LEVELS = 2
+"""A symbolic link in a folder may lead to files below the folder so many levels above it: as those of the cache of
+Hugging Face do, and not into the home or the system of whoever unpacked what a stranger has packed."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,15 @@ class Source:
     name: str
     settings: dict[str, str]
     units: tuple[Unit, ...]
+    formats: tuple[tuple[str, int], ...] = ()
+    """How many files are read in which way, where names leave it open."""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash over names, sizes and modification times of the files and over how they are read."""
+        """Hash over places, names, sizes, times and inodes of the files and over how they are read.
+
+        The content is not read for it: two files that differ and have all of these in common are not met by accident.
+        """
         digest = sha256(json.dumps(self.settings, sort_keys=True).encode())
         for unit in self.units:
             digest.update(json.dumps(unit_identity(unit), sort_keys=True).encode())
@@ -86,6 +93,8 @@ def source_from_config(cfg: DataConfig) -> Source:
             text_key=cfg.text_key,
             encoding_errors=cfg.encoding_errors.value,
             separator=cfg.separator,
+            format=cfg.format.value,
+            follow_links=cfg.follow_links,
         )
     if isinstance(cfg, ParquetDataConfig):
         return parquet_source(
@@ -93,6 +102,7 @@ def source_from_config(cfg: DataConfig) -> Source:
             glob=cfg.glob,
             text_key=cfg.text_key,
             encoding_errors=cfg.encoding_errors.value,
+            follow_links=cfg.follow_links,
         )
     kind = "PreparedDataConfig" if isinstance(cfg, PreparedDataConfig) else "DataConfig"
     raise ConfigError("data", cfg.name, f"a plain {kind} has no source", "use data=stdlib, text or parquet")
@@ -117,7 +127,14 @@ def stdlib_source() -> Source:
             "use data=text data.path=FOLDER",
         )
     files.sort(key=lambda file: file.name)
-    settings = {"source": "stdlib", "python": platform.python_version()}
+    content = sha256()
+    for file in files:
+        content.update(f"{file.name}\0{file.size}\0".encode())
+        try:
+            content.update(Path(file.path).read_bytes())
+        except OSError as error:
+            raise unreadable(file.path, error) from None
+    settings = {"source": "stdlib", "python": platform.python_version(), "content": content.hexdigest()}
     return Source("stdlib", settings, tuple(_cut_files(files, SKIP, _unit_bytes(files))))
 
 
@@ -128,44 +145,79 @@ def text_source(
     text_key: str = "text",
     encoding_errors: str = "strict",
     separator: str | None = None,
-    jsonl: bool | None = None,
+    format: str = "auto",
+    follow_links: bool = False,
 ) -> Source:
-    """Text and JSON Lines files.
+    """Text and JSON files, which may be packed with gzip or zstd.
 
     Args:
         inputs: files, and folders of which the files that match `glob` are taken. Hidden ones are not.
-        text_key: the field of a JSON line that holds the text.
+        text_key: the field of a JSON row that holds the text.
         encoding_errors: `strict`, `replace` or `ignore`, for bytes that are not UTF-8.
-        separator: what ends a document inside a text file; None: a file is one document. In it `\\n` and
-            `\\t` are a line feed and a tab.
-        jsonl: whether the files are JSON Lines; None: those named .jsonl or .ndjson.
+        separator: what ends a document inside a text file; None: a file is one document. In it `\\n`, `\\r` and
+            `\\t` are a line feed, a carriage return and a tab.
+        format: `text`; `jsonl`, a row a line; `json`, an array of rows; `auto`: by the name of each file, and of those
+            named .json by how they begin.
+        follow_links: see `list_files`.
+
+    Raises:
+        DataError: as `list_files`; or a file is of a kind that is not read.
     """
-    files = list_files(inputs, glob)
+    files = list_files(inputs, glob, follow_links)
     target = _unit_bytes(files)
     if separator is not None:
-        separator = separator.replace("\\n", "\n").replace("\\t", "\t")
+        separator = separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
     settings = {
         "source": "text",
         "text_key": text_key,
         "encoding_errors": encoding_errors,
         "separator": repr(separator),
-        "jsonl": str(jsonl),
+        "format": format,
     }
     units: list[Unit] = []
     whole: list[SourceFile] = []
+    formats: dict[str, int] = {}
     for file in files:
-        is_jsonl = file.name.lower().endswith(JSONL_SUFFIXES) if jsonl is None else jsonl
-        if not is_jsonl and not separator:
+        kind = _format_of(file) if format == "auto" else format
+        if file.unpacked_name.endswith(JSON_SUFFIX):
+            formats[kind] = formats.get(kind, 0) + 1
+        if kind == "text" and not separator:
             whole.append(file)
             continue
         units.extend(_cut_files(whole, encoding_errors, target))
         whole.clear()
-        if is_jsonl:
+        if kind == "json":
+            units.append(ArrayUnit(file, text_key, encoding_errors))
+        elif kind == "jsonl":
             units.extend(_cut_records(file, b"\n", text_key, encoding_errors, target))
         elif separator:
             units.extend(_cut_records(file, separator.encode("utf-8"), None, encoding_errors, target))
     units.extend(_cut_files(whole, encoding_errors, target))
-    return Source("text", settings, tuple(units))
+    return Source("text", settings, tuple(units), tuple(sorted(formats.items())))
+
+
+def _format_of(file: SourceFile) -> str:
+    """`text`, `jsonl` or `json`. Raises DataError for a file whose name says that it is something else."""
+    name = file.unpacked_name
+    if name.endswith(JSONL_SUFFIXES):
+        return "jsonl"
+    if name.endswith(JSON_SUFFIX):
+        return looks_like(file)
+    if name.endswith(OTHER_ARCHIVES):
+        raise DataError(
+            "data.path",
+            file.path,
+            f"is a compressed file or an archive, of which only {' and '.join(CODECS)} are read",
+            "unpack it, or leave it out with data.glob (--glob)",
+        )
+    if name.endswith((*PARQUET_SUFFIXES, *OTHER_TABLES)):
+        raise DataError(
+            "data.path",
+            file.path,
+            "is a table and no text",
+            "read Parquet with data=parquet (--format parquet), or leave it out with data.glob (--glob)",
+        )
+    return "text"
 
 
 def parquet_source(
@@ -174,22 +226,27 @@ def parquet_source(
     glob: str = "**/*.parquet",
     text_key: str = "text",
     encoding_errors: str = "strict",
+    follow_links: bool = False,
 ) -> Source:
     """Parquet files; a document a row of the string column `text_key`. Reads the footer of every file."""
-    files = list_files(inputs, glob)
+    files = list_files(inputs, glob, follow_links)
     target = _unit_bytes(files)
-    units = [unit for file in files for unit in _cut_parquet(file, text_key, encoding_errors, target)]
+    units = [unit for file in files for unit in cut_parquet(file, text_key, encoding_errors, target)]
     if not units:
         raise DataError("data.path", inputs[0], f"its {len(files)} Parquet files have no rows", "give files with rows")
     settings = {"source": "parquet", "text_key": text_key, "encoding_errors": encoding_errors}
     return Source("parquet", settings, tuple(units))
 
 
-def list_files(inputs: Sequence[str | Path], glob: str) -> list[SourceFile]:
+def list_files(inputs: Sequence[str | Path], glob: str, follow_links: bool = False) -> list[SourceFile]:
     """The non-empty files among `inputs`, input by input and then by name.
 
+    Args:
+        follow_links: take files that symbolic links in a folder lead to, wherever they are. Otherwise a link must be
+            relative and lead to near the folder: see `LINK_LEVELS`.
+
     Raises:
-        DataError: an input is missing or not readable, or has no matching or only empty files.
+        DataError: an input is missing or not readable, or has no matching or only empty files; or a link leads away.
         ConfigError: a file is reached twice.
     """
     files: list[SourceFile] = []
@@ -199,7 +256,9 @@ def list_files(inputs: Sequence[str | Path], glob: str) -> list[SourceFile]:
             is_folder = stat.S_ISDIR(path.stat().st_mode)
         except OSError as error:
             raise unreadable(given, error) from None
-        found = _matching(path, glob) if is_folder else [_stat(path, path.name)[0]]
+        found = _matching(path, glob) if is_folder else [_regular(path, given)]
+        if is_folder and not follow_links:
+            _refuse_links_away(path, found)
         if not found:
             raise DataError(
                 "data.path",
@@ -208,7 +267,7 @@ def list_files(inputs: Sequence[str | Path], glob: str) -> list[SourceFile]:
                 "check the path and data.glob (--glob)",
             )
         prefix = f"{path.name}/" if len(inputs) > 1 and is_folder else ""
-        files += [SourceFile(f.path, prefix + f.name, f.size, f.mtime_ns) for f in found]
+        files += [replace(file, name=prefix + file.name) for file in found]
     _refuse_doubles(files)
     if not any(file.size for file in files):
         raise DataError(
@@ -253,7 +312,34 @@ def _stat(path: Path, name: str) -> tuple[SourceFile, bool]:
         status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from None
-    return SourceFile(str(path), name, status.st_size, status.st_mtime_ns), stat.S_ISREG(status.st_mode)
+    file = SourceFile(str(path), name, status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
+    return file, stat.S_ISREG(status.st_mode)
+
+
+def _regular(path: Path, given: str | Path) -> SourceFile:
+    file, is_regular = _stat(path, path.name)
+    if not is_regular:
+        raise DataError("data.path", given, "is neither a file nor a folder", "give a file or a folder of files")
+    return file
+
+
+def _refuse_links_away(folder: Path, files: Iterable[SourceFile]) -> None:
+    """Raises DataError for a symbolic link that is absolute or leads further away than `LINK_LEVELS`."""
+    near = folder.resolve()
+    for _ in range(LINK_LEVELS):
+        near = near.parent
+    for file in files:
+        path = Path(file.path)
+        if not path.is_symlink():
+            continue
+        target = path.readlink()
+        if target.is_absolute() or not path.resolve().is_relative_to(near):
+            raise DataError(
+                "data.path",
+                file.path,
+                f"is a symbolic link that leads away from its folder, to {target}",
+                "set data.follow_links=true (--follow-links) if you trust all links there, or give the file itself",
+            )
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:
@@ -313,44 +399,9 @@ def _cut_records(
     # Where a separator can overlap itself ("\n\n" in "\n\n\n"), its places depend on where the search began:
     # no cuts.
     overlaps = any(separator[:i] == separator[-i:] for i in range(1, len(separator)))
+    if file.codec is not None:  # how long it is unpacked is not known, and no place in it is reached without the rest
+        yield RecordsUnit(file, 0, sys.maxsize, separator, text_key, encoding_errors)
+        return
     step = file.size if overlaps else target
     for start in range(0, file.size, step):
         yield RecordsUnit(file, start, min(start + step, file.size), separator, text_key, encoding_errors)
-
-
-def _cut_parquet(file: SourceFile, column: str, encoding_errors: str, target: int) -> Iterator[ParquetUnit]:
-    with open_parquet(file) as parquet:
-        schema, metadata = parquet.schema_arrow, parquet.metadata
-    if column not in schema.names:
-        raise DataError(
-            "data.text_key",
-            column,
-            f"must be a column of {file.path}, which has: {', '.join(schema.names)}",
-            "set data.text_key (--text-key) to the column that holds the text",
-        )
-    if not _is_string(schema.field(column).type):
-        strings = [field.name for field in schema if _is_string(field.type)]
-        raise DataError(
-            "data.text_key",
-            column,
-            f"must be a string column of {file.path}, not {schema.field(column).type}",
-            f"set data.text_key (--text-key) to a string column, of: {', '.join(strings) or 'it has none'}",
-        )
-    first_group = first_row = row = size = 0
-    for group in range(metadata.num_row_groups):
-        row_group = metadata.row_group(group)
-        chunks = (row_group.column(i) for i in range(row_group.num_columns))
-        size += sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-        row += row_group.num_rows
-        if size >= target or group + 1 == metadata.num_row_groups:
-            if row > first_row:
-                yield ParquetUnit(
-                    file, first_group, group + 1, first_row, row - first_row, size, column, encoding_errors
-                )
-            first_group, first_row, size = group + 1, row, 0
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)

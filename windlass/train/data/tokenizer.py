@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, require
+from windlass.train.data.tally import Tally
+from windlass.untrusted import Malformed, parse_json, read_bytes
 
 EOS_TOKENS = (
     "</s>",
@@ -24,6 +28,10 @@ EOS_TOKENS = (
     "[SEP]",
 )
 """The names under which tokenizers keep their end-of-document token, the most telling first."""
+MAX_FILE_BYTES = 128 << 20
+"""Of a tokenizer.json: those of a quarter of a million tokens have 35 MB."""
+MAX_VOCAB_SIZE = 1 << 22
+"""Tokens are counted by id, so a single large one would take the memory of all below it."""
 
 
 @runtime_checkable
@@ -83,36 +91,62 @@ class HuggingFaceTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library (the extra `windlass[hf]`).
 
     No special tokens are added, none are recognised inside the text (a document that mentions `</s>` does not
-    end there), and the truncation and padding that the file may ask for are off.
+    end there), and the truncation and padding that the file may ask for are off. The file is read once: what it says
+    goes along to other processes, and into what is prepared, whatever becomes of the file.
+
+    Args:
+        content: what the file at `path` said; None reads it.
 
     Raises:
         ConfigError: the library or the file is missing, the file is malformed, or no token ends a document.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = _tokenizer_file(Path(path).expanduser())
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise ConfigError(
-                "data.tokenizer",
-                path,
-                f"cannot be read: {error.strerror}",
-                "set data.tokenizer=bytes or the path of a tokenizer.json",
-            ) from None
-        self._tokenizer = _parse(self.path, content)
+    def __init__(self, path: str | Path, content: bytes | None = None) -> None:
+        self.path = Path(path) if content is not None else _tokenizer_file(Path(path).expanduser())
+        self.content = _read(self.path) if content is None else content
+        self._tokenizer = _parse(self.path, self.content)
         vocab: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.eos_id = _find_eos(self.path, vocab)
+        self.eos_token = _find_eos(self.path, vocab)
+        self.eos_id = vocab[self.eos_token]
         self.vocab_size = max(vocab.values()) + 1  # ids may have gaps, so not the number of tokens
+        require(
+            self.vocab_size <= MAX_VOCAB_SIZE,
+            "data.tokenizer",
+            self.path,
+            f"must have ids below {MAX_VOCAB_SIZE:,}, and has one of {self.vocab_size - 1:,}",
+            "give its tokens ids without such gaps",
+        )
         self.name = f"huggingface:{self.path.parent.name}/{self.path.name}"
-        self.fingerprint = hashlib.sha256(content + f"eos={self.eos_id}".encode()).hexdigest()
+        self.fingerprint = fingerprint_of(self.content, self.eos_id)
+        model = _model_of(self.path, self.content)
+        self._unknown_id = _unknown_id(model, vocab)
+        self._marking = _marking_tokenizer(self.path, self.content, model, self.vocab_size)
 
-    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str]]:
-        return (HuggingFaceTokenizer, (str(self.path),))
+    def __reduce__(self) -> tuple[type[HuggingFaceTokenizer], tuple[str, bytes]]:
+        return (HuggingFaceTokenizer, (str(self.path), self.content))
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """One uint32 array [num_tokens] a text."""
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return self.encode_counting(texts, Tally())
+
+    def encode_counting(self, texts: list[str], tally: Tally) -> list[np.ndarray]:
+        """As `encode`. Adds to `tally` the characters that vanish, and the tokens that stand for unknown ones."""
+        if self._marking is None:
+            arrays = self._encode(self._tokenizer, texts)
+        else:
+            arrays = self._encode(self._marking, texts)
+            for i, ids in enumerate(arrays):
+                if num_dropped := int(np.count_nonzero(ids == self.vocab_size)):
+                    tally.dropped_characters += num_dropped
+                    # What is on either side of a mark merges where there is none.
+                    (arrays[i],) = self._encode(self._tokenizer, [texts[i]])
+        if self._unknown_id is not None:
+            tally.unknown_tokens += sum(int(np.count_nonzero(ids == self._unknown_id)) for ids in arrays)
+        return arrays
+
+    def _encode(self, tokenizer: Any, texts: list[str]) -> list[np.ndarray]:
+        with _library_errors(self.path, "cannot make tokens of a text"):
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -123,6 +157,18 @@ class HuggingFaceTokenizer:
 def load_tokenizer(spec: str) -> ByteTokenizer | HuggingFaceTokenizer:
     """The tokenizer of `spec`: `bytes`, or the path of a `tokenizer.json` or of a folder that holds one."""
     return ByteTokenizer() if spec == "bytes" else HuggingFaceTokenizer(spec)
+
+
+def encode_counting(tokenizer: Tokenizer, texts: list[str], tally: Tally) -> list[np.ndarray]:
+    """`tokenizer.encode`, with what it loses added to `tally` if it tells."""
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.encode_counting(texts, tally)
+    return tokenizer.encode(texts)
+
+
+def fingerprint_of(content: bytes, eos_id: int) -> str:
+    """Of the tokenizer whose file has this content."""
+    return hashlib.sha256(content + f"eos={eos_id}".encode()).hexdigest()
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -137,6 +183,18 @@ def _tokenizer_file(path: Path) -> Path:
     return path.absolute()
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return read_bytes(path, MAX_FILE_BYTES)
+    except (OSError, Malformed) as error:
+        raise ConfigError(
+            "data.tokenizer",
+            path,
+            f"cannot be read: {getattr(error, 'strerror', None) or error}",
+            "set data.tokenizer=bytes or the path of a tokenizer.json",
+        ) from None
+
+
 def _parse(path: Path, content: bytes) -> Any:
     try:
         import tokenizers
@@ -147,25 +205,83 @@ def _parse(path: Path, content: bytes) -> Any:
             "needs the `tokenizers` library, which is not installed",
             'pip install "windlass[hf]", or set data.tokenizer=bytes',
         ) from None
-    try:
+    with _library_errors(path, "is not a Hugging Face tokenizer.json"):
         tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
-    except Exception as error:  # the library raises bare Exception for a malformed file
-        raise ConfigError(
-            "data.tokenizer",
-            path,
-            f"is not a Hugging Face tokenizer.json ({error})",
-            "export it with `tokenizer.save('tokenizer.json')`, or set data.tokenizer=bytes",
-        ) from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # i.e. as ordinary text
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # i.e. as ordinary text
     return tokenizer
 
 
-def _find_eos(path: Path, vocab: dict[str, int]) -> int:
+@contextmanager
+def _library_errors(path: Path, rule: str) -> Iterator[None]:
+    """Turns what the library raises, of which panics of its Rust are no `Exception`, into a ConfigError."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = (str(error) or type(error).__name__).partition("\n")[0]
+        raise ConfigError(
+            "data.tokenizer",
+            path,
+            f"{rule} ({said})",
+            "export a sound one with `tokenizer.save('tokenizer.json')`, or set data.tokenizer=bytes",
+        ) from None
+
+
+def _model_of(path: Path, content: bytes) -> dict[str, Any]:
+    """What a file that the library has parsed says of its model."""
+    try:
+        document = parse_json(content, MAX_FILE_BYTES)
+    except Malformed as error:
+        raise ConfigError("data.tokenizer", path, f"cannot be used: {error}", "set data.tokenizer=bytes") from None
+    model = document.get("model") if isinstance(document, dict) else None
+    return model if isinstance(model, dict) else {}
+
+
+def _unknown_id(model: dict[str, Any], vocab: dict[str, int]) -> int | None:
+    if model.get("unk_id") is not None:  # of Unigram
+        return model["unk_id"]
+    return vocab.get(model.get("unk_token") or "")
+
+
+def _marking_tokenizer(path: Path, content: bytes, model: dict[str, Any], mark: int) -> Any:
+    """The tokenizer with a token `mark` for each character that it would drop; None if it drops none.
+
+    Only a BPE model does: without a token for what is unknown it passes over characters that it has no token for.
+    """
+    vocab = model.get("vocab")
+    is_bpe = model.get("type", "BPE") == "BPE" and isinstance(vocab, dict) and "merges" in model
+    if not is_bpe or model.get("unk_token") is not None or _is_of_bytes(content, model):
+        return None
+    import tokenizers
+
+    token = "\0unknown"
+    while token in vocab:
+        token += "?"
+    marking = _parse(path, content)
+    with _library_errors(path, "is not a Hugging Face tokenizer.json"):
+        with_mark = tokenizers.models.BPE()
+        changes = {"vocab": {**vocab, token: mark}, "unk_token": token, "fuse_unk": False}
+        with_mark.__setstate__(json.dumps({**model, "type": "BPE", **changes}).encode())
+        marking.model = with_mark
+    return marking
+
+
+def _is_of_bytes(content: bytes, model: dict[str, Any]) -> bool:
+    """Whether the text is made letters for bytes beforehand, all of which the model has."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    makes_bytes = b'"ByteLevel"' in content
+    return makes_bytes and not affixes and all(letter in model["vocab"] for letter in ByteLevel.alphabet())
+
+
+def _find_eos(path: Path, vocab: dict[str, int]) -> str:
     for token in EOS_TOKENS:
         if token in vocab:
-            return vocab[token]
+            return token
     raise ConfigError(
         "data.tokenizer",
         path,

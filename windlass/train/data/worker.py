@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import queue
+import resource
 import threading
 import time
 import traceback
@@ -15,12 +16,17 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from windlass.errors import WindlassError
-from windlass.train.data.documents import Unit
+from windlass.errors import DataError, WindlassError
+from windlass.train.data.documents import Unit, unit_files
 from windlass.train.data.shard_writer import write_unit
+from windlass.train.data.source_files import max_document_bytes
 from windlass.train.data.tokenizer import Tokenizer
 
 PROGRESS_EVERY_S = 0.1
+FREE_BYTES = 2 << 30
+BYTES_A_TEXT_BYTE = 256
+"""A unit may take so much memory for each byte of its largest document, and `FREE_BYTES` more. Tokenizers keep 50 to
+200 bytes a byte; what is made to fill a machine (a normalizer that makes a megabyte of a letter) knows no bound."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,7 @@ def _run(task: Task, setup: Setup, connection: Connection) -> None:
             pending, reported_at = 0, now
 
     try:
+        _limit_memory(task.unit)
         write_unit(
             task.unit,
             task.index,
@@ -106,8 +113,31 @@ def _run(task: Task, setup: Setup, connection: Connection) -> None:
         )
     except WindlassError as error:
         connection.send(Failed(error, ""))
+    except MemoryError:
+        connection.send(Failed(_too_large(task.unit), ""))
     except Exception:  # anything else must reach the parent too, with its traceback
         connection.send(Failed(None, traceback.format_exc()))
     else:
         connection.send(Advanced(pending))
         connection.send(Finished(task.index))
+
+
+def _limit_memory(unit: Unit) -> None:
+    """Has an allocation beyond what text of this size takes fail, before the machine runs out of memory. Linux only."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return
+    in_use = int(statm.read_text().split()[0]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    largest = max(max_document_bytes(file) for file in unit_files(unit))
+    wanted = in_use + FREE_BYTES + BYTES_A_TEXT_BYTE * largest
+    resource.setrlimit(resource.RLIMIT_AS, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
+def _too_large(unit: Unit) -> DataError:
+    return DataError(
+        "data.path",
+        max(unit_files(unit), key=max_document_bytes).path,
+        "takes more memory to read and tokenise than text of its size does",
+        "leave it out with data.glob (--glob), or give another data.tokenizer (--tokenizer)",
+    )

@@ -133,3 +133,13 @@ def write_tokenizer(folder: Path, eos: str = "</s>") -> Path:
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+def write_lossy_tokenizer(folder: Path) -> Path:
+    """A byte-pair tokenizer.json of the letters a and b that passes over all others."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2, "</s>": 3}, [("a", "b")]))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    path = folder / "lossy.json"
+    tokenizer.save(str(path))
+    return path

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from windlass.train.data.documents import (
     unit_identity,
 )
 from windlass.train.data.sources import parquet_source
+from windlass.train.data.tally import Tally
 
 
 def source_file(path: Path) -> SourceFile:
@@ -36,7 +38,7 @@ def jsonl_unit(path: Path, content: bytes, errors: str = "strict") -> RecordsUni
 
 
 def texts(unit: documents_module.Unit) -> list[str]:
-    return [document.text for document in unit.documents()]
+    return [document.text for document in unit.documents(Tally())]
 
 
 def test_a_file_is_a_document_without_byte_order_mark(tmp_path: Path) -> None:
@@ -44,7 +46,7 @@ def test_a_file_is_a_document_without_byte_order_mark(tmp_path: Path) -> None:
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
     unit = FilesUnit(tuple(source_file(tmp_path / name) for name in contents), "strict")
-    documents = list(unit.documents())
+    documents = list(unit.documents(Tally()))
     assert [(d.identity, d.text) for d in documents] == [("a.txt", "anchor"), ("b.txt", "ünï\r\n")]
     assert unit.num_bytes == sum(map(len, contents.values()))
 
@@ -85,7 +87,7 @@ def test_any_cut_into_ranges_yields_every_record_once(
         found = [
             document
             for start, stop in pairwise(bounds)
-            for document in RecordsUnit(file, start, stop, separator.encode(), None, "strict").documents()
+            for document in RecordsUnit(file, start, stop, separator.encode(), None, "strict").documents(Tally())
         ]
     assert [document.text for document in found] == expected
     assert len({document.identity for document in found}) == len(found)
@@ -132,7 +134,7 @@ def test_parquet_rows_in_order_with_row_numbers(tmp_path: Path) -> None:
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"id": list(range(2500)), "text": pa.array(rows, kind)}), path, row_group_size=700)
         (unit,) = parquet_source([path]).units
-        found = list(unit.documents())
+        found = list(unit.documents(Tally()))
         assert [d.text for d in found] == [r for r in rows if r]
         assert found[0].identity == "a.parquet\x001"
 
@@ -195,7 +197,7 @@ def test_split_position_is_even_and_for_ever() -> None:
     assert split_position("os.py") == 0.038588363595147945, "another hash would move documents between the splits"
 
 
-def test_identity_of_a_unit_leaves_out_where_it_lies(tmp_path: Path) -> None:
+def test_identity_of_a_unit_tells_files_apart_that_have_a_time(tmp_path: Path) -> None:
     identities = []
     for folder in (tmp_path / "x", tmp_path / "y"):
         folder.mkdir()
@@ -203,9 +205,11 @@ def test_identity_of_a_unit_leaves_out_where_it_lies(tmp_path: Path) -> None:
         path.write_bytes(b"{}")
         os.utime(path, ns=(5, 5))
         unit = RecordsUnit(source_file(path), 0, 2, b"\n", "text", "strict")
-        identities.append(json.dumps(unit_identity(unit)))
-    assert identities[0] == identities[1]
-    assert str(tmp_path) not in identities[0]
+        timeless = RecordsUnit(replace(unit.file, mtime_ns=0), 0, 2, b"\n", "text", "strict")
+        identities.append([json.dumps(unit_identity(unit)), json.dumps(unit_identity(timeless))])
+    assert identities[0][0] != identities[1][0]
+    assert identities[0][1] == identities[1][1]
+    assert str(tmp_path) not in identities[0][1]
 
 
 MEMORY_SCRIPT = """
@@ -213,13 +217,14 @@ import re, sys
 from pathlib import Path
 from windlass.train.data.documents import ParquetUnit, RecordsUnit
 from windlass.train.data.sources import parquet_source, list_files
+from windlass.train.data.tally import Tally
 path = Path(sys.argv[1])
 if path.suffix == ".parquet":
     (unit,) = parquet_source([path]).units
 else:
     (file,) = list_files([path], "*")
     unit = RecordsUnit(file, 0, file.size, b"\\n", "text", "strict")
-count = sum(1 for _ in unit.documents())
+count = sum(1 for _ in unit.documents(Tally()))
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]
 print(count, int(peak) / 1024)
 """

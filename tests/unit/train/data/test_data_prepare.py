@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import math
@@ -10,18 +11,22 @@ import signal
 import subprocess
 import tempfile
 import time
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 from data_helpers import (
+    InProcessPool,
     folder_bytes,
     jsonl_source,
     prepare_in_process,
     run_python,
     start_python,
     without_privileges,
+    write_lossy_tokenizer,
     write_tokenizer,
 )
 
@@ -46,7 +51,8 @@ from windlass.train.data.prepare import (
 )
 from windlass.train.data.shards import TokenDataset
 from windlass.train.data.sources import Source, list_files, text_source
-from windlass.train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer
+from windlass.train.data.tally import Tally
+from windlass.train.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
 
 NUM_UNITS = 200
 PREPARE_SCRIPT = """
@@ -330,7 +336,7 @@ def test_folders_of_others_are_left_alone(tmp_path: Path) -> None:
         prepare_in_process(source, foreign)
     assert folder_bytes(foreign) == {"thesis.tex": b"years of work"}
     (foreign / "thesis.tex").rename(foreign / "settings.json")
-    with pytest.raises(ConfigError, match=r"its settings\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"its settings\.json was not written by windlass: it is not JSON"):
         prepare_in_process(source, foreign)
     with pytest.raises(ConfigError, match=r"cannot be made a folder"):
         prepare_in_process(source, foreign / "settings.json" / "out")
@@ -446,8 +452,88 @@ def test_prepared_folder_is_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Manifest.load(changed).fingerprint != Manifest.load(folder).fingerprint
 
 
+def test_files_that_differ_in_content_alone_share_no_cache(tmp_path: Path) -> None:
+    """Equal names, sizes and times, in two folders and in one after the other."""
+    folders = []
+    for name, text in (("a", "first"), ("b", "other"), ("a", "third")):
+        (tmp_path / name).mkdir(exist_ok=True)
+        for i in range(12):
+            (tmp_path / name / f"{i}.txt").write_text(f"{text} {i}")
+            os.utime(tmp_path / name / f"{i}.txt", ns=(7, 7))
+        cfg = TextDataConfig(path=str(tmp_path / name), cache_dir=str(tmp_path / "cache"), validation_fraction=0.3)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepare_module, "WorkerPool", InProcessPool)
+            folders.append(prepared_folder(cfg, progress=False))
+    assert len({TokenDataset(folder, "train").fingerprint for folder in folders}) == 3
+
+
+def test_what_becomes_of_text_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Characters that the tokenizer has no token for, documents of only such, and documents without text."""
+    tokenizer = HuggingFaceTokenizer(write_lossy_tokenizer(tmp_path))
+    texts = ["ab ba", "aéb", "你好", "", "   "] * 10
+    manifest = prepare_in_process(jsonl_source(tmp_path / "a.jsonl", texts), tmp_path / "out", tokenizer=tokenizer)
+    expected = Tally(
+        characters=130,
+        empty_documents=10,
+        tokenless_documents=20,
+        dropped_characters=30,  # the é, and 你 and 好
+    )
+    assert manifest.tally == Manifest.load(tmp_path / "out").tally == expected
+    for split in ("train", "validation"):
+        dataset = TokenDataset(tmp_path / "out", split)
+        tokens, _ = dataset.window(0, dataset.num_tokens)
+        assert (
+            tokens[0] != dataset.eos_id and not ((tokens[1:] == dataset.eos_id) & (tokens[:-1] == dataset.eos_id)).any()
+        )
+    assert sum(split.num_documents for split in manifest.splits.values()) == 20
+    prepared_folder(TokensDataConfig(path=str(tmp_path / "out")))
+    said = capsys.readouterr().err
+    assert "10 documents without text were left out" in said
+    assert "20 documents were left out: the tokenizer makes no token" in said
+    assert "30 of 130 characters were left out" in said
+
+
+def test_a_text_that_no_token_is_made_of(tmp_path: Path) -> None:
+    tokenizer = HuggingFaceTokenizer(write_lossy_tokenizer(tmp_path))
+    with pytest.raises(DataError, match=r"data\.tokenizer=text: makes no token of any of the 2 documents"):
+        prepare_in_process(jsonl_source(tmp_path / "a.jsonl", ["你", "好"]), tmp_path / "out", tokenizer=tokenizer)
+
+
+def test_a_separator_that_never_occurs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(9):
+        (tmp_path / "in" / f"{i}.txt").write_text(f"one paragraph {i}\n")
+    with pytest.raises(DataError, match=r"data\.separator='\\n\\n': must be what separates documents, and occurs now"):
+        prepare_in_process(text_source([tmp_path / "in"], separator="\\n\\n"), tmp_path / "out")
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+def test_a_sidecar_of_a_stranger_is_done_again(tmp_path: Path) -> None:
+    source = jsonl_source(tmp_path / "a.jsonl", [f"text {i}" for i in range(20)])
+    prepare_in_process(source, tmp_path / "out")
+    reference = folder_bytes(tmp_path / "out")
+    sidecar = tmp_path / "out" / "units" / "000000.json"
+    good = json.loads(sidecar.read_text())
+    bomb = base64.b64encode(zlib.compress(bytes(1 << 26), 9)).decode()
+    for change in (
+        "[" * 100_000,
+        good | {"lowest": "0"},
+        good | {"token_counts": {"train": bomb, "validation": bomb}},
+        good | {"shards": {"train": good["shards"]["train"] | {"file": "../../elsewhere"}}},
+        good | {"shards": {"train": good["shards"]["train"] | {"tokens_sha256": "zz"}}},
+    ):
+        (tmp_path / "out" / "manifest.json").unlink()
+        sidecar.write_text(change if isinstance(change, str) else json.dumps(change))
+        prepare_in_process(source, tmp_path / "out")
+        assert folder_bytes(tmp_path / "out") == reference
+
+
 def test_default_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "prepare", lambda source, tokenizer, folder, **kwargs: folders.append(folder))
+    def fake_prepare(source: Source, tokenizer: Tokenizer, folder: Path, **kwargs: object) -> SimpleNamespace:
+        folders.append(folder)
+        return SimpleNamespace(tally=Tally())
+
+    monkeypatch.setattr(prepare_module, "prepare", fake_prepare)
     folders: list[Path] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert prepared_folder(StdlibDataConfig()).parent == tmp_path / "windlass"
@@ -480,7 +566,12 @@ def test_manifest_of_another_format(tmp_path: Path, make_folder) -> None:
     for change, message in (
         ({"format": "tar"}, r"was not written by windlass"),
         ({"format_version": 9}, r"has format version 9; this windlass reads version 1"),
-        ({"splits": {"train": {}}}, r"manifest\.json: is incomplete"),
+        ({"splits": {"train": {}}}, r"manifest\.json: cannot be used: `splits\.train\.num_documents` is missing"),
+        ({"dtype": "float32"}, r"`dtype` is 'float32'"),
+        ({"tokenizer": good["tokenizer"] | {"vocab_size": 1 << 40}}, r"impossible ids"),
+        ({"tokenizer": good["tokenizer"] | {"eos_id": "7"}}, r"`tokenizer\.eos_id` is '7', not an integer"),
+        ({"splits": good["splits"] | {"test": good["splits"]["train"]}}, r"`splits` are not train and validation"),
+        ({"splits": good["splits"] | {"train": good["splits"]["train"] | {"num_tokens": 9}}}, r"does not add up"),
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(DataError, match=message):
