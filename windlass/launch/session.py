@@ -36,6 +36,7 @@ from windlass.train.config import ActivationCheckpoint
 from windlass.train.console import open_console
 from windlass.train.data.shards import TokenDataset
 from windlass.train.flops import model_flops_per_token
+from windlass.train.kept_tokenizer import keep, tokenizer_of
 from windlass.train.loop import train
 from windlass.train.metrics import Metrics
 from windlass.train.mock_step import mock_step
@@ -241,11 +242,13 @@ def _build_run(
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
     stack.callback(data.close)
     plain_config = to_plain(config)
+    tokenizer, content = mesh.agree(lambda: tokenizer_of(datasets[0]))
     checkpoint = build_checkpointer(
-        config, plain_config, mesh, parts.model, optimizer, scheduler, in_backward, data, state
+        config, plain_config, mesh, parts.model, optimizer, scheduler, in_backward, data, state, tokenizer
     )
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
+        mesh.agree(lambda: keep(checkpoint.store.storage, tokenizer, content) if mesh.rank == 0 else None)
         if in_backward is not None:
             in_backward.before_update = checkpoint.wait_staged
     peak_flops = total_peak_flops(config, mesh)

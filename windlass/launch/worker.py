@@ -26,10 +26,11 @@ from windlass.launch.torch_store import take_store_variables
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
+from windlass.train.data.outputs import refuse_outputs
 from windlass.train.data.prepare import prepared_folder
 from windlass.train.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
 from windlass.train.signals import StopRequest, late_requests_pass
-from windlass.train.state import choose_device
+from windlass.train.state import checkpoint_dir, choose_device
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
@@ -58,6 +59,7 @@ def _train(config: Config) -> int:
                 # cuBLAS has no deterministic mode without it, and reads it when it is first used.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             device = choose_device(config.train.device)
+            refuse_outputs(config.data, output_folders(config))
             # Before the ranks meet: preparing much text takes longer than any collective may wait.
             with stop.at_once("the text to be prepared"):
                 tokens = prepared_folder(config.data, progress=local_rank == 0)
@@ -84,6 +86,16 @@ def _meet(config: Config, device: torch.device, stop: StopRequest, connect: Call
         return config.parallel.build(device, connect)
     with stop.at_once(environment.describe()):
         return config.parallel.build(device, connect)
+
+
+def output_folders(config: Config) -> dict[str, Path | None]:
+    """Folders of this machine that a run writes into, by the keys that name them."""
+    run_dir, checkpoints = Path(config.run_dir), checkpoint_dir(config)
+    return {
+        "run_dir": run_dir,
+        "checkpoint.dir": checkpoints if isinstance(checkpoints, Path) else None,
+        "offload.dir": config.offload.folder(run_dir),
+    }
 
 
 def forked(config_file: str, environment: Mapping[str, str]) -> None:

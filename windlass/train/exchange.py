@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
+from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.exchange import dcp, huggingface
 from windlass.checkpoint.exchange.dcp_state import read_state, state_dict_layout
 from windlass.checkpoint.exchange.folder import PARTIAL, new_folder, require_room
@@ -24,23 +29,26 @@ from windlass.files import atomic_file
 from windlass.text import override
 from windlass.train.config import ModelConfig
 from windlass.train.data.progress import ProgressReport
-from windlass.train.data.tokenizer import ByteTokenizer, load_tokenizer
+from windlass.train.data.tokenizer import ByteTokenizer
 from windlass.train.huggingface import (
+    EMBEDDING,
+    GENERATION_CONFIG,
+    HEAD,
     ROTARY_BUFFER,
-    check_size,
     check_weights,
     from_huggingface,
     huggingface_name,
     overrides,
     to_huggingface,
-    weight_shapes,
+    tokenizer_config,
     windlass_name,
 )
+from windlass.train.kept_tokenizer import KEY, KeptTokenizer, kept_content, kept_tokenizer
 from windlass.train.state import TrainState
 from windlass.untrusted import Malformed, convert
 
 MODEL_PREFIX = "model."
-TOKENIZER = "tokenizer.json"
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 BEGINS_ANEW = "what a run needs and the folder has not (optimizer state, schedule, data cursor) begins anew with it"
 
 
@@ -80,22 +88,24 @@ def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_byt
             for name, entry in reader.manifest.tensors.items()
             if name.startswith(MODEL_PREFIX)
         }
-        found = {name: entry.shape for name, entry in stored.items()}
-        check_size(folder, model, found)
-        check_weights(folder, weight_shapes(model), found)
+        check_weights(folder, model, {name: entry.shape for name, entry in stored.items()})
         weights = [_weight(reader, name, entry, dtype) for name, entry in stored.items()]
-        tokenizer, eos_id, notes = _tokenizer(config)
+        tokenizer, content, notes = _tokenizer(reader.manifest, config, folder)
         stored_dtype = dtype or next(iter(stored.values())).dtype
         train = config.get("train")
         seq_len = train.get("seq_len") if isinstance(train, dict) else None
+        eos_id = None if tokenizer is None else tokenizer.eos_id
         document = to_huggingface(model, seq_len if isinstance(seq_len, int) else None, stored_dtype, eos_id)
         num_bytes = sum(weight.nbytes for weight in weights)
         require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
             huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
-        if tokenizer is not None:
-            with atomic_file(writing / TOKENIZER) as file:
-                file.write(tokenizer.read_bytes())
+        if eos_id is not None:
+            _write_file(writing / GENERATION_CONFIG, json.dumps({"eos_token_id": eos_id}, indent=2).encode())
+        if tokenizer is not None and content is not None:
+            _write_file(writing / TOKENIZER, content)
+            settings = tokenizer_config(tokenizer.eos_token, seq_len)
+            _write_file(writing / TOKENIZER_CONFIG, json.dumps(settings, indent=2).encode())
     return Exchanged(str(folder), str(output), reader.manifest.step, len(weights), num_bytes, notes)
 
 
@@ -126,18 +136,42 @@ def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) ->
         ) from None
 
 
-def _tokenizer(config: Mapping[str, Any]) -> tuple[Path | None, int | None, list[str]]:
-    """The data's tokenizer file to export with the weights, the id that ends a document, and notes."""
-    spec = config.get("data", {}).get("tokenizer")
-    if spec is None:
-        return None, None, []
-    if spec == ByteTokenizer.name:
-        return None, ByteTokenizer.eos_id, ["its tokens are UTF-8 bytes, for which there is no tokenizer file"]
-    path = Path(spec).expanduser()
-    path = path / TOKENIZER if path.is_dir() else path
-    if not path.is_file():
-        return None, None, [f"the tokenizer {spec} is not here any more: put its {TOKENIZER} beside the weights"]
-    return path, load_tokenizer(str(path)).eos_id, []
+def _tokenizer(
+    manifest: Manifest, config: Mapping[str, Any], folder: Location
+) -> tuple[KeptTokenizer | None, bytes | None, list[str]]:
+    """The tokenizer of the run, its file, and a note if there is none to export."""
+    info = manifest.objects.get("info")
+    tokenizer = kept_tokenizer(info, folder) if isinstance(info, dict) else None
+    if tokenizer is None:
+        data = config.get("data")
+        if not isinstance(data, dict):
+            return None, None, ["no tokenizer is exported: the checkpoint was imported, and knows of none"]
+        if data.get(KEY) != ByteTokenizer.name:
+            note = (
+                "no tokenizer is exported, and no eos_token_id: the checkpoint is of a windlass that kept none; put "
+                f"the {TOKENIZER} of its training beside the weights ({data.get(KEY) or data.get('path')}, if that is "
+                "it still)"
+            )
+            return None, None, [note]
+        tokenizer = KeptTokenizer(ByteTokenizer.name, ByteTokenizer.vocab_size, ByteTokenizer.eos_id, None, None)
+    content = kept_content(tokenizer, folder)
+    if content is not None:
+        return tokenizer, content, []
+    if tokenizer.is_bytes:
+        note = f"its tokens are UTF-8 bytes, for which there is no tokenizer file; {tokenizer.eos_id} ends a document"
+    elif tokenizer.sha256 is None:
+        note = f"no tokenizer is exported: the prepared data had no {TOKENIZER} of {tokenizer.name}"
+    else:
+        note = (
+            f"no tokenizer is exported: {tokenizer.file} is not beside the checkpoint any more; put the {TOKENIZER} of "
+            "that SHA-256 beside the weights"
+        )
+    return tokenizer, None, [note]
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    with atomic_file(path) as file:
+        file.write(content)
 
 
 def export_dcp(path: str, output: Path) -> Exchanged:
@@ -153,6 +187,10 @@ def export_dcp(path: str, output: Path) -> Exchanged:
         require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
             dcp.write_folder(writing, reader, *state_dict_layout(reader.manifest), progress.set_done)
+        info = reader.manifest.objects.get("info")
+        tokenizer = kept_tokenizer(info, folder) if isinstance(info, dict) else None
+        if tokenizer is not None and (content := kept_content(tokenizer, folder)) is not None:
+            _write_file(writing / tokenizer.file, content)
     return Exchanged(str(folder), str(output), reader.manifest.step, len(stored), num_bytes)
 
 
@@ -172,13 +210,16 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
     folder = HuggingFaceFolder(path)
     model = from_huggingface(folder.config, path)
     names = {windlass_name(name): name for name in folder.tensors if not name.endswith(ROTARY_BUFFER)}
-    found = {name: folder.tensors[flat][0] for name, flat in names.items()}
-    check_size(path, model, found)
-    check_weights(path, weight_shapes(model), found)
+    notes = [BEGINS_ANEW]
+    if model.tie_embeddings and HEAD in names and EMBEDDING in names:
+        _check_head(folder, names[EMBEDDING], names.pop(HEAD))
+        notes.append(f"{HEAD} equals {names[EMBEDDING]}, to which it is tied, and is left out")
+    check_weights(path, model, {name: folder.tensors[flat][0] for name, flat in names.items()})
     target = TORCH_DTYPES[dtype or "float32"]
     tensors = {MODEL_PREFIX + name: (folder.tensors[flat][0], target) for name, flat in names.items()}
     step = step or 0
-    train = {"seq_len": folder.config["max_position_embeddings"]} if "max_position_embeddings" in folder.config else {}
+    seq_len = folder.config.get("max_position_embeddings")
+    train = {"seq_len": seq_len} if isinstance(seq_len, int) else {}
     info = {PARTIAL: True, "imported_from": "hf", "config": {"model": asdict(model), "train": train}}
     num_bytes = _write(
         output,
@@ -189,7 +230,23 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
         lambda name: folder.read(names[name.removeprefix(MODEL_PREFIX)]),
     )
     begin = f"begin a run from it: windlass train {' '.join(overrides(model))} {override('resume', output)}"
-    return Exchanged(str(path), str(output), step, len(tensors), num_bytes, [BEGINS_ANEW, begin])
+    return Exchanged(str(path), str(output), step, len(tensors), num_bytes, [*notes, begin])
+
+
+def _check_head(folder: HuggingFaceFolder, embedding: str, head: str) -> None:
+    """Raises ConfigError unless the two have the same values."""
+    if folder.tensors[embedding] != folder.tensors[head] or not _same_bits(folder.read(embedding), folder.read(head)):
+        raise ConfigError(
+            "path",
+            folder.folder,
+            f"has {head} that differs from {embedding}, and its config.json says that they are tied",
+            "set tie_word_embeddings to false there if the head is its own, or remove it from the weights",
+        )
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Also where they are not a number."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, optimizer_class: str | None) -> Exchanged:
@@ -224,8 +281,12 @@ def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, op
         notes.append(BEGINS_ANEW)
         if state.left_out:
             notes.append(f"left out: {', '.join(state.left_out)} (--optimizer-class takes the state of an optimizer)")
+    info = objects.get("info")
+    tokenizer = kept_tokenizer(info, path) if isinstance(info, dict) else None
+    content = None if tokenizer is None else kept_content(tokenizer, path / "checkpoint")
+    files = {} if tokenizer is None or content is None else {tokenizer.file: content}
     num_bytes = _write(
-        output, step, state.world_size, objects, tensors, lambda name: folder.read_tensor(state.tensors[name])
+        output, step, state.world_size, objects, tensors, lambda name: folder.read_tensor(state.tensors[name]), files
     )
     return Exchanged(str(path), str(output), step, len(tensors), num_bytes, notes)
 
@@ -238,10 +299,18 @@ def _progress(step: int) -> dict[str, Any]:
 
 
 def _write(
-    output: Path, step: int, world_size: int, objects: dict[str, Any], tensors: Mapping[str, Described], read: Read
+    output: Path,
+    step: int,
+    world_size: int,
+    objects: dict[str, Any],
+    tensors: Mapping[str, Described],
+    read: Read,
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> int:
     num_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values())
     require_room(output, num_bytes)
     with new_folder(output) as writing, ProgressReport("import", num_bytes) as progress:
         write_checkpoint(writing, step, world_size, objects, tensors, read, progress.set_done)
+        for name, content in files.items():
+            _write_file(writing / name, content)
     return num_bytes

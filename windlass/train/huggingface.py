@@ -7,15 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from windlass.checkpoint.durable.storage import Location
 from windlass.errors import ConfigError
 from windlass.text import override
 from windlass.train.config import ModelConfig
-from windlass.untrusted import convert
+from windlass.untrusted import Malformed, convert
 
-MAX_WIDTH = 2**30
-"""So that numbers of elements of a model that is described, and not there, fit in 64 bits."""
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD = "lm_head.weight"
+EMBEDDING = "embed_tokens.weight"
+GENERATION_CONFIG = "generation_config.json"
 PREFIX = "model."
 ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """Of old exports; rope_theta says the same."""
@@ -31,15 +32,14 @@ def windlass_name(name: str) -> str:
     return name if name == HEAD else name.removeprefix(PREFIX)
 
 
-def weight_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name -> shape, of every weight of the model."""
-    return {name: tuple(tensor.shape) for name, tensor in config.build().state_dict().items()}
-
-
-def check_weights(
-    path: Path | str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises ConfigError unless the two name the same weights with the same shapes."""
+def check_weights(path: Location, model: ModelConfig, found: Shapes) -> None:
+    """Raises ConfigError unless `found` names the weights of `model`, with their shapes."""
+    if model.num_layers > len(found):  # before so many are made
+        raise _other_weights(path, [f"it has {len(found)} weights, fewer than the {model.num_layers} layers"])
+    try:
+        expected = {name: tuple(tensor.shape) for name, tensor in model.build().state_dict().items()}
+    except (RuntimeError, OverflowError, TypeError) as error:  # no tensor has so many elements
+        raise _other_weights(path, [f"a weight cannot be so large ({str(error).partition(chr(10))[0]})"]) from None
     differences = [f"it has no {name}" for name in expected if name not in found]
     differences += [f"it has {name}, which this Llama has not" for name in found if name not in expected]
     differences += [
@@ -48,32 +48,17 @@ def check_weights(
         if name in found and found[name] != shape
     ]
     if differences:
-        more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-        raise ConfigError(
-            "path",
-            path,
-            f"its weights are not those that its configuration describes: {'; '.join(differences[:3])}{more}",
-            "check that the configuration and the weights are of the same model",
-        )
+        raise _other_weights(path, differences)
 
 
-def check_size(path: Path | str, config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Before a model of it is built: raises ConfigError unless the weights that are there are of so large a model."""
-    embedding = (config.vocab_size, config.hidden_size)
-    differences = []
-    if config.num_layers > len(found):  # each has some; `check_weights` says which are missing
-        differences.append(f"they are {len(found)}, of {config.num_layers} layers")
-    if found.get("embed_tokens.weight") != embedding:
-        differences.append(f"embed_tokens.weight is {found.get('embed_tokens.weight')} and should be {embedding}")
-    if config.intermediate_size > MAX_WIDTH:
-        differences.append(f"no layer is {config.intermediate_size} wide")
-    if differences:
-        raise ConfigError(
-            "path",
-            path,
-            f"its weights are not those that its configuration describes: {'; '.join(differences)}",
-            "check that the configuration and the weights are of the same model",
-        )
+def _other_weights(path: Location, differences: list[str]) -> ConfigError:
+    more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+    return ConfigError(
+        "path",
+        path,
+        f"its weights are not those that its configuration describes: {'; '.join(differences[:3])}{more}",
+        "check that the configuration and the weights are of the same model",
+    )
 
 
 def to_huggingface(config: ModelConfig, seq_len: int | None, dtype: str, eos_id: int | None) -> dict[str, Any]:
@@ -112,6 +97,20 @@ def to_huggingface(config: ModelConfig, seq_len: int | None, dtype: str, eos_id:
     }
 
 
+def tokenizer_config(eos_token: str | None, seq_len: int | None) -> dict[str, Any]:
+    """What tokenizer_config.json says, so that transformers takes tokenizer.json as it is.
+
+    Without it transformers takes the tokenizer for one of Llama 2, and adds its special tokens beyond the vocabulary.
+    """
+    length = {} if seq_len is None else {"model_max_length": seq_len}
+    return {
+        **length,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": eos_token,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
 def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
     """The model that a config.json describes, with the defaults of transformers' LlamaConfig.
 
@@ -131,22 +130,24 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
             raise _refusal(path, f"{key}={config[key]!r}, and this Llama has only {plain!r}")
     try:
         num_heads = config["num_attention_heads"]
-        model = _typed(
-            name="llama",
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=config.get("num_key_value_heads") or num_heads,
-            rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-            init_std=float(config.get("initializer_range", 0.02)),
-        )
+        fields = {
+            "name": "llama",
+            "vocab_size": config["vocab_size"],
+            "hidden_size": config["hidden_size"],
+            "intermediate_size": config["intermediate_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": num_heads,
+            "num_kv_heads": config.get("num_key_value_heads") or num_heads,
+            "rope_theta": rope.get("rope_theta", config.get("rope_theta", 10_000.0)),
+            "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+            "tie_embeddings": config.get("tie_word_embeddings", False),
+            "init_std": config.get("initializer_range", 0.02),
+        }
+        model = convert(fields, ModelConfig)
+        convert(model.vocab_size, int, "vocab_size")
     except KeyError as error:
         raise _refusal(path, f"no {error.args[0]}") from None
-    except (TypeError, ValueError, OverflowError) as error:
+    except Malformed as error:
         raise _refusal(path, f"a value that is none ({error})") from None
     head_dim = config.get("head_dim") or model.head_dim
     if head_dim != model.head_dim:

@@ -30,6 +30,7 @@ from windlass.train.data.loader import Batch, Loader, evaluation_batches
 from windlass.train.data.shards import TokenDataset
 from windlass.train.evaluate import Evaluation, evaluate
 from windlass.train.flops import peak_device_flops
+from windlass.train.kept_tokenizer import KEY, KeptTokenizer
 from windlass.train.metrics import Metrics
 from windlass.train.model import Llama
 from windlass.untrusted import Malformed, convert
@@ -274,6 +275,7 @@ def build_checkpointer(
     in_backward: StepInBackward | None,
     data: Loader,
     state: TrainState,
+    tokenizer: KeptTokenizer,
 ) -> Checkpointer | None:
     if config.checkpoint.name == CheckpointKind.none:
         return None
@@ -300,7 +302,7 @@ def build_checkpointer(
         agent_host=config.checkpoint.agent_host,
         lease_s=config.checkpoint.lease_s,
         max_send_bytes_per_s=config.checkpoint.max_send_bytes_per_s,
-        info={"config": plain_config},
+        info={"config": plain_config, KEY: tokenizer.to_json()},
         # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
         restore_hyperparameters=False,
     )

@@ -12,6 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.files import disk_full_after
+from support.prepared import jsonl_source, prepare_in_process
 
 from windlass.checkpoint.durable.manifest import committed_steps, step_folder
 from windlass.checkpoint.durable.reader import open_checkpoint
@@ -19,9 +20,13 @@ from windlass.checkpoint.exchange.huggingface import CONFIG, INDEX, SINGLE
 from windlass.checkpoint.manager import Checkpointer
 from windlass.cli import main
 from windlass.conf.compose import compose
+from windlass.errors import CorruptCheckpoint, DataError
 from windlass.parallel.mesh import Mesh
 from windlass.train.config import ModelConfig
+from windlass.train.data.shards import TokenDataset
+from windlass.train.data.tokenizer import HuggingFaceTokenizer
 from windlass.train.huggingface import from_huggingface, overrides, to_huggingface
+from windlass.train.kept_tokenizer import keep, kept_tokenizer, tokenizer_of
 from windlass.train.model import Llama
 
 Captured = pytest.CaptureFixture[str]
@@ -178,17 +183,115 @@ def test_dcp_comes_back_with_the_configuration_and_the_step(tmp_path: Path, mesh
     assert command("verify", tmp_path / "in") == 0
 
 
-def test_the_datas_tokenizer_goes_with_the_weights(tmp_path: Path, mesh: Mesh) -> None:
+def run_with_tokenizer(tmp_path: Path, mesh: Mesh) -> tuple[Path, bytes]:
+    """A run on prepared text, and what its tokenizer.json says."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {"a": 0, "b": 1, "</s>": 7}
-    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
-    run = run_folder(tmp_path, mesh, llama(), data={"tokenizer": str(tmp_path)})
+    vocabulary = {chr(97 + i): i for i in range(20)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    texts = [f"{chr(97 + i)} {chr(98 + i)}" for i in range(18)]
+    source = jsonl_source(tmp_path / "text.jsonl", texts)
+    prepare_in_process(source, tmp_path / "prepared", tokenizer=HuggingFaceTokenizer(tmp_path))
+    kept, content = tokenizer_of(TokenDataset(tmp_path / "prepared", "train"))
+    assert content is not None
+    model = llama()
+    info = {"config": {"model": asdict(model.config), "train": {"seq_len": 24}, "data": {"path": "elsewhere"}}}
+    checkpointer = Checkpointer(
+        {"model": model}, tmp_path / "run" / "checkpoints", mesh, info={**info, "tokenizer": kept.to_json()}
+    )
+    checkpointer.save(3)
+    keep(checkpointer.store.storage, kept, content)
+    return tmp_path / "run", content
+
+
+def test_the_tokenizer_of_the_run_goes_with_the_weights(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By content, from wherever the command is called, whatever has become of the file; and transformers takes it."""
+    run, content = run_with_tokenizer(tmp_path, mesh)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "prepared" / "tokenizer.json").unlink()
+    monkeypatch.chdir(tmp_path / "prepared")
+    folder = export(Path("../run"), tmp_path / "out")
+    assert (folder / "tokenizer.json").read_bytes() == content
+    assert json.loads((folder / CONFIG).read_text())["eos_token_id"] == 20
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 20
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (len(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (21, "</s>", 20)
+    assert max(tokenizer.get_vocab().values()) == 20, "no id beyond those of the training"
+    assert tokenizer("c a b").input_ids == [2, 0, 1]
+    # A folder of torch.distributed.checkpoint takes it along.
+    assert command("export", run, "--format", "dcp", "--output", tmp_path / "dcp") == 0
+    assert command("import", tmp_path / "dcp", "--format", "dcp", "--output", tmp_path / "in") == 0
+    assert (export(tmp_path / "in", tmp_path / "again") / "tokenizer.json").read_bytes() == content
+
+
+def test_a_tokenizer_that_is_gone_or_damaged_is_told_of(tmp_path: Path, mesh: Mesh, capsys: Captured) -> None:
+    run, content = run_with_tokenizer(tmp_path, mesh)
+    (kept,) = (run / "checkpoints").glob("tokenizer-*.json")
+    kept.write_bytes(content + b" ")
+    said = refused(capsys, "export", run, "--format", "hf", "--output", tmp_path / "out")
+    assert f"{kept.name} beside it is not as it was written" in said
+    kept.unlink()
     folder = export(run, tmp_path / "out")
-    assert (folder / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
-    assert json.loads((folder / CONFIG).read_text())["eos_token_id"] == 7
-    (tmp_path / "tokenizer.json").unlink()
-    folder = export(run, tmp_path / "again")
-    assert json.loads((folder / CONFIG).read_text())["eos_token_id"] is None
+    assert f"no tokenizer is exported: {kept.name} is not beside the checkpoint" in capsys.readouterr().out
+    assert json.loads((folder / CONFIG).read_text())["eos_token_id"] == 20
+    assert not (folder / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "says", "eos_id"),
+    [
+        ({"tokenizer": "bytes"}, "its tokens are UTF-8 bytes", 256),
+        ({"tokenizer": "mine/tokenizer.json"}, "kept none; put the tokenizer.json of its training", None),
+        ({"path": "tokens"}, "kept none; put the tokenizer.json of its training beside the weights (tokens", None),
+    ],
+)
+def test_checkpoints_of_before_tokenizers_were_kept(
+    data: dict[str, Any], says: str, eos_id: int | None, tmp_path: Path, mesh: Mesh, capsys: Captured
+) -> None:
+    folder = export(run_folder(tmp_path, mesh, llama(), data=data), tmp_path / "out")
+    assert says in capsys.readouterr().out
+    assert json.loads((folder / CONFIG).read_text())["eos_token_id"] == eos_id
+    assert not (folder / "tokenizer.json").exists()
+
+
+def test_a_tokenizer_that_did_not_make_the_tokens_is_not_kept(tmp_path: Path, mesh: Mesh) -> None:
+    run_with_tokenizer(tmp_path, mesh)
+    path = tmp_path / "prepared" / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DataError, match=r"tokenizer\.json: cannot be kept .* not the tokenizer that the text was prep"):
+        tokenizer_of(TokenDataset(tmp_path / "prepared", "train"))
+
+
+@pytest.mark.parametrize("sha256", ["../../../secret", "0" * 63])
+def test_what_a_manifest_says_of_its_tokenizer_is_checked(sha256: str, tmp_path: Path) -> None:
+    info = {"tokenizer": {"name": "x", "vocab_size": 9, "eos_id": 1, "eos_token": None, "sha256": sha256}}
+    with pytest.raises(CorruptCheckpoint, match="is no SHA-256"):
+        kept_tokenizer(info, tmp_path)
+    with pytest.raises(CorruptCheckpoint, match=r"`tokenizer\.eos_id` is 1\.5"):
+        kept_tokenizer({"tokenizer": {**info["tokenizer"], "eos_id": 1.5}}, tmp_path)
+
+
+@pytest.mark.parametrize("is_equal", [True, False])
+def test_a_head_beside_a_tied_embedding(is_equal: bool, tmp_path: Path, mesh: Mesh, capsys: Captured) -> None:
+    theirs = save_in_transformers(tmp_path / "hf", tie_word_embeddings=True)
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    weights = {name: value.clone() for name, value in theirs.state_dict().items()}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + (0 if is_equal else 1e-6)
+    save_file(weights, tmp_path / "hf" / SINGLE, {"format": "pt"})
+    arguments = ("import", tmp_path / "hf", "--format", "hf", "--output", tmp_path / "in")
+    if not is_equal:
+        assert "has lm_head.weight that differs from model.embed_tokens.weight" in refused(capsys, *arguments)
+        return
+    assert command(*arguments) == 0
+    assert "lm_head.weight equals model.embed_tokens.weight" in capsys.readouterr().out
+    ours = restored(tmp_path / "in", mesh, tmp_path)
+    assert ours.lm_head is None
+    assert torch.equal(ours.embed_tokens.weight, theirs.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -223,6 +326,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "head_dim": ({"head_dim": 64}, "head_dim=64"),
     "width": ({"hidden_size": 33}, "model.hidden_size=33"),
     "text": ({"num_hidden_layers": "two"}, "a value that is none"),
+    "layers": ({"num_hidden_layers": 10**9}, "fewer than the 1000000000 layers"),
+    "huge": ({"vocab_size": 2**62}, "a weight cannot be so large"),
+    "null": ({"vocab_size": None}, "`vocab_size` is None"),
+    "rope_text": ({"rope_parameters": "long"}, "rotary positions of 'long'"),
     "shape": ({"intermediate_size": 50}, "is [48, 32] and should be [50, 32]"),
     "missing": ({"num_hidden_layers": 3}, "it has no layers.2.input_layernorm.weight"),
     "extra": ({"num_hidden_layers": 1}, "it has layers.1.input_layernorm.weight, which this Llama has not"),

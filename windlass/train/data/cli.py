@@ -12,7 +12,8 @@ from windlass.errors import ConfigError, require
 from windlass.text import override, printable
 from windlass.train.config import EncodingErrors
 from windlass.train.data.manifest import SETTINGS, Manifest
-from windlass.train.data.prepare import prepare, refuse_inside
+from windlass.train.data.outputs import refuse_inside
+from windlass.train.data.prepare import prepare
 from windlass.train.data.source_files import PARQUET_SUFFIXES
 from windlass.train.data.sources import Source, list_files, parquet_source, text_source
 from windlass.train.data.tally import left_out

@@ -124,7 +124,8 @@ class _Text:
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._num_read, self._is_over, self._is_mended = 0, False, False
         self._text, self.position = "", 0
-        self._more(BLOCK_BYTES)
+        while not self._text and self._more(BLOCK_BYTES):
+            pass
         self._text = self._text.removeprefix("\ufeff")
 
     def next_character(self) -> str:

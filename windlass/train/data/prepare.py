@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -39,6 +39,7 @@ from windlass.train.data.manifest import (
     unit_file,
     write_json,
 )
+from windlass.train.data.outputs import refuse_inside
 from windlass.train.data.pool import WorkerPool, num_cores
 from windlass.train.data.progress import ProgressReport
 from windlass.train.data.shard_writer import BATCH_TOKENS, UnitResult, space_errors, token_dtype
@@ -147,14 +148,6 @@ def prepare(
             finally:
                 remove_temporaries(out_dir)
             return _finish(source, tokenizer, out_dir, settings)
-
-
-def refuse_inside(folder: Path, inputs: Sequence[str | Path], key: str) -> None:
-    """Raise ConfigError if `folder` is inside one of `inputs`, where its tokens would be taken for text."""
-    resolved = folder.resolve()
-    for given in inputs:
-        if resolved.is_relative_to(Path(given).expanduser().resolve()):
-            raise ConfigError(key, folder, f"must not lie inside the input {given}", "choose a folder elsewhere")
 
 
 def _settings(source: Source, tokenizer: Tokenizer, validation_fraction: float) -> dict[str, Any]:

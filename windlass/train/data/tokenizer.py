@@ -171,6 +171,23 @@ def fingerprint_of(content: bytes, eos_id: int) -> str:
     return hashlib.sha256(content + f"eos={eos_id}".encode()).hexdigest()
 
 
+def token_of(content: bytes, token_id: int) -> str | None:
+    """What a tokenizer.json calls the token `token_id`; None if it does not. Needs no library. Raises Malformed."""
+    document = parse_json(content, MAX_FILE_BYTES)
+    if not isinstance(document, dict):
+        raise Malformed("it is no tokenizer.json")
+    for added in document.get("added_tokens") or ():
+        if isinstance(added, dict) and added.get("id") == token_id:
+            return str(added.get("content"))
+    model = document.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        return next((token for token, number in vocab.items() if number == token_id), None)
+    if isinstance(vocab, list) and 0 <= token_id < len(vocab) and isinstance(vocab[token_id], list):  # of Unigram
+        return str(vocab[token_id][0])
+    return None
+
+
 def _tokenizer_file(path: Path) -> Path:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.exists():

@@ -42,11 +42,11 @@ from windlass.train.data import prepare as prepare_module
 from windlass.train.data import shard_writer
 from windlass.train.data.documents import FilesUnit
 from windlass.train.data.manifest import Manifest, file_sha256
+from windlass.train.data.outputs import refuse_inside
 from windlass.train.data.prepare import (
     entropy,
     prepare,
     prepared_folder,
-    refuse_inside,
     unigram_cross_entropy,
 )
 from windlass.train.data.shards import TokenDataset
