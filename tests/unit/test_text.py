@@ -36,6 +36,7 @@ def test_what_a_terminal_would_obey_is_shown_escaped(text: str, shown: str) -> N
     assert str(ConfigError("path", text, text, text)) == f"path={shown}: {shown}. Fix: {shown}."
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.text(st.sampled_from(ODD), max_size=9) | st.text(max_size=9))
 def test_any_text_on_a_command_line_is_that_text_again(text: str) -> None:

@@ -89,6 +89,7 @@ PATH_KEYS = (
     "checkpoint.dir",
     "checkpoint.shm_dir",
     "launch.runtime_env",
+    "launch.secret_file",
 )
 """Keys that name files and folders: `~` is the home folder in each. Some take a word or a URL as well."""
 

@@ -95,6 +95,7 @@ def test_a_lost_store_is_the_rendezvous_error_of_torch() -> None:
         backend.get_state()
 
 
+@pytest.mark.slow
 def test_torchs_handler_meets_with_itself_over_it() -> None:
     store = HashStore()
     handler = DynamicRendezvousHandler.from_backend(

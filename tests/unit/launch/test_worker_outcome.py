@@ -83,6 +83,7 @@ def test_two_ranks_do_not_share_one_gpu(wanted: str, is_refused: bool, monkeypat
     assert choose_device(Device(wanted)).type == "cuda"
 
 
+@pytest.mark.slow
 def test_bad_data_is_refused_with_2_and_a_message(tmp_path: Path, capsys: Captured) -> None:
     config = compose(["data=text", f"data.path={tmp_path}/nothing", f"run_dir={tmp_path}/run"])
     assert worker.run_worker(config) == 2

@@ -33,6 +33,7 @@ def names(group: dict[str, Any]) -> list[str]:
     return [name for name, _ in group["params"]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_is_sorted_by_what_holds_a_parameter(tied: bool) -> None:
     model = llama(tied)

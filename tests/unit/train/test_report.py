@@ -178,6 +178,7 @@ def rows(run_dir: Path, *records: dict[str, Any]) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_an_old_run_with_few_keys_has_a_report(tmp_path: Path) -> None:
     page = report(rows(tmp_path, {"step": 5, "train/loss": 2.0}))
     assert page.card("Training loss") == "2.0000" and page.card("Wall time") == "-"

@@ -57,7 +57,7 @@ def live(
     for rank in range(num_ranks):
         variables = {
             "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+            "LOCAL_RANK": "0",
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",

@@ -10,6 +10,7 @@ import pytest
 from data_helpers import InProcessPool, write_tokenizer
 
 from windlass.errors import ConfigError, DataError, WindlassError
+from windlass.text import override
 from windlass.train.data import prepare as prepare_module
 from windlass.train.data.cli import add_parser, run
 from windlass.train.data.shards import TokenDataset
@@ -43,7 +44,7 @@ def test_summary(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert f"documents:       {train.num_documents} train, {validation.num_documents} validation\n" in printed
     assert f"tokens:          {train.num_tokens} train, {validation.num_tokens} validation\n" in printed
     assert f"unigram entropy: {train.unigram_entropy_nats:.4f} nats/token" in printed
-    assert f"train on it:     windlass train data=tokens data.path='{out}'\n" in printed
+    assert f"train on it:     windlass train data=tokens {override('data.path', out)}\n" in printed
     assert "tokens/s" in printed
     assert call(texts, "--out", out, "--validation-fraction", 0.3) == 0, "the same again is done already"
     assert "speed:           an earlier run did part or all\n" in capsys.readouterr().out
