@@ -170,15 +170,16 @@ def test_zero_gradients_let_weights_decay_and_do_nothing_else(preset: str, dtype
 
 
 @pytest.mark.parametrize("name", ["apollo", "apollo_mini"])
-@pytest.mark.parametrize("order", ["HU", "U" + 60 * "H" + "U"], ids=["first", "later"])
-@pytest.mark.parametrize("size", [0.0, 1e-10, 1e-15, 1e-30])
-def test_apollo_goes_on_after_gradients_next_to_zero(name: str, order: str, size: float) -> None:
+@pytest.mark.parametrize("num_hard", [8, 60])
+@pytest.mark.parametrize("start", ["", "U"], ids=["first", "later"])
+@pytest.mark.parametrize("size", [0.0, 1e-15, 1e-30])
+def test_apollo_goes_on_after_gradients_next_to_zero(name: str, start: str, num_hard: int, size: float) -> None:
     """Its limiter of growth would keep all later updates next to zero for 1,800 steps."""
     lengths = {}
     for hard in (1.0, size):
         (parameter,) = parameters_of([(24, 16)])
         optimizer = make(name, [parameter])
-        for step, letter in enumerate(order):
+        for step, letter in enumerate(start + num_hard * "H" + "U"):
             before = parameter.detach().clone()
             parameter.grad = gradient((24, 16), step) * (hard if letter == "H" else 1.0)
             optimizer.step()
