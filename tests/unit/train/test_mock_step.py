@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import random
 import subprocess
@@ -15,8 +17,9 @@ import pytest
 import torch
 
 from windlass.conf.compose import compose
-from windlass.conf.schema import GROUPS
+from windlass.conf.schema import GROUPS, Config
 from windlass.errors import DoesNotFit
+from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.optim.scheduler import WarmupScheduler
 from windlass.train import mock_step as module
 from windlass.train.mock_step import host_memory, mock_step
@@ -40,9 +43,14 @@ TINY = (
 )
 
 
+@functools.cache
+def composed(overrides: tuple[str, ...]) -> Config:
+    return compose([*TINY, *overrides])
+
+
 def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
     """What `mock_step` uses of a run, as `windlass.launch.session` builds it."""
-    config = compose([*TINY, *overrides])
+    config = copy.deepcopy(composed(overrides))
     mesh = config.parallel.build(torch.device("cpu"))
     tiers = build_tiers(config, mesh)
     model, sharder = build_model(config, mesh, tiers)
@@ -55,10 +63,21 @@ def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
 
 
 def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
+    if isinstance(run.optimizer, OffloadedOptimizer):
+        run.optimizer.settle()
+        with run.optimizer.weights_loaded(list(run.model.parameters())):
+            return all_in_memory(run, scheduler)
+    return all_in_memory(run, scheduler)
+
+
+def all_in_memory(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
+    state = run.optimizer.state_dict()["state"]
     return {
         "weights": {name: value.view(torch.int32).tolist() for name, value in run.model.state_dict().items()},
         "gradients": [parameter.grad for parameter in run.model.parameters()],
-        "optimizer": run.optimizer.state_dict(),
+        "state": {i: {key: torch.as_tensor(x).tolist() for key, x in s.items()} for i, s in state.items()},
+        "groups": run.optimizer.state_dict()["param_groups"],
+        "in_backward": None if run.in_backward is None else run.in_backward.state_dict(),
         "scheduler": (scheduler.state_dict(), scheduler.get_last_lr()),
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
@@ -80,12 +99,58 @@ def test_nothing_has_changed(grad_accum_steps: int, borders: str, in_backward: s
     assert not run.optimizer.state
 
 
+PLACES = {
+    "memory": [],
+    "memory, in backward": ["optim.in_backward=previous_norm"],
+    "cpu": ["offload=cpu"],
+    "ssd": ["offload=ssd"],
+    "ssd, in backward": ["offload=ssd", "optim.in_backward=previous_norm"],
+    "streamed": ["offload=ssd", "offload.weights=streamed"],
+}
+USUAL_PLACES = ("memory", "cpu", "ssd, in backward")
+
+
+@pytest.mark.parametrize(
+    "place", [pytest.param(place, marks=() if place in USUAL_PLACES else pytest.mark.full) for place in PLACES]
+)
 @pytest.mark.parametrize("optim", GROUPS["optim"])
-def test_no_optimizer_changes_a_bit(optim: str) -> None:
-    run, scheduler = make_parts(f"optim={optim}")
-    before = all_of(run, scheduler)
-    mock_step(run)
-    assert all_of(run, scheduler) == before
+def test_no_optimizer_changes_a_bit(optim: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of what is saved nor of what the steps that follow make of it."""
+    monkeypatch.setattr("windlass.offload.optimizer.RESIDENT_NUMEL", 64)  # what is larger goes to the tier
+    monkeypatch.setattr("windlass.offload.weights.RESIDENT_NUMEL", 64)
+    overrides = [f"optim={optim}", *PLACES[place], f"run_dir={tmp_path}", "offload.buffer_bytes=1048576"]
+    if optim == "cosmos":
+        overrides.append("optim.rank=4")  # a part of each matrix is outside of the basis
+    after = []
+    for is_tried in (False, True):
+        torch.manual_seed(0)
+        run, scheduler = make_parts(*overrides)
+        if is_tried:
+            before = all_of(run, scheduler)
+            mock_step(run)
+            assert all_of(run, scheduler) == before
+        after.append(trained(run, scheduler))
+        if run.tiers is not None:
+            run.tiers.close()
+    assert after[0] == after[1]
+
+
+def trained(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
+    """All there is after two steps on the same tokens."""
+    ids = torch.arange(16).view(2, 8)
+    for _ in range(2):
+        run.sharder.begin_micro_step(run.model, is_last=True)
+        if run.in_backward is not None:
+            run.in_backward.begin_micro_step(is_last=True)
+        with run.activations_offloaded():
+            loss = run.model(ids).square().mean()
+        loss.backward()
+        if run.in_backward is not None:
+            assert run.in_backward.finish() > 0
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        scheduler.step()
+    return all_of(run, scheduler)
 
 
 def test_it_says_what_the_optimizer_takes_and_what_is_left_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
