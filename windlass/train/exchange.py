@@ -29,7 +29,7 @@ from windlass.files import atomic_file
 from windlass.text import override
 from windlass.train.config import ModelConfig
 from windlass.train.data.progress import ProgressReport
-from windlass.train.data.tokenizer import ByteTokenizer
+from windlass.train.data.tokenizer import MAX_FILE_BYTES, ByteTokenizer
 from windlass.train.huggingface import (
     EMBEDDING,
     GENERATION_CONFIG,
@@ -45,7 +45,7 @@ from windlass.train.huggingface import (
 )
 from windlass.train.kept_tokenizer import KEY, KeptTokenizer, kept_content, kept_tokenizer
 from windlass.train.state import TrainState
-from windlass.untrusted import Malformed, convert
+from windlass.untrusted import Malformed, convert, read_bytes
 
 MODEL_PREFIX = "model."
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -156,7 +156,7 @@ def _tokenizer(
         tokenizer = KeptTokenizer(ByteTokenizer.name, ByteTokenizer.vocab_size, ByteTokenizer.eos_id, None, None)
     content = kept_content(tokenizer, folder)
     if content is not None:
-        return tokenizer, content, []
+        return tokenizer, content, _changed_since(config, content)
     if tokenizer.is_bytes:
         note = f"its tokens are UTF-8 bytes, for which there is no tokenizer file; {tokenizer.eos_id} ends a document"
     elif tokenizer.sha256 is None:
@@ -167,6 +167,24 @@ def _tokenizer(
             "that SHA-256 beside the weights"
         )
     return tokenizer, None, [note]
+
+
+def _changed_since(config: Mapping[str, Any], content: bytes) -> list[str]:
+    """A note if what the configuration names as the tokenizer is another one now: it is not what was trained with."""
+    data = config.get("data")
+    spec = data.get(KEY) if isinstance(data, dict) else None
+    if not isinstance(spec, str):
+        return []
+    path = Path(spec).expanduser()
+    path = path / TOKENIZER if path.is_dir() else path
+    try:
+        is_same = read_bytes(path, MAX_FILE_BYTES) == content
+    except (OSError, ValueError):  # gone, or no path: there is nothing to take for it
+        return []
+    note = (
+        f"{path.absolute()} has changed or is another: the tokenizer of the training was kept with it, and is exported"
+    )
+    return [] if is_same else [note]
 
 
 def _write_file(path: Path, content: bytes) -> None:

@@ -197,7 +197,8 @@ def run_with_tokenizer(tmp_path: Path, mesh: Mesh) -> tuple[Path, bytes]:
     kept, content = tokenizer_of(TokenDataset(tmp_path / "prepared", "train"))
     assert content is not None
     model = llama()
-    info = {"config": {"model": asdict(model.config), "train": {"seq_len": 24}, "data": {"path": "elsewhere"}}}
+    data = {"tokenizer": "tokenizer.json"}
+    info = {"config": {"model": asdict(model.config), "train": {"seq_len": 24}, "data": data}}
     checkpointer = Checkpointer(
         {"model": model}, tmp_path / "run" / "checkpoints", mesh, info={**info, "tokenizer": kept.to_json()}
     )
@@ -207,7 +208,7 @@ def run_with_tokenizer(tmp_path: Path, mesh: Mesh) -> tuple[Path, bytes]:
 
 
 def test_the_tokenizer_of_the_run_goes_with_the_weights(
-    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     """By content, from wherever the command is called, whatever has become of the file; and transformers takes it."""
     run, content = run_with_tokenizer(tmp_path, mesh)
@@ -215,6 +216,7 @@ def test_the_tokenizer_of_the_run_goes_with_the_weights(
     (tmp_path / "prepared" / "tokenizer.json").unlink()
     monkeypatch.chdir(tmp_path / "prepared")
     folder = export(Path("../run"), tmp_path / "out")
+    assert "changed" not in capsys.readouterr().out
     assert (folder / "tokenizer.json").read_bytes() == content
     assert json.loads((folder / CONFIG).read_text())["eos_token_id"] == 20
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 20
@@ -222,7 +224,13 @@ def test_the_tokenizer_of_the_run_goes_with_the_weights(
     assert (len(tokenizer), tokenizer.eos_token, tokenizer.eos_token_id) == (21, "</s>", 20)
     assert max(tokenizer.get_vocab().values()) == 20, "no id beyond those of the training"
     assert tokenizer("c a b").input_ids == [2, 0, 1]
-    # A folder of torch.distributed.checkpoint takes it along.
+    monkeypatch.chdir(tmp_path)
+    assert (export(run, tmp_path / "here") / "tokenizer.json").read_bytes() == content
+    assert f"{tmp_path / 'tokenizer.json'} has changed or is another" in capsys.readouterr().out
+
+
+def test_a_dcp_folder_takes_the_tokenizer_along(tmp_path: Path, mesh: Mesh) -> None:
+    run, content = run_with_tokenizer(tmp_path, mesh)
     assert command("export", run, "--format", "dcp", "--output", tmp_path / "dcp") == 0
     assert command("import", tmp_path / "dcp", "--format", "dcp", "--output", tmp_path / "in") == 0
     assert (export(tmp_path / "in", tmp_path / "again") / "tokenizer.json").read_bytes() == content
