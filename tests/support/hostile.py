@@ -8,19 +8,23 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from windlass.errors import WindlassError
 
 QUICK = settings(
     max_examples=20, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
@@ -28,6 +32,8 @@ QUICK = settings(
 """Of `make test`: the same inputs each time."""
 MEMORY_BYTES = 4 << 30
 """What a reader may take for a document of some kilobytes, at most."""
+
+MAX_CHILD_SECONDS = 30.0
 
 DEEP = 100_000
 SCALARS: list[Any] = [
@@ -121,29 +127,53 @@ def limited_memory(num_bytes: int = MEMORY_BYTES) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
+def in_child(action: Callable[[], object], num_bytes: int) -> None:
+    """Runs `action` in a fork of this process that has so much memory, as tokens are made in processes of their own.
+
+    A WindlassError, and an abort for want of memory, are what the parent of such a process makes one message of.
+
+    Raises:
+        AssertionError: it ended otherwise.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            faulthandler.disable()  # of an abort, which is foreseen
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            with limited_memory(num_bytes):
+                action()
+            code = 0
+        except (WindlassError, MemoryError):
+            code = 0
+        finally:
+            os._exit(code)
+    _, status, usage = os.wait4(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGABRT), f"a child ended with {code}"
+    assert usage.ru_utime + usage.ru_stime < MAX_CHILD_SECONDS, "a child took long"
+
+
 def refuse_writes_outside(folder: Path) -> None:
     """Ends this process, from now on, when it opens a file to write, renames, links or deletes one outside `folder`."""
+    set_hypothesis_home_dir(folder / "hypothesis")  # or it would be the first to write
     inside = (str(folder.resolve()), "/dev/null", "/proc/self")
-    changes = {
-        "os.remove",
-        "os.rename",
-        "os.rmdir",
-        "os.mkdir",
-        "os.link",
-        "os.symlink",
-        "os.truncate",
-        "shutil.rmtree",
-    }
+    # The event of each has these arguments as paths, relative to the folder that is open as its last one.
+    changes = {"remove": (0,), "rmdir": (0,), "mkdir": (0,), "symlink": (1,), "rename": (0, 1), "link": (0, 1)}
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        base = ""
         if event == "open":
             path, _, flags = arguments
-            paths = (path,) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) and not isinstance(path, int) else ()
+            paths = [path] if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else []
+        elif event.startswith("os.") and event[3:] in changes:
+            paths = [arguments[i] for i in changes[event[3:]]]
+            base = "" if arguments[-1] == -1 else os.readlink(f"/proc/self/fd/{arguments[-1]}")  # noqa: PTH115
         else:
-            paths = arguments[:2] if event in changes else ()
+            return
         for path in paths:
             if isinstance(path, str | bytes | os.PathLike):
-                real = os.path.realpath(os.fsdecode(path))
+                real = os.path.realpath(os.path.join(base, os.fsdecode(path)))  # noqa: PTH118
                 if not real.startswith(inside):
                     sys.stderr.write(f"{event} of {real}, which is outside of {folder}\n")
                     os._exit(3)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from support import hostile
@@ -67,26 +67,27 @@ def campaign(folder: Path, num_examples: int) -> None:
     hostile.refuse_writes_outside(folder)
     total = 0
     for name, reader in READERS.items():
-        here = folder / name
-        (here / "good").mkdir(parents=True)
-        count = 0
-
-        @settings(
-            max_examples=num_examples, deadline=None, database=None, phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )  # fmt: skip
-        @given(document=reader.documents(here / "good"))
-        def run(document: bytes, reader: Reader = reader, here: Path = here) -> None:
-            nonlocal count
-            count += 1
-            check(reader, here, document)
-
         sys.stderr.write(f"{name}\n")
+        (folder / name / "good").mkdir(parents=True)
         with hostile.limited_memory():
-            run()
+            count = _read_many(reader, folder / name, num_examples)
         total += count
         print(f"{name}: {count}", flush=True)
     print(f"total: {total}", flush=True)
+
+
+def _read_many(reader: Reader, folder: Path, num_examples: int) -> int:
+    count = 0
+
+    @settings(hostile.QUICK, max_examples=num_examples, derandomize=False, phases=[Phase.generate])
+    @given(document=reader.documents(folder / "good"))
+    def run(document: bytes) -> None:
+        nonlocal count
+        count += 1
+        check(reader, folder, document)
+
+    run()
+    return count
 
 
 def _documents(source: Any) -> None:
@@ -171,8 +172,12 @@ def _read_tokenizer(folder: Path, document: bytes) -> None:
     with suppress(Malformed):
         token_of(document, 3)
     tokenizer = HuggingFaceTokenizer(folder)
-    ids = tokenizer.encode(["ab é x abab", "", "b" * 300])
-    assert all(int(array.max(initial=0)) < tokenizer.vocab_size for array in ids)
+
+    def encode() -> None:
+        ids = tokenizer.encode(["ab é x abab", "", "b" * 300])
+        assert all(int(array.max(initial=0)) < tokenizer.vocab_size for array in ids)
+
+    hostile.in_child(encode, 1 << 30)
 
 
 def _prepared(folder: Path) -> Path:

@@ -16,6 +16,7 @@ from windlass.train.data.source_files import (
     check_document,
     not_utf8,
     open_text,
+    shortened,
 )
 from windlass.train.data.tally import Tally
 
@@ -24,7 +25,6 @@ Refusal = Callable[[str, str], DataError]
 
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
 """No number of a row is used, and one of 5,000 digits takes its time."""
-MAX_KEYS_SHOWN = 200
 LONGEST_WORD = len("-Infinity") + len("\\ud83d\\ude00")
 """What is cut off at the end of a block is told of at its beginning: so much before the end, at most."""
 AS_TEXT = "set data.format=text (--format text) if the file is a document as it is"
@@ -45,10 +45,9 @@ def text_of_row(value: object, text_key: str, encoding_errors: str, tally: Tally
     if not isinstance(value, dict):
         raise refused(f"must be a JSON object, not {_json_type(value)}", f"mend the line, or {AS_TEXT}")
     if text_key not in value:
-        keys = ", ".join(value) or "none"
-        keys = keys if len(keys) <= MAX_KEYS_SHOWN else f"{keys[:MAX_KEYS_SHOWN]}..."
+        keys = _printable(shortened(", ".join(value) or "none"))
         raise refused(
-            f"has no key data.text_key={text_key!r}; its keys are: {_printable(keys)}",
+            f"has no key data.text_key={text_key!r}; its keys are: {keys}",
             "set data.text_key (--text-key) to the one that holds the text",
         )
     text = value[text_key]

@@ -18,6 +18,8 @@ from windlass.train.data.source_files import (
     check_expansion,
     decode,
     open_checked,
+    said,
+    shortened,
 )
 from windlass.train.data.tally import Tally
 
@@ -97,11 +99,10 @@ def open_parquet(file: SourceFile) -> Iterator[pq.ParquetFile]:
             with pq.ParquetFile(stream, pre_buffer=False, buffer_size=BLOCK_BYTES) as parquet:
                 yield parquet
         except (pa.ArrowException, OSError, ValueError, OverflowError, IndexError, KeyError, MemoryError) as error:
-            first_line = (str(error) or type(error).__name__).partition("\n")[0]
             raise DataError(
                 "data.path",
                 file.path,
-                f"is not a sound Parquet file ({first_line})",
+                f"is not a sound Parquet file ({said(error)})",
                 "write or download it again, or leave it out with data.glob (--glob)",
             ) from None
 
@@ -135,7 +136,7 @@ def cut_parquet(file: SourceFile, column: str, encoding_errors: str, target: int
 def _check_column(file: SourceFile, schema: pa.Schema, column: str) -> None:
     found = [field for field in schema if field.name == column]
     if len(found) != 1:
-        rule = f"must be a column of {file.path}, which has: {', '.join(schema.names)}"
+        rule = f"must be a column of {file.path}, which has: {shortened(', '.join(schema.names))}"
         if found:
             rule = f"must be one column of {file.path}, which has {len(found)} of that name"
         fix = "set data.text_key (--text-key) to the column that holds the text"
@@ -145,8 +146,8 @@ def _check_column(file: SourceFile, schema: pa.Schema, column: str) -> None:
         raise DataError(
             "data.text_key",
             column,
-            f"must be a string column of {file.path}, not {found[0].type}",
-            f"set data.text_key (--text-key) to a string column, of: {', '.join(strings) or 'it has none'}",
+            f"must be a string column of {file.path}, not {shortened(str(found[0].type))}",
+            f"set data.text_key (--text-key) to a string column, of: {shortened(', '.join(strings)) or 'it has none'}",
         )
 
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from windlass.errors import DataError
 from windlass.train.data.manifest import SPLITS, TOKENIZER_FILE, Manifest, ShardInfo, file_sha256
+from windlass.train.data.source_files import shortened
 
 MAX_OPEN_SHARDS = 512
 MAX_CACHED_BATCHES = 4096
@@ -191,4 +192,4 @@ def _check_size(folder: Path, shard: ShardInfo) -> None:
 
 def _damaged(path: Path, why: str) -> DataError:
     fix = "delete the folder and prepare the text again; check the disk"
-    return DataError("data.path", path, f"is damaged ({why.partition(chr(10))[0]})", fix)
+    return DataError("data.path", path, f"is damaged ({shortened(why.partition(chr(10))[0])})", fix)

@@ -32,6 +32,8 @@ MAGIC = {
 }
 """First bytes that no text has."""
 
+MAX_QUOTED = 200
+"""Characters of what a library or a file says, in a message."""
 UNPACKED_FREE_BYTES = 64 << 20
 MAX_UNPACK_RATIO = 250
 """A packed file may be unpacked to as many times its size, and `UNPACKED_FREE_BYTES` more. Text is packed to a half or
@@ -132,7 +134,7 @@ class _Unpacked(io.RawIOBase):
             raise DataError(
                 "data.path",
                 self._file.path,
-                f"is not a sound {self._file.codec} file ({str(error).partition(chr(10))[0]})",
+                f"is not a sound {self._file.codec} file ({said(error)})",
                 "download or pack it again, or leave it out with data.glob (--glob)",
             ) from None
         self._num_bytes += len(block)
@@ -200,6 +202,16 @@ def unreadable(path: str | Path, error: OSError) -> DataError:
             f"give this user read access, e.g. chmod -R u+rX {path}",
         )
     return DataError("data.path", path, f"cannot be read ({error.strerror or error})", "check the disk and the path")
+
+
+def said(error: BaseException) -> str:
+    """What a library says of a file, in one short line."""
+    return shortened(str(error).partition("\n")[0] or type(error).__name__)
+
+
+def shortened(text: str) -> str:
+    """`text`, or its beginning: what is found in a file may be of any length."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 def not_utf8(file: SourceFile, byte_offset: int) -> DataError:

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from windlass.errors import ConfigError, require
+from windlass.train.data.source_files import said
 from windlass.train.data.tally import Tally
 from windlass.untrusted import Malformed, parse_json, read_bytes
 
@@ -176,15 +177,16 @@ def token_of(content: bytes, token_id: int) -> str | None:
     document = parse_json(content, MAX_FILE_BYTES)
     if not isinstance(document, dict):
         raise Malformed("it is no tokenizer.json")
-    for added in document.get("added_tokens") or ():
+    added_tokens, model = document.get("added_tokens"), document.get("model")
+    for added in added_tokens if isinstance(added_tokens, list) else ():
         if isinstance(added, dict) and added.get("id") == token_id:
             return str(added.get("content"))
-    model = document.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, dict):
         return next((token for token, number in vocab.items() if number == token_id), None)
-    if isinstance(vocab, list) and 0 <= token_id < len(vocab) and isinstance(vocab[token_id], list):  # of Unigram
-        return str(vocab[token_id][0])
+    if isinstance(vocab, list) and 0 <= token_id < len(vocab):  # of Unigram: pairs of a token and its score
+        entry = vocab[token_id]
+        return str(entry[0]) if isinstance(entry, list) and entry else None
     return None
 
 
@@ -238,11 +240,10 @@ def _library_errors(path: Path, rule: str) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        said = (str(error) or type(error).__name__).partition("\n")[0]
         raise ConfigError(
             "data.tokenizer",
             path,
-            f"{rule} ({said})",
+            f"{rule} ({said(error)})",
             "export a sound one with `tokenizer.save('tokenizer.json')`, or set data.tokenizer=bytes",
         ) from None
 
