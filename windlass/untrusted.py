@@ -119,8 +119,8 @@ def convert(value: Any, kind: type[T], where: str = "", *, from_yaml: bool = Fal
 
     Integers are no floats, booleans or text; floats may be integers, and are finite; lists become tuples where those
     are asked for, and names members of enums. Fields without a default must be there, and no others. Knows dataclasses,
-    `int`, `float`, `bool`, `str`, `None`, enums, `list`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[str, X]`, unions,
-    `Literal` and `Any`.
+    `int`, `float`, `bool`, `str`, `None`, enums, `list`, `tuple[X, ...]`, `tuple[X, Y]`, named tuples, `dict[str, X]`,
+    unions, `Literal` and `Any`.
 
     Args:
         where: the name of `value` in messages, e.g. `body`.
@@ -162,6 +162,11 @@ def _convert(value: Any, kind: Any, where: str, from_yaml: bool) -> Any:
         if not isinstance(value, str) or value not in kind.__members__:
             raise _wrong(value, where, "one of " + ", ".join(kind.__members__))
         return kind[value]
+    if isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        hints, items = list(_hints(kind).values()), _expect(value, list, where, "a list")
+        if len(items) != len(hints):
+            raise _wrong(value, where, f"a list of {len(hints)}")
+        return kind(*(_convert(item, hints[i], f"{where}[{i}]", from_yaml) for i, item in enumerate(items)))
     if kind is float:
         if from_yaml and isinstance(value, str) and _EXPONENT.fullmatch(value):
             return float(value)

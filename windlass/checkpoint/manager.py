@@ -135,6 +135,8 @@ class Checkpointer:
         self.snapshots: LazySnapshots | None = None
         """The tier in memory, once `open` was called; None without one."""
         self.agents: AgentGroup | None = None
+        self._last_events: list[dict[str, Any]] = []
+        """Of a tier in memory that was given up."""
         self._resumed: SnapshotId | None = None
         self._steps_since = 0
         self.current_step: int | None = None
@@ -204,7 +206,20 @@ class Checkpointer:
         if self.behind is not None:
             return self.behind.take(step, self.generation, self.keep)
         assert self.snapshots is not None
-        return self.snapshots.take(step, persist=step % self.persist_every == 0)
+        return self.snapshots.take(step, persist=step % self.persist_every == 0) or self._go_on_without_memory(step)
+
+    def _go_on_without_memory(self, step: int) -> bool:
+        """Where the tier in memory is of no use any more: the run goes on as `durable`, from this step. Collective."""
+        assert self.snapshots is not None
+        why = self.snapshots.memory.why_given_up
+        if why is None:
+            return False
+        self._last_events = [*self.snapshots.poll(), {"kind": "memory_given_up", "step": step, "reason": why}]
+        self.snapshots.memory.end()
+        self.snapshots = self.agents = self._resumed = None
+        self.kind = CheckpointKind.durable
+        self.save(step)
+        return True
 
     def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Returns when the weights may change: the copy of the last snapshot has ended. Not collective, but for state
@@ -228,10 +243,12 @@ class Checkpointer:
 
         Kinds: `snapshot_committed` (step; seconds, of which copy_s and encode_s; ended, in unix seconds),
         `persisted` (step, seconds, bytes, written_bytes, ended), `persist_failed` (step, reason),
-        `snapshot_given_up` (reason), `snapshot_skipped` (step).
+        `snapshot_given_up` (reason), `snapshot_skipped` (step), `memory_given_up` (step, reason): from here on
+        checkpoints are written while training waits.
         """
+        events, self._last_events = self._last_events, []
         source = self.snapshots or self.behind
-        return [] if source is None else source.poll()
+        return events + ([] if source is None else source.poll())
 
     def save(self, step: int) -> Location:
         """Writes a durable checkpoint and returns when it is committed. Collective.

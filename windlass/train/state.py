@@ -152,6 +152,11 @@ class Run(StepParts):
             self.metrics.event(kind, event.pop("step") or self.state.step, **event)
             if kind == "persist_failed":
                 self.console.message(f"warning: a checkpoint was not written, training goes on: {event['reason']}")
+            elif kind == "memory_given_up":
+                self.console.message(
+                    f"warning: there are no more snapshots in memory, and checkpoints are written as with "
+                    f"checkpoint=durable: {event['reason']}"
+                )
             elif kind == "snapshot_given_up":
                 self.console.message(f"warning: a snapshot in memory was given up: {event['reason']}")
 

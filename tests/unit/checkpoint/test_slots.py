@@ -197,7 +197,7 @@ def test_a_limit_on_file_sizes_is_a_lack_of_room(shm: Path) -> None:
 
 def test_a_file_that_is_too_short_is_not_mapped(shm: Path) -> None:
     (shm / "file").write_bytes(b"x" * 100)
-    with pytest.raises(OSError, match="shorter than its slot"):
+    with pytest.raises(ValueError, match="shorter than its slot"):
         SharedFile(shm / "file", 101, may_make=False)
     with pytest.raises(FileNotFoundError):
         SharedFile(shm / "other", 1, may_make=False)

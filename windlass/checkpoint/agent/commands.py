@@ -23,6 +23,7 @@ from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.checkpoint.net.pacer import Pacer
+from windlass.os_errors import said
 
 if TYPE_CHECKING:
     from windlass.checkpoint.agent.process import Agent
@@ -85,9 +86,9 @@ class TrainerSession:
         except TransportError:
             raise
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in (errno.ENOSPC, errno.ENOMEM) and "node_bytes" in request and self.agent.group is not None:
                 return {"error": "memory", "message": str(error), **self._memory(request)}
-            return {"error": "system", "message": f"{error.strerror}: {error.filename}"}
+            return {"error": "system", "message": f"{said(error)}: {error.filename}"}
 
     def end(self) -> None:
         agent = self.agent
@@ -170,9 +171,10 @@ class TrainerSession:
                 index = agent.ledger.begin(snapshot)
                 try:
                     self._begin_files(agent.slots[index], snapshot, request)
-                except OSError:
+                except OSError as error:
                     agent.ledger.abort(snapshot)
                     agent.apply()
+                    agent.add_event("snapshot_given_up", step=request["step"], reason=said(error))
                     raise
                 agent.changed.notify_all()
             if agent.encoding is None or agent.encoding.snapshot != snapshot:

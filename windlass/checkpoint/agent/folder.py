@@ -23,14 +23,18 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from windlass.checkpoint.agent.slots import write_shared
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.errors import ConfigError, RunFolderError
+from windlass.os_errors import remedy, said
+from windlass.untrusted import Malformed, convert, read_json
 
 SHM_DIR = "WINDLASS_SHM_DIR"
 """Environment variable that stands in for `checkpoint.shm_dir` on one node: nodes may differ, and share a machine."""
 START_S = 30.0
 """What an agent has to come up."""
+MAX_LEASE_BYTES = 1 << 16
 GONE_S = 2.0
 """What a process that was killed has to be gone."""
 _POLL_S = 0.01
@@ -90,8 +94,8 @@ class AgentFolder:
             raise RunFolderError(
                 "checkpoint.shm_dir",
                 self.path,
-                f"cannot be used for snapshots: {error.strerror or error}",
-                "set checkpoint.shm_dir to a folder of shared memory that you own",
+                f"cannot be used for snapshots: {said(error)}",
+                remedy(error, "set checkpoint.shm_dir to a folder of shared memory that you own"),
             ) from error
 
     @contextmanager
@@ -114,14 +118,13 @@ class AgentFolder:
         return False
 
     def touch(self, job: str, seconds: float) -> None:
-        temporary = self.path / "lease.new"
-        temporary.write_text(json.dumps(asdict(Lease(job, seconds, uptime()))), encoding="utf-8")
-        temporary.replace(self.path / "lease")
+        """Raises OSError where the memory is full."""
+        write_shared(self.path / "lease", json.dumps(asdict(Lease(job, seconds, uptime()))).encode())
 
     def lease(self) -> Lease | None:
         try:
-            return Lease(**json.loads((self.path / "lease").read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            return convert(read_json(self.path / "lease", MAX_LEASE_BYTES), Lease)
+        except (OSError, Malformed):
             return None
 
     def remove(self) -> None:

@@ -15,6 +15,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
 from windlass.checksum import crc32c
-from windlass.untrusted import convert, parse_json
+from windlass.os_errors import said
+from windlass.untrusted import convert, parse_json, read_bytes
 
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""
@@ -114,12 +117,13 @@ class Agent:
     def _saved(self, name: str) -> list[int]:
         """Numbers that an earlier agent wrote down; none if damaged: trainers then count on from the store's."""
         try:
-            return [int(number) for number in (self.folder.path / name).read_text().split()]
+            return [int(number) for number in read_bytes(self.folder.path / name, 64).split()]
         except (FileNotFoundError, ValueError):
             return []
 
     def _tick(self) -> None:
-        self.folder.touch(self.job, self.lease_s)
+        with _said_only("renew its lease"):
+            self.folder.touch(self.job, self.lease_s)
         with self.changed:
             if self.trainers:
                 self.last_seen = time.monotonic()
@@ -244,8 +248,12 @@ class Agent:
             index = self.ledger.find(encoding.snapshot)
             if index is None or self.ledger.slots[index].phase != Phase.local:
                 return  # the last rank's data is here, and its checksums are still being looked after
+            try:
+                encoding.files.set_phase(Phase.prepared, with_table=True)  # first: who says so promises to keep it
+            except OSError as error:
+                self.give_up(encoding.snapshot, f"it cannot be described: {said(error)}")
+                return
             self.ledger.prepare(encoding.snapshot)
-            encoding.files.set_phase(Phase.prepared, with_table=True)
             encoding.prepared_at = time.monotonic()
         self.apply()
 
@@ -317,14 +325,26 @@ class Agent:
     def _write_headers(self) -> None:
         if self.ledger.aborted != self._aborted and self.ledger.aborted is not None:
             # First: whoever waits for the snapshot must hear of it, also from the next agent here.
-            write_shared(self.folder.path / "aborted", "{} {}".format(*self.ledger.aborted).encode())
+            with _said_only("write down what it gave up"):
+                write_shared(self.folder.path / "aborted", "{} {}".format(*self.ledger.aborted).encode())
         self._aborted = self.ledger.aborted
         for slot, files in zip(self.ledger.slots, self.slots, strict=True):
             if slot.phase == Phase.empty:
                 if files.header is not None and files.index not in self.rebuilding:
                     files.empty()
             elif files.header is not None and files.header.phase != slot.phase:
-                files.set_phase(slot.phase)
+                # Else the next agent here finds less than there is, and hears of the rest.
+                with _said_only(f"write down that slot {files.index} is {slot.phase}"):
+                    files.set_phase(slot.phase)
+
+
+@contextmanager
+def _said_only(what: str) -> Iterator[None]:
+    """Of what an agent can go on without: shared memory may be full of what others have put there."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot %s: %s", what, said(error))
 
 
 def main() -> int:
@@ -336,13 +356,14 @@ def main() -> int:
     with folder.locked() as is_ours:
         if not is_ours:
             return 0
-        folder.touch(job, lease_s)  # first, so that somebody removes the folder if this agent fails
+        with _said_only("write its lease"):
+            folder.touch(job, lease_s)  # first, so that somebody removes the folder if this agent fails
         for removed in remove_expired(folder.path.parent.parent):
             logger.info("removed %s: its job is over", removed)
         try:
             agent = Agent(folder, job, settings.num_slots, host, lease_s)
         except OSError as error:
-            logger.error("it cannot listen on %s: %s", host, error.strerror or error)
+            logger.error("it cannot listen on %s, or use %s: %s", host, path, said(error))
             return 1
         signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=agent.persister.persist_and_close).start())
         signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -24,9 +24,14 @@ import numpy as np
 
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
+from windlass.checkpoint.image import PAGE_BYTES
 from windlass.checksum import crc32c
+from windlass.os_errors import MISSING
+from windlass.untrusted import Malformed, convert, parse_json, read_bytes
 
 OWNER_ONLY = 0o600
+MAX_NODES = 1 << 16
+MAX_NODE_BYTES = 1 << 50
 
 
 @dataclass(frozen=True)
@@ -80,15 +85,23 @@ class Header:
         body = data[9:]
         if data[:9] != b"%08x\n" % crc32c(body):
             raise ValueError("the header's bytes have changed")
-        return Header.from_json(json.loads(body))
+        return Header.from_json(parse_json(body))
 
     @staticmethod
-    def from_json(document: dict[str, Any]) -> Header:
-        fields = {field.name: document[field.name] for field in dataclasses.fields(Header)}
-        fields["snapshot"] = SnapshotId(*fields["snapshot"])
-        fields["phase"] = Phase(fields["phase"])
-        fields["regions"] = tuple(Region(**region) for region in fields["regions"])
-        return Header(**fields)
+    def from_json(document: Any) -> Header:
+        """Raises Malformed unless it describes a slot. Keys that a header has not are passed over."""
+        known = {field.name for field in dataclasses.fields(Header)}
+        given = {key: value for key, value in document.items() if key in known} if isinstance(document, dict) else {}
+        header = convert(given, Header)
+        counts = (*header.snapshot, header.step, header.position, header.num_resumes, header.table_crc)
+        if min(counts) < 0 or not 0 <= header.num_parity_shards < header.num_nodes <= MAX_NODES:
+            raise Malformed("it has impossible numbers")
+        if not (0 <= header.node_bytes <= MAX_NODE_BYTES and header.position < header.num_nodes):
+            raise Malformed("it has impossible numbers")
+        for region in header.regions:
+            if min(region.offset, region.nbytes) < 0 or region.offset + region.nbytes > header.node_bytes:
+                raise Malformed("it has a region outside of its data")
+        return header
 
 
 class SharedFile:
@@ -109,7 +122,7 @@ class SharedFile:
                 if size:
                     os.posix_fallocate(descriptor, 0, size)
             elif os.fstat(descriptor).st_size < size:
-                raise OSError(errno.EIO, "the file is shorter than its slot", str(path))
+                raise ValueError(f"{path.name} is shorter than its slot")
             self.inode = os.fstat(descriptor).st_ino
             # Unmapped with the last view of it: an encoder may still be at work on a slot that is given up.
             self.view = memoryview(_mapped(descriptor, size) if size else b"")
@@ -185,20 +198,24 @@ class SlotFiles:
         self.header = self.data = self.parity = None
 
     def adopt(self) -> None:
-        """Opens what an earlier agent left; what is not as it was written is emptied."""
+        """Opens what an earlier agent left; what is not as it was written is emptied.
+
+        Raises:
+            OSError: the system does not give it, which says nothing of what is in it.
+        """
         try:
             self.open()
-        except (OSError, ValueError, TypeError, KeyError):
+        except (ValueError, *MISSING):
             self.empty()
 
     def open(self, with_parity: bool = True) -> None:
         """Opens a slot that is prepared or committed, or being written.
 
         Raises:
-            OSError: a file is missing or too short.
-            ValueError: the header or the table is not as it was written.
+            OSError: a file is missing, or the system does not give it.
+            ValueError: the header or the table is not as it was written, or a file is too short.
         """
-        header = Header.from_bytes(self.path("head").read_bytes())
+        header = Header.from_bytes(read_bytes(self.path("head")))
         stripes = header.stripes
         self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
         if with_parity:
@@ -229,11 +246,31 @@ class SlotFiles:
 
 
 def write_shared(path: Path, data: bytes) -> None:
-    """Renamed into place: a killed process leaves the old file or the new one. Shared memory needs no sync."""
+    """Renamed into place: a killed process leaves the old file or the new one. Shared memory needs no sync.
+
+    Where the memory is full what fits into the page of the old file is written there: one write of a page is not cut
+    off by a kill.
+
+    Raises:
+        OSError: there is no room for it.
+    """
     temporary = path.with_name(f"{path.name}.new")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, OWNER_ONLY)
     try:
-        os.write(descriptor, data)
+        _write(temporary, data, os.O_CREAT | os.O_TRUNC)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno != errno.ENOSPC or len(data) > PAGE_BYTES or not path.exists() or path.stat().st_size == 0:
+            raise
+        _write(path, data, 0)
+
+
+def _write(path: Path, data: bytes, flags: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC | flags, OWNER_ONLY)
+    try:
+        num_written = os.write(descriptor, data)
+        if num_written < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        os.ftruncate(descriptor, len(data))
     finally:
         os.close(descriptor)
-    temporary.replace(path)

@@ -24,7 +24,7 @@ from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.config import FailureDomain
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
-from windlass.errors import ConfigError, CorruptCheckpoint
+from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
 
@@ -184,7 +184,7 @@ class AgentGroup:
         ]
         self.mesh.agree(
             lambda: (
-                self.ask(
+                self._ask_or_refuse(
                     "configure",
                     generation=self.generation,
                     position=self.positions[self.node],
@@ -278,7 +278,13 @@ class AgentGroup:
         return next(slot["world_size"] for slot in slots if SnapshotId(*slot["snapshot"]) == plan.snapshot)
 
     def count_resume(self, snapshot: SnapshotId) -> None:
-        self.mesh.agree(lambda: self.ask("resume", snapshot=snapshot, is_confirmed=False) if self.is_leader else None)
+        def count_mine() -> None:
+            try:
+                self.ask("resume", snapshot=snapshot, is_confirmed=False)
+            except AgentError as error:  # its memory is full: what is counted is no more than a precaution
+                logger.warning("%s", error)
+
+        self.mesh.agree(lambda: count_mine() if self.is_leader else None)
 
     def confirm_resume(self, snapshot: SnapshotId) -> None:
         """A step was made from a snapshot: whatever ends the job later, it is not that. Not collective."""
@@ -299,6 +305,18 @@ class AgentGroup:
         if self.client is None:
             raise TransportError("there is no snapshot agent")
         return self.client.look(LOOK_S, brief=True, since=since)
+
+    def _ask_or_refuse(self, do: str, **fields: Any) -> None:
+        """As `ask`. Raises RunFolderError where the agent's folder is of no use any more."""
+        try:
+            self.ask(do, **fields)
+        except (AgentError, NoMemory) as error:
+            raise RunFolderError(
+                "checkpoint.shm_dir",
+                self.folder.path,
+                f"cannot be used for snapshots: {error}",
+                "make room there, set checkpoint.shm_dir to another folder, or checkpoint=durable",
+            ) from error
 
     def ask(self, do: str, payload: np.ndarray | None = None, **fields: Any) -> dict[str, Any]:
         if self.client is None:

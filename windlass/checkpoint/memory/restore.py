@@ -7,7 +7,8 @@ from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.memory.group import AgentGroup
 from windlass.checkpoint.memory.plan import RecoveryPlan
 from windlass.checkpoint.memory.reader import Part, SlotSource, manifest_of, read_parts
-from windlass.errors import CorruptCheckpoint
+from windlass.errors import CorruptCheckpoint, RunFolderError
+from windlass.os_errors import MISSING, remedy, said
 from windlass.parallel.collectives import all_gather_object
 
 
@@ -52,8 +53,15 @@ def _open_local(group: AgentGroup, plan: RecoveryPlan) -> dict[int, SlotFiles]:
         files = SlotFiles(group.folder.path, index)
         try:
             files.open(with_parity=False)
-        except (OSError, ValueError) as error:
+        except (ValueError, *MISSING) as error:
             raise _damaged(plan, str(error)) from error
+        except OSError as error:
+            raise RunFolderError(
+                "checkpoint.shm_dir",
+                group.folder.path,
+                f"has a snapshot that cannot be read: {said(error)}; that is no damage",
+                remedy(error, "mend that and start again"),
+            ) from error
         assert files.header is not None
         found[files.header.position] = files
     return found

@@ -153,8 +153,10 @@ class LazySnapshots:
         for event in self.memory.events(self._newest_event):
             self._newest_event = event.pop("number")
             kind = event["kind"]
-            if kind in ("snapshot_committed", "snapshot_given_up") and event["step"] == self._newest_step:
-                self._is_in_flight = False
+            if kind in ("snapshot_committed", "snapshot_given_up"):
+                self.memory.count(is_failure=kind == "snapshot_given_up")
+                if event["step"] == self._newest_step:
+                    self._is_in_flight = False
             if kind == "snapshot_given_up":
                 if event["step"] in self._persisting:
                     self._outcomes[event["step"]] = kind
@@ -171,7 +173,7 @@ class LazySnapshots:
         if self._taken != (step, True):
             deadline = time.monotonic() + FREE_S
             while not self._begin(step, persist=True):
-                if self.memory.group.mesh.decide(lambda: time.monotonic() > deadline):
+                if self.memory.why_given_up or self.memory.group.mesh.decide(lambda: time.monotonic() > deadline):
                     return False
                 time.sleep(POLL_S)
         while True:
@@ -196,6 +198,8 @@ class LazySnapshots:
         deadline = time.monotonic() + FREE_S
         while not self.memory.group.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
             self.memory.reopen_if_lost()
+            if self.memory.why_given_up:
+                break
         self.memory.group.mesh.barrier()
         self.memory.end()
 

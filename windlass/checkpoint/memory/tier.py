@@ -18,12 +18,14 @@ from windlass.checkpoint.agent.slots import Region, SharedFile
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.image import round_up
 from windlass.checkpoint.memory.group import AgentGroup
-from windlass.errors import DoesNotFit
+from windlass.errors import ConfigError, DoesNotFit, RunFolderError
 
 logger = logging.getLogger(__name__)
 
-_FREE, _BUSY, _GONE = 0, -1, -2
+_FREE, _BUSY, _GONE, _FULL = 0, -1, -2, -3
 """What a node's agent is to a snapshot that is due."""
+MAX_FAILURES = 5
+"""Snapshots in a row that did not come to be in memory: then it is given up."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,9 @@ class MemoryTier:
         self._given_up: SnapshotId | None = None
         """The newest that this rank could not take part in."""
         self._maps: dict[tuple[str, int, int], SharedFile] = {}
+        self._failures = 0
+        self.why_given_up: str | None = None
+        """Why there is no tier in memory any more, on all ranks alike; None while there is one."""
 
     def reserve(self, region_bytes: int) -> None:
         """Takes the memory that snapshots of `region_bytes` a rank need.
@@ -82,7 +87,9 @@ class MemoryTier:
         state = self._state()
         answers, wants = self._gather(region_bytes if state == _FREE else state, int(persist)).unbind(1)
         if (answers < 0).any():
-            if (answers == _GONE).any():
+            if (answers == _FULL).any():
+                self.why_given_up = f"{MAX_FAILURES} snapshots in a row could not be taken"
+            elif (answers == _GONE).any():
                 self._reopen()
             return None
         regions, node_bytes = self._regions([int(size) for size in answers])
@@ -100,14 +107,20 @@ class MemoryTier:
                 layout=_layout_hash(regions, node_bytes),
                 persist=bool(wants.any()),
             )
-        except (Stale, Busy, NoMemory, AgentError, TransportError) as error:
+            data = self._map(answer["path"], answer["inode"], answer["size"])
+        except (Stale, Busy, NoMemory, AgentError, OSError, ValueError) as error:
+            if not isinstance(error, Stale | Busy | TransportError):
+                self.count(is_failure=True)
             logger.warning("no snapshot of step %d: %s", step, error)
             self.give_up(snapshot, str(error))
             return Target(snapshot, bool(wants.any()), None)
-        data = self._map(answer["path"], answer["inode"], answer["size"])
         return Target(
             snapshot, bool(wants.any()), data.view[mine.offset : mine.offset + round_up(mine.nbytes, BLOCK_BYTES)]
         )
+
+    def count(self, is_failure: bool) -> None:
+        """A snapshot was given up, or committed. Not collective."""
+        self._failures = self._failures + 1 if is_failure else 0
 
     def copied(self, snapshot: SnapshotId, checksums: np.ndarray) -> None:
         """This rank's region is whole. Not collective; from any thread."""
@@ -162,6 +175,8 @@ class MemoryTier:
             self.group.client = None
 
     def _state(self) -> int:
+        if self._failures >= MAX_FAILURES:
+            return _FULL
         try:
             status = self.group.look()
         except TransportError:
@@ -193,7 +208,11 @@ class MemoryTier:
         return self._maps[key]
 
     def _reopen(self) -> None:
-        self.group.reopen()
+        try:
+            self.group.reopen()
+        except (RunFolderError, ConfigError) as error:  # on all ranks
+            self.why_given_up = str(error)
+            return
         if self._given_up is not None and self._given_up.generation == self.group.generation:
             # The agent that was told may have been the one that was lost, and the other nodes wait to hear of it.
             self.give_up(self._given_up, "a rank could not begin it, or copy into it")

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from windlass.errors import ConfigError, DataError
 from windlass.files import atomic_file
+from windlass.os_errors import MISSING, remedy, said
 from windlass.train.data.documents import Unit, split_position
 from windlass.train.data.manifest import SPLITS, ShardInfo, check_shard, shard_file, unit_file, write_json
 from windlass.train.data.source_files import Document
@@ -262,8 +263,13 @@ def space_errors(folder: Path) -> Iterator[None]:
             fix = "raise the limit (ulimit -f) and run the same command again: it goes on where it stopped"
         elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO):
             rule, fix = f"cannot be written to ({error.strerror})", "choose another folder, or mend this one"
-        else:
+        elif isinstance(error, MISSING):
             raise
+        else:
+            rule, fix = (
+                f"cannot be written to ({said(error)})",
+                remedy(error, "choose another folder, or mend this one"),
+            )
         raise DataError("prepared folder", folder, rule, fix) from None
 
 

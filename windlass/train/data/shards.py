@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 
 from windlass.errors import DataError
+from windlass.mapped_file import map_file
+from windlass.os_errors import MISSING, remedy, said
 from windlass.train.data.manifest import SPLITS, TOKENIZER_FILE, Manifest, ShardInfo, file_sha256
 from windlass.train.data.source_files import shortened
 
@@ -109,7 +111,10 @@ class TokenDataset:
         shard = self._shards[index]
         _check_size(self.folder, shard)
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(self.folder / shard.file)))
+            # Arrow's own map keeps a descriptor for as long as a batch of it is in use.
+            reader = pa.ipc.open_file(pa.py_buffer(map_file(self.folder / shard.file)))
+        except OSError as error:
+            raise _not_given(self.folder / shard.file, error) from None
         except (pa.ArrowException, ValueError, MemoryError) as error:
             raise _damaged(self.folder / shard.file, str(error)) from None
         if reader.num_record_batches != len(shard.batch_num_tokens):
@@ -175,12 +180,7 @@ def _check_size(folder: Path, shard: ShardInfo) -> None:
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise DataError(
-            "data.path",
-            path,
-            f"is missing from the prepared folder ({error.strerror})",
-            "copy the whole folder again, or delete it and prepare the text again",
-        ) from None
+        raise _not_given(path, error) from None
     if size != shard.num_bytes:
         raise DataError(
             "data.path",
@@ -188,6 +188,16 @@ def _check_size(folder: Path, shard: ShardInfo) -> None:
             f"has {size:,} bytes, and {shard.num_bytes:,} were written",
             "copy the whole folder again, or delete it and prepare the text again",
         )
+
+
+def _not_given(path: Path, error: OSError) -> DataError:
+    """The system's error: where the file is there, it is no damage."""
+    if isinstance(error, MISSING):
+        fix = "copy the whole folder again, or delete it and prepare the text again"
+        return DataError("data.path", path, f"is missing from the prepared folder ({said(error)})", fix)
+    if error.errno is None:  # Arrow's
+        return _damaged(path, str(error))
+    return DataError("data.path", path, f"cannot be read: {said(error)}", remedy(error, "mend that and start again"))
 
 
 def _damaged(path: Path, why: str) -> DataError:

@@ -13,6 +13,8 @@ from typing import BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from windlass.errors import DataError
+from windlass.os_errors import remedy
+from windlass.os_errors import said as said_of_system
 from windlass.train.data.tally import Tally
 
 BLOCK_BYTES = 1 << 20
@@ -201,7 +203,8 @@ def unreadable(path: str | Path, error: OSError) -> DataError:
             f"must be readable ({error.strerror})",
             f"give this user read access, e.g. chmod -R u+rX {path}",
         )
-    return DataError("data.path", path, f"cannot be read ({error.strerror or error})", "check the disk and the path")
+    fix = remedy(error, "check the disk and the path")
+    return DataError("data.path", path, f"cannot be read ({said_of_system(error)})", fix)
 
 
 def said(error: BaseException) -> str:
