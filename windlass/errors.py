@@ -64,6 +64,10 @@ class RunFolderError(WindlassError):
     """A run folder that cannot be used: read-only, full, in use by another run, or holding another run."""
 
 
+class SystemLimit(WindlassError):
+    """A limit of the system or the machine: open files, memory, room on a disk."""
+
+
 class StaleWriter(WindlassError):
     """A process that a later start of the same run has replaced, and that may not write its checkpoints any more."""
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from windlass.errors import SystemLimit
 
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 """What is not there, or is not what it was: of files that were written, damage. All else may pass."""
@@ -34,3 +38,31 @@ def remedy(error: OSError, otherwise: str) -> str:
         name = error.filename if isinstance(error.filename, str | bytes) else None
         return f"mend the permissions{f' of {os.fsdecode(name)}' if name else ''} and start again"
     return otherwise
+
+
+def limit_met(error: BaseException) -> SystemLimit | None:
+    """The limit of the system or the machine that `error` tells of, as a message for the user; None if of none."""
+    if isinstance(error, OSError) and error.errno in _LIMITS:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "this run"
+        fix = remedy(error, "make room there")
+        return SystemLimit("system", name, f"met a limit: {said(error)}", f"{fix}; the same command goes on from there")
+    # torch has no class of its own for want of memory on the host.
+    if isinstance(error, MemoryError) or (type(error) is RuntimeError and "can't allocate memory" in str(error)):
+        fix = "use a smaller model or batch (`windlass plan` forecasts them), free memory, or raise `ulimit -v`"
+        return SystemLimit("system", "memory", "the system does not give as much as this run needs", fix)
+    return None
+
+
+@contextmanager
+def limits_named() -> Iterator[None]:
+    """Raises `SystemLimit` where the body raises what tells of a limit, wherever it was met."""
+    try:
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        named = limit_met(error)
+        if named is None:
+            raise
+        raise named from error
+
+
+_LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from windlass.checkpoint.durable.manifest import Manifest
+from windlass.checkpoint.durable.manifest import RNG_PREFIX, Manifest
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.exchange.folder import PARTIAL
 from windlass.checkpoint.optimizer_state import OptimizerState
@@ -19,8 +19,6 @@ from windlass.errors import IncompatibleCheckpoint
 from windlass.parallel.fragment import ReplicaShare, fragment_of, local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.out_of_core import OutOfCore
-
-RNG_PREFIX = "rng"
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch.distributed.tensor import DTensor
 
-from windlass.checkpoint.durable.manifest import Manifest, StoredTensor
+from windlass.checkpoint.durable.manifest import Manifest, StoredTensor, is_of_optimizer
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.tensors import TORCH_DTYPES
 from windlass.parallel.fragment import empty_like_global, fragment_of, local_tensor
@@ -112,6 +112,8 @@ class OptimizerState:
         """Why the state in the checkpoint does not fit this optimizer, what explains the most first."""
         stored = manifest.objects.get(self.name, {})
         kind = type(self.inner).__name__
+        if not is_of_optimizer(stored):
+            return [f"it has no optimizer's state of {self.name}"]
         if stored.get("class") != kind:
             return [f"{self.name} is {stored.get('class')} there and {kind} here"]
         names = [name for group in names_of_groups(stored) for name in group]

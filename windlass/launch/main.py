@@ -16,6 +16,7 @@ from windlass.conf.compose import run_hydra
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError, require
 from windlass.launch.config import LaunchKind
+from windlass.os_errors import limits_named
 from windlass.parallel.environment import WHAT_TO_DO, RankEnvironment, forget
 from windlass.streams import goes_on_in
 from windlass.text import printable
@@ -28,7 +29,8 @@ def train(arguments: Sequence[str]) -> int:
     Raises:
         WindlassError: what the user asked for cannot be done.
     """
-    return run_hydra(_launch, "windlass train", arguments)
+    with limits_named():
+        return run_hydra(_launch, "windlass train", arguments)
 
 
 def _launch(config: Config) -> int:

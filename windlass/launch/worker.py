@@ -23,6 +23,7 @@ from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.session import run_session
 from windlass.launch.torch_store import take_store_variables
+from windlass.os_errors import limits_named
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
@@ -52,7 +53,7 @@ def _train(config: Config) -> int:
     connect = take_store_variables()
     local_rank, mesh = 0, None
     try:
-        with StopRequest() as stop:
+        with limits_named(), StopRequest() as stop:
             hear_signals()
             local_rank = RankEnvironment.read().local_rank
             if config.train.deterministic:

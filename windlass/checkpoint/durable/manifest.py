@@ -29,6 +29,8 @@ FORMAT = "windlass-checkpoint"
 VERSION = 3
 READ_VERSIONS = (2, VERSION)
 """Version 2 does not say which run wrote it."""
+RNG_PREFIX = "rng"
+"""What names of the states of generators of random numbers begin with."""
 STEP_FOLDER = re.compile(r"step-([0-9]{8,16})")
 RUN = re.compile(r"[0-9a-f]{16}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -115,6 +117,8 @@ class Manifest:
         problem = tensor.problem()
         if problem is not None:
             return f"{name} {problem}"
+        if name.startswith(f"{RNG_PREFIX}.") and (tensor.dtype != "uint8" or len(tensor.shape) != 1):
+            return f"{name} is no state of a generator of random numbers"
         for fragment in tensor.fragments:
             size = self.chunks.get(fragment.chunk)
             num_bytes = math.prod(fragment.shape) * DTYPE_BYTES[tensor.dtype]
