@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 
@@ -21,6 +22,16 @@ class Block:
     scale: float = 1.0
 
 
+class Kind(StrEnum):
+    old = "old"
+    new = "new"
+
+
+class Pair(NamedTuple):
+    first: int
+    second: str
+
+
 @dataclass
 class Document:
     step: int
@@ -31,6 +42,16 @@ class Document:
 
 
 SOUND: dict[str, Any] = {"step": 3, "blocks": {"x": [{"name": "w", "shape": [2, 3]}]}, "extra": {"any": [1, None]}}
+
+
+def test_enums_and_named_tuples_are_made_of_their_values() -> None:
+    assert convert(["new", "old"], list[Kind]) == [Kind.new, Kind.old]
+    assert convert([3, "x"], Pair) == Pair(3, "x")
+    with pytest.raises(Malformed, match="'newer', not one of 'old', 'new'"):
+        convert("newer", Kind)
+    for wrong in ([3], [3, "x", 1], ["3", "x"], {"first": 3}, None, [True, "x"]):
+        with pytest.raises(Malformed):
+            convert(wrong, Pair)
 
 
 def test_a_document_becomes_its_dataclass() -> None:

@@ -71,6 +71,8 @@ from windlass.train.watchdog import stacks_on_signal, watch_for_hangs
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS_PATIENCE_S = 1.0
+"""For the lock of the checkpoints: whoever held it for this run held the run folder, too, and has let go of both."""
 ENDINGS = {
     Ending.stopped: "stopped {}",
     Ending.left: "left the job {}: it goes on with other nodes",
@@ -136,7 +138,7 @@ def _open_folder(
         try:
             checkpoints.mkdir(parents=True, exist_ok=True)
             if not checkpoints.samefile(folder.path):  # which is locked
-                stack.enter_context(lock_folder(checkpoints, "checkpoint.dir"))
+                stack.enter_context(lock_folder(checkpoints, "checkpoint.dir", CHECKPOINTS_PATIENCE_S))
         except OSError as error:
             raise unusable(checkpoints, error) from error
     config_file = folder.path / CONFIG_FILE
@@ -428,6 +430,8 @@ def _logging_to(path: Path) -> Iterator[TextIO]:
         raise unusable(path.parent.parent, error) from error
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    # A disk that is full is told of by what it ends, not by what was to be logged of it.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
     root = logging.getLogger()
     others = root.handlers
     root.handlers = [handler]  # and none of Hydra's, which would print errors a second time
@@ -443,5 +447,6 @@ def _logging_to(path: Path) -> Iterator[TextIO]:
     finally:
         logging.captureWarnings(False)
         root.handlers = others
-        handler.close()
-        stream.close()
+        with suppress(OSError):
+            handler.close()
+            stream.close()

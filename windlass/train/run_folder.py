@@ -50,15 +50,18 @@ class RunFolder:
         self.close()
 
 
-def lock_folder(path: Path, key: str) -> IO[str]:
+def lock_folder(path: Path, key: str, patience_s: float | None = None) -> IO[str]:
     """Locks the folder that the configuration's `key` names, until the returned file is closed or this process ends.
+
+    Args:
+        patience_s: how long another process may take to let go of it; None: `LOCK_PATIENCE_S`.
 
     Raises:
         RunFolderError: another process has it.
         OSError: the file system refuses a file, or has no locks.
     """
     file = os.fdopen(open_growing(path / LOCK_FILE), "a+", encoding="utf-8", errors="replace")
-    deadline = time.monotonic() + LOCK_PATIENCE_S
+    deadline = time.monotonic() + (LOCK_PATIENCE_S if patience_s is None else patience_s)
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_helpers import bits_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.files import disk_full_after, snapshot_of
 
@@ -202,3 +206,89 @@ def test_a_dtype_that_is_no_weight_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, dtype=torch.int64)}, tmp_path / SINGLE)
     with pytest.raises(ConfigError, match="has a as I64"):
         HuggingFaceFolder(tmp_path)
+
+
+def header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+def entry(shape: list[object], begin: object, end: object, dtype: object = "F32") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+FILES: dict[str, bytes] = {
+    "empty": b"",
+    "short": b"\x05\x00",
+    "header beyond the end": (1 << 20).to_bytes(8, "little") + b"{}",
+    "header of exabytes": (1 << 62).to_bytes(8, "little") + b"{}",
+    "no JSON": header()[:8] + b"[]",
+    "deep": (20_000).to_bytes(8, "little") + b"[" * 20_000,
+    "digits": (5002).to_bytes(8, "little") + b"[" + b"1" * 5000 + b"]",
+    "beyond the end": header(a=entry([3], 0, 12)),
+    "before the start": header(a=entry([3], -12, 0)) + bytes(12),
+    "backwards": header(a=entry([3], 12, 0)) + bytes(12),
+    "overlap": header(a=entry([3], 0, 12), b=entry([3], 0, 12)) + bytes(12),
+    "gap": header(a=entry([3], 4, 16)) + bytes(16),
+    "more": header(a=entry([3], 0, 12)) + bytes(16),
+    "other length": header(a=entry([4], 0, 12)) + bytes(12),
+    "giant": header(a=entry([1 << 62], 0, 12)) + bytes(12),
+    "negative": header(a=entry([-3], 0, 12)) + bytes(12),
+    "overflow": header(a=entry([1 << 32, 1 << 32], 0, 0)),
+    "dims": header(a=entry([1] * 100, 0, 4)) + bytes(4),
+    "float": header(a=entry([3.0], 0, 12)) + bytes(12),
+    "text": header(a=entry(["3"], 0, 12)) + bytes(12),
+    "three offsets": header(a={**entry([3], 0, 12), "data_offsets": [0, 12, 12]}) + bytes(12),
+    "unknown key": header(a={**entry([3], 0, 12), "x": 1}) + bytes(12),
+    "number for a dtype": header(a=entry([3], 0, 12, 7)) + bytes(12),
+    "escape in a name": header(**{"a\x1b[2J": entry([3], 0, 12)}) + bytes(12),
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_header_that_a_stranger_wrote_is_one_message(kind: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("{}")
+    (tmp_path / SINGLE).write_bytes(FILES[kind])
+    with pytest.raises(CorruptCheckpoint) as caught:
+        HuggingFaceFolder(tmp_path)
+    assert "\x1b" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("file", [CONFIG, INDEX, SINGLE])
+@pytest.mark.parametrize("kind", ["pipe", "giant", "deep"])
+def test_other_files_are_not_waited_for(kind: str, file: str, tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text("{}")
+    save_file({"a": torch.zeros(3)}, tmp_path / SINGLE)
+    path = tmp_path / file
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "deep":
+        path.write_text("[" * 100_000)
+    else:
+        path.touch()
+        os.truncate(path, 1 << 42)
+    if (kind, file) == ("pipe", INDEX):
+        assert list(HuggingFaceFolder(tmp_path).tensors) == ["a"], "it is no file, so there is no index"
+        return
+    with pytest.raises((ConfigError, CorruptCheckpoint)):
+        HuggingFaceFolder(tmp_path)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_a_file_says_it_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    (folder / CONFIG).write_text("{}")
+    text = bytearray(header(a=entry([3], 0, 12), b=entry([2, 1], 12, 20)) + bytes(20))
+    for _ in range(data.draw(st.integers(1, 3))):
+        position, num_removed = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(0, 2))
+        text[position : position + num_removed] = data.draw(st.binary(max_size=3))
+    (folder / SINGLE).write_bytes(text)
+    with contextlib.suppress(ConfigError, CorruptCheckpoint):
+        found = HuggingFaceFolder(folder)
+        for name in found.tensors:
+            assert found.read(name).shape == found.tensors[name][0]

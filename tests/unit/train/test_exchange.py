@@ -341,6 +341,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "shape": ({"intermediate_size": 50}, "is [48, 32] and should be [50, 32]"),
     "missing": ({"num_hidden_layers": 3}, "it has no layers.2.input_layernorm.weight"),
     "extra": ({"num_hidden_layers": 1}, "it has layers.1.input_layernorm.weight, which this Llama has not"),
+    "a billion layers": ({"num_hidden_layers": 10**9}, "of 1000000000 layers"),
+    "a wide embedding": (
+        {"hidden_size": 2**40, "head_dim": None},
+        "embed_tokens.weight is (64, 32) and should be (64, 1099511627776)",
+    ),
+    "a wide layer": ({"intermediate_size": 2**62}, "wide"),
+    "a truth value": ({"num_hidden_layers": True}, "a value that is none"),
+    "rotary list": ({"rope_parameters": [1]}, "rotary positions"),
     "untied": ({"tie_word_embeddings": False}, "it has no lm_head.weight"),
 }
 

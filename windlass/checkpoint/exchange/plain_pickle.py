@@ -113,7 +113,7 @@ class _Reader:
             return
         try:
             self.stack.append(kind(*arguments))
-        except TypeError:
+        except (TypeError, ValueError):
             raise Refused("it makes something of other arguments") from None
 
     def build(self) -> None:

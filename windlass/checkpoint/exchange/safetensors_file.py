@@ -60,8 +60,10 @@ def read_header(path: Path, item_bytes: dict[str, int], max_bytes: int = MAX_HEA
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1].data_offsets):
         _check(name, entry, num_data, item_bytes)
-        if entry.data_offsets[0] < end:
-            raise Malformed(f"{name} begins before the tensor before it ends")
+        if entry.data_offsets[0] != end:  # which the format does not allow
+            raise Malformed(
+                f"{name} begins at byte {entry.data_offsets[0]:,}, and the tensor before it ends at {end:,}"
+            )
         end = entry.data_offsets[1]
     if end != num_data:
         raise Malformed(f"it has {num_data:,} bytes of data, and its tensors end at {end:,}")

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -35,6 +37,33 @@ def naive_stream(folder: Path, split: str, texts: list[str]) -> tuple[np.ndarray
     found = [ByteTokenizer().decode(tokens[documents == i]) for i in range(dataset.num_documents)]
     assert found == [text for text in texts if text in set(found)]
     return tokens, documents
+
+
+def test_shards_hold_no_descriptors(small_pieces: None, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    prepare_in_process(jsonl_source(tmp_path / "a.jsonl", [f"{i} " * 20 for i in range(60)]), folder)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    dataset = TokenDataset(folder, "train")
+    kept = [dataset.window(start, 5) for start in range(0, dataset.num_tokens - 5, 50)]
+    assert len(dataset.manifest.splits["train"].shards) > 10 and len(kept) > 10
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+@pytest.mark.parametrize(("number", "says"), [(errno.EMFILE, "ulimit -n"), (errno.EACCES, "permissions")])
+def test_a_shard_that_the_system_does_not_give_is_not_damaged(
+    number: int, says: str, small_pieces: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    prepare_in_process(jsonl_source(tmp_path / "a.jsonl", ["text " * 20] * 4), folder)
+    dataset = TokenDataset(folder, "train")
+
+    def refuse(path: Path) -> memoryview:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(shards, "map_file", refuse)
+    with pytest.raises(DataError, match=says) as caught:
+        dataset.window(0, 1)
+    assert "damaged" not in str(caught.value) and "delete" not in str(caught.value)
 
 
 @pytest.mark.slow
