@@ -344,7 +344,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a billion layers": ({"num_hidden_layers": 10**9}, "of 1000000000 layers"),
     "a wide embedding": (
         {"hidden_size": 2**40, "head_dim": None},
-        "embed_tokens.weight is (64, 32) and should be (64, 1099511627776)",
+        "embed_tokens.weight is (61, 32) and should be (61, 1099511627776)",
     ),
     "a wide layer": ({"intermediate_size": 2**62}, "wide"),
     "a truth value": ({"num_hidden_layers": True}, "a value that is none"),
