@@ -403,9 +403,9 @@ MEMORY = [
         "header_says_committed_too_early",
         "What a slot's header says is true: it is committed when all nodes have prepared it.",
         "windlass/checkpoint/agent/process.py",
-        "files.header is not None and files.header.phase != slot.phase:\n",
-        "files.header is not None and slot.phase in (Phase.prepared, Phase.committed):\n"
-        "                files.set_phase(Phase.committed)\n",
+        "            if slot.phase == Phase.empty:\n                if files.header is not None and files.index",
+        "            if slot.phase == Phase.prepared:\n                files.set_phase(Phase.committed)\n"
+        "            elif slot.phase == Phase.empty:\n                if files.header is not None and files.index",
         (f"{CHECKPOINT}/test_agent.py::test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before",),
     ),
     Fault(
