@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import windlass.safe_path  # before all else
+
 import argparse
 import sys
 from collections.abc import Sequence

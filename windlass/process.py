@@ -20,6 +20,7 @@ _TORCH_THREADS = "pt_"
 
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs `main` as all that this process does, and ends the process with the code that it returns."""
+    os.environ["PYTHONSAFEPATH"] = "1"  # see `windlass.safe_path`
     make_lasting()
     try:
         code = main()

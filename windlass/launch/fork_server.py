@@ -37,15 +37,30 @@ def fork_context() -> ForkServerContext:
     """Where to start processes from. Starts its server, with this process's environment, if there is none yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
-    # Starting the tracker unblocks signals, so it comes first.
-    resource_tracker.ensure_running()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
-    try:
-        _make_socket_folder()
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    with _safe_path():
+        # Starting the tracker unblocks signals, so it comes first.
+        resource_tracker.ensure_running()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, HELD_BACK)
+        try:
+            _make_socket_folder()
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return context
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Has interpreters that start now find no modules in the working directory: see `windlass.safe_path`."""
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def _make_socket_folder() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import windlass.safe_path  # noqa: F401  # before all else
+
 import ctypes
 import faulthandler
 import multiprocessing

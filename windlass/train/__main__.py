@@ -5,6 +5,8 @@ Every rank composes the configuration; none writes anything for Hydra.
 
 from __future__ import annotations
 
+import windlass.safe_path  # noqa: F401  # isort: skip  # before all else
+
 import os
 import sys
 

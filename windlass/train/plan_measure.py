@@ -59,7 +59,7 @@ def _process_bytes(num_ranks: int, dtype: DType) -> tuple[int, int]:
     with tempfile.TemporaryDirectory(prefix="windlass-plan-") as folder:
         text = Path(folder) / "text.jsonl"
         text.write_text((json.dumps({"text": "The anchor holds. " * 64}) + "\n") * 64)
-        command = [sys.executable, "-m", "windlass.cli", "train", *_NOTHING, "data=text", f"data.path={text}"]
+        command = [sys.executable, "-P", "-m", "windlass.cli", "train", *_NOTHING, "data=text", f"data.path={text}"]
         command += [f"data.cache_dir={folder}/cache", f"run_dir={folder}/run", "checkpoint=none"]
         command += [
             f"train.dtype={dtype}",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import threading
 import time
@@ -16,7 +17,15 @@ from support.ranks import CONTEXT
 
 from windlass.checkpoint.agent import folder as agent_folder
 from windlass.checkpoint.agent.client import AgentClient
-from windlass.checkpoint.agent.folder import AgentFolder, Lease, folders, remove_expired, root, uptime
+from windlass.checkpoint.agent.folder import (
+    UNLEASED_S,
+    AgentFolder,
+    Lease,
+    folders,
+    remove_expired,
+    root,
+    uptime,
+)
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.errors import ConfigError, RunFolderError
 
@@ -195,11 +204,37 @@ def test_what_is_over_goes_and_what_lives_stays(shm: Path) -> None:
     assert remove_expired(shm) == [living.path]
 
 
+def test_what_no_agent_came_up_for_goes(shm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, starting = (AgentFolder.of(name, shm) for name in ("left", "starting"))
+    left.make()
+    others = left.path.parent / "mine"
+    others.mkdir()
+    assert remove_expired(shm) == [], "an agent may be about to come up"
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + UNLEASED_S + 1)
+    with left.locked():
+        assert remove_expired(shm) == [], "one has come up, and is about to write its lease"
+    starting.make()
+    assert set(remove_expired(shm)) == {left.path, starting.path}
+    assert others.exists()
+
+
 # --- Agents of it. ---
 
 
 @pytest.mark.slow
-def test_an_agent_is_found_or_started_and_outlives_who_started_it(folder: AgentFolder) -> None:
+def test_an_agent_is_found_or_started_and_outlives_who_started_it(
+    folder: AgentFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, removed = AgentFolder.make, []
+
+    def make_and_lose(self: AgentFolder) -> None:
+        """Another agent takes the new folder for one that was left."""
+        make(self)
+        if len(removed) < 2:
+            removed.append(shutil.rmtree(self.path))
+
+    monkeypatch.setattr(AgentFolder, "make", make_and_lose)
     client = AgentClient(folder.start_agent("/nowhere#1", 2, "127.0.0.1", 60.0))
     status = client.ask("status")
     assert os.getsid(status["pid"]) == status["pid"], "a session of its own: no signal to a group reaches it"

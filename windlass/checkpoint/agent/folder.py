@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import struct
@@ -35,6 +36,8 @@ SHM_DIR = "WINDLASS_SHM_DIR"
 START_S = 30.0
 """What an agent has to come up."""
 MAX_LEASE_BYTES = 1 << 16
+UNLEASED_S = 10 * START_S
+"""How old a folder without a lease is for which no agent has come up."""
 GONE_S = 2.0
 """What a process that was killed has to be gone."""
 _POLL_S = 0.01
@@ -127,6 +130,19 @@ class AgentFolder:
         except (OSError, Malformed):
             return None
 
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody comes back for the folder. Without a lease: an agent's first act is to write one."""
+        lease = self.lease()
+        if lease is not None:
+            return lease.is_over
+        if (self.path / "lease").exists() or re.fullmatch(r"[0-9a-f]{16}(-.+)?", self.path.name) is None:
+            return False  # another version's, or not an agent's
+        try:
+            return time.time() - self.path.stat().st_ctime > UNLEASED_S
+        except OSError:
+            return False
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -178,21 +194,10 @@ class AgentFolder:
             with contextlib.suppress(TransportError):
                 return self.connect()
             if process is None and not self.has_agent():
-                with log.open("ab") as output:
-                    process = subprocess.Popen(
-                        [sys.executable, "-m", "windlass.checkpoint.agent", str(self.path)],
-                        stdin=subprocess.PIPE,
-                        stdout=output,
-                        stderr=output,
-                        start_new_session=True,
-                        # The C library keeps memory a thread; an agent has many threads, each with little to do.
-                        env={"MALLOC_ARENA_MAX": "1", **os.environ},
-                    )
-                assert process.stdin is not None
-                with contextlib.suppress(BrokenPipeError), process.stdin:  # it failed at once, and its log says why
-                    process.stdin.write(settings)
+                with contextlib.suppress(FileNotFoundError):  # then in the next round
+                    process = self._start_process(settings)
             if process is not None and process.poll() is not None:
-                if process.returncode != 0:
+                if process.returncode != 0 and self.path.exists():
                     break
                 process = None  # another was faster, which may be ending by now
             time.sleep(_POLL_S)
@@ -203,6 +208,23 @@ class AgentFolder:
             f"the snapshot agent of this node did not start: {lines[-1] if lines else 'it said nothing'}",
             "name an address of this node, leave checkpoint.agent_host null, or set checkpoint=durable",
         )
+
+    def _start_process(self, settings: bytes) -> subprocess.Popen[bytes]:
+        self.make()  # another agent may have taken it for one that was left
+        with (self.path / "agent.log").open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "windlass.checkpoint.agent", str(self.path)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                # The C library keeps memory a thread; an agent has many threads, each with little to do.
+                env={"MALLOC_ARENA_MAX": "1", **os.environ},
+            )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # it failed at once, and its log says why
+            process.stdin.write(settings)
+        return process
 
 
 def root(shm_dir: Path | None = None) -> Path:
@@ -231,13 +253,12 @@ def folders(shm_dir: Path | None = None) -> list[AgentFolder]:
 
 
 def remove_expired(shm_dir: Path) -> list[Path]:
-    """Removes the folders of jobs that have no agent and whose lease is over."""
+    """Removes the folders of jobs that have no agent and whose lease is over, or that have never had one."""
     removed = []
     for folder in folders(shm_dir):
-        lease = folder.lease()
-        if lease is not None and lease.is_over:
-            with folder.locked() as is_free:
-                if is_free:
+        if folder.is_over:
+            with contextlib.suppress(FileNotFoundError), folder.locked() as is_free:  # another may be faster
+                if is_free and folder.is_over:
                     folder.remove()
                     removed.append(folder.path)
     return removed
