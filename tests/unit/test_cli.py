@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -186,3 +187,24 @@ def test_other_failures_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("windlass.launch.main.train", fail)
     with pytest.raises(ZeroDivisionError):
         main(["train"])
+
+
+@pytest.mark.parametrize("module", ["windlass.cli", "windlass.train"])
+def test_the_working_directory_is_no_place_for_modules(module: str, tmp_path: Path) -> None:
+    """What lies there may be the user's text, or a stranger's. What PYTHONPATH names stays."""
+    here, named = tmp_path / "here", tmp_path / "named"
+    for folder, word in ((here, "found in the working directory"), (named, "found by PYTHONPATH")):
+        folder.mkdir()
+        for name in ("hydra", "argparse", "threading"):
+            (folder / f"{name}.py").write_text(f"import os; os.write(1, b'{word}'); os._exit(0)")
+    for name in ("argparse", "threading"):
+        (named / f"{name}.py").unlink()
+    result = subprocess.run(
+        [sys.executable, "-m", module, "train", "train.steps=1"],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(named)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.stdout == "found by PYTHONPATH", result.stderr

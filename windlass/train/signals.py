@@ -115,6 +115,7 @@ class StopRequest:
         """What this rank has to do before it ends; for who presses Ctrl-C again."""
         self._waits_for: str | None = None
         self._first_at = 0.0
+        self._heard_at: float | None = None
         self._requests: dict[signal.Signals, Request] = {}
         self._previous: dict[signal.Signals, Any] = {}
         self._ear: _Ear | None = None
@@ -159,7 +160,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         """In the main thread."""
         request = self._request_of(number)
-        if self._is_later_press(number):
+        is_repeated = self._asked == Request.stop and time.monotonic() - self._first_at > SECOND_PRESS_S
+        if is_repeated and number == signal.SIGINT:
             raise KeyboardInterrupt
         if request > self._asked:
             self.signal_name = signal.Signals(number).name
@@ -169,22 +171,24 @@ class StopRequest:
             if request == Request.stop:
                 stop_heard()
 
-    def _is_later_press(self, number: int) -> bool:
-        is_repeated = self._asked == Request.stop and time.monotonic() - self._first_at > SECOND_PRESS_S
-        return is_repeated and number == signal.SIGINT
-
     def _hear(self, number: int) -> None:
         """In a thread of its own, at once, and with some signals before `_note`."""
         if self._waits_for is not None and self._request_of(number) == Request.stop:
             self.signal_name = self.signal_name or signal.Signals(number).name
             self._end_waiting()
-        if self._is_later_press(number):
-            self._last = threading.Timer(UNWIND_S, self._end_interrupted)
-            self._last.daemon = True
-            self._last.start()
-        elif number == signal.SIGINT and self.awaits != self._has_said:
+        # Counted from when this thread heard the first: a busy machine then has no press seem later than it was.
+        if self._request_of(number) == Request.stop and self._heard_at is None:
+            self._heard_at = time.monotonic()
+        if number != signal.SIGINT or self._heard_at is None:
+            return
+        if time.monotonic() - self._heard_at > SECOND_PRESS_S:
+            if self._last is None:
+                self._last = threading.Timer(UNWIND_S, self._end_interrupted)
+                self._last.daemon = True
+                self._last.start()
+        elif self.awaits != self._has_said:
             self._has_said = self.awaits
-            if os.environ.get("RANK", "0") == "0":
+            if (os.environ.get("RANK") or "0") == "0":
                 say(f"Ctrl-C: waiting for {self.awaits}; again, {SECOND_PRESS_S:g} s later or more, it ends at once")
 
     def _end_waiting(self) -> NoReturn:

@@ -224,8 +224,11 @@ def test_what_no_agent_came_up_for_goes(shm: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.slow
 def test_an_agent_is_found_or_started_and_outlives_who_started_it(
-    folder: AgentFolder, monkeypatch: pytest.MonkeyPatch
+    folder: AgentFolder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    for module in ("json", "logging", "windlass"):
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('a module of the working directory')")
+    monkeypatch.chdir(tmp_path)
     make, removed = AgentFolder.make, []
 
     def make_and_lose(self: AgentFolder) -> None:

@@ -48,6 +48,13 @@ def test_temporary_files_may_have_long_paths(tmp_path: Path) -> None:
     folder.mkdir()
     script = tmp_path / "forks_one.py"
     script.write_text(FORKS_ONE)
+    # No place to look for modules: what stands there is the user's text, or a stranger's.
+    working_directory = tmp_path / "text"
+    working_directory.mkdir()
+    for module in ("random", "selectors", "torch", "windlass"):
+        (working_directory / f"{module}.py").write_text("raise SystemExit('a module of the working directory')")
     environment = {**os.environ, "TMPDIR": str(folder)}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script], cwd=working_directory, env=environment, capture_output=True, text=True, check=False
+    )
     assert (done.stdout, done.returncode) == ("7\n", 0), done.stderr

@@ -90,6 +90,17 @@ def test_a_line_every_log_every_steps_and_at_the_last(tmp_path: Path) -> None:
     assert written[0]["memory/host_rss_bytes"] > 1 << 20
 
 
+@pytest.mark.parametrize("umask", [0o000, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        build(tmp_path / "run").close()
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "run").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
 def test_rates_cover_the_window_with_stalls_and_without_evaluation(tmp_path: Path) -> None:
     clock = Clock()
     metrics = build(tmp_path, log_every=2, total_steps=4, clock=clock)
