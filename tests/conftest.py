@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: several ranks share few cores
+os.environ.setdefault("WINDLASS_SECRET", "of the tests of windlass")  # else launchers make one in the user's home
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests import `support`
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

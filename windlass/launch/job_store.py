@@ -20,8 +20,8 @@ from windlass.checkpoint.net.signed import SignedChannel
 from windlass.checkpoint.net.transport import Listener, connect
 from windlass.untrusted import Malformed, convert
 
-TRIES = 10
-"""To connect: strangers may keep the store busy."""
+PATIENCE_S = 30.0
+"""With a store that strangers, or many ranks that start, keep busy."""
 CUT_S = 10.0
 """A network that is silent for so long is cut. A process that stands still is waited for."""
 STORE, STORE_SECRET = "WINDLASS_STORE", "WINDLASS_STORE_SECRET"
@@ -123,15 +123,15 @@ class StoreClient:
     """
 
     def __init__(
-        self, address: tuple[str, int], secret: bytes, num_tries: int = TRIES, timeout_s: float = HANDSHAKE_S
+        self, address: tuple[str, int], secret: bytes, patience_s: float = PATIENCE_S, timeout_s: float = HANDSHAKE_S
     ) -> None:
         self.address, self.secret, self._timeout_s = address, secret, timeout_s
         self._lock = threading.Lock()
         self._is_lost = False
-        self._channel: SignedChannel | None = self._connect(num_tries)
+        self._channel: SignedChannel | None = self._connect(patience_s)
 
-    def _connect(self, num_tries: int) -> SignedChannel:
-        connection = connect(self.address, self.secret, self._timeout_s, num_tries=num_tries)
+    def _connect(self, patience_s: float) -> SignedChannel:
+        connection = connect(self.address, self.secret, self._timeout_s, patience_s=patience_s)
         connection.settimeout(None)
         connection.break_when_cut(CUT_S)
         return SignedChannel(connection, is_connector=True)
@@ -166,7 +166,7 @@ class StoreClient:
                 raise TransportError("the job's store is lost")
             channel, self._channel = self._channel, None  # it comes back with a whole answer
             try:
-                channel = channel or self._connect(TRIES)
+                channel = channel or self._connect(PATIENCE_S)
                 channel.send(asdict(request))
                 answer = channel.receive(math.inf)
             except TransportError:

@@ -119,7 +119,7 @@ def _try(host: str, port: int, secret: bytes) -> tuple[JobStore, Place] | OSErro
             # Another launcher on this machine serves it, or something else has the port.
     place = Place(host, port, local_address, False, secret)
     try:
-        client = StoreClient((host, port), secret, num_tries=1, timeout_s=HANDSHAKE_S)
+        client = StoreClient((host, port), secret, patience_s=0.0, timeout_s=HANDSHAKE_S)
     except TransportError as error:
         return error
     return JobStore(client, timedelta(seconds=ANSWER_S)), place

@@ -60,6 +60,9 @@ class Mesh:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
+            if connect is not None:
+                # NCCL's monitor would ask the store every second, from a thread that must not enter Python at its end.
+                os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
         group = device_mesh = store = None
         if world_size > 1:
             timeout = timedelta(seconds=config.timeout_s)

@@ -54,7 +54,7 @@ def test_who_is_honest_gets_in_through_half_open_handshakes_that_are_begun_again
             stranger.start()
         wait_until(lambda: listener.refused > 8)
         for _ in range(3):
-            with connect(listener.address, SECRET, num_tries=3) as connection:
+            with connect(listener.address, SECRET, patience_s=10.0) as connection:
                 assert works(connection)
         over.set()
         listener.close()
@@ -69,10 +69,23 @@ def test_a_flood_from_one_address_takes_no_place_of_others() -> None:
         for _ in range(2 * MAX_UNPROVEN_OF_ADDRESS):
             stack.enter_context(socket.create_connection(listener.address))
         wait_until(lambda: listener.refused == MAX_UNPROVEN_OF_ADDRESS)
-        hosts = Counter(peer.host for peer in listener._unproven)
+        hosts = Counter(peer.origin for peer in listener._unproven)
         assert hosts == {"127.0.0.1": MAX_UNPROVEN_OF_ADDRESS, "127.0.0.2": 1}
         other.sendall(GREETING + bytes(NONCE_BYTES))
         assert read(other, len(GREETING)) == GREETING  # it is the oldest, and still there
+
+
+@pytest.mark.parametrize(
+    ("host", "origin"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),
+        ("fe80::1:2%eth0", "fe80::/64"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+    ],
+)
+def test_a_network_of_ipv6_counts_as_one_address(host: str, origin: str) -> None:
+    assert transport._origin(host) == origin
 
 
 def test_where_all_places_are_taken_the_oldest_of_the_address_with_the_most_goes(
@@ -84,7 +97,7 @@ def test_where_all_places_are_taken_the_oldest_of_the_address_with_the_most_goes
             sock = socket.create_connection(listener.address, source_address=(f"127.0.0.{number}", 0))
             stack.enter_context(sock)
         wait_until(lambda: listener.refused == 1)
-        assert [peer.host for peer in listener._unproven] == ["127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3"]
+        assert [peer.origin for peer in listener._unproven] == ["127.0.0.1", "127.0.0.2", "127.0.0.2", "127.0.0.3"]
 
 
 def test_who_has_proven_itself_makes_place_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,7 +175,7 @@ def test_what_strangers_send_changes_nothing(data: bytes, server: StoreServer) -
 
 def test_another_secret_is_refused(server: StoreServer) -> None:
     with pytest.raises(OtherSecret):
-        StoreClient(("127.0.0.1", server.port), b"another", num_tries=1)
+        StoreClient(("127.0.0.1", server.port), b"another", patience_s=0.0)
     assert server.num_refused == 1
 
 

@@ -18,8 +18,8 @@ from windlass.checksum import crc32c
 BLOCKS_PER_READ = 4
 TRAINER = -1
 """The position of whoever only reads."""
-TRIES = 3
-"""To connect with an agent, which strangers may keep busy."""
+PATIENCE_S = 5.0
+"""With an agent that strangers keep busy."""
 
 
 class TooFewShards(Exception):
@@ -37,7 +37,7 @@ class BlockSource:
         self, address: tuple[str, int], secret: bytes, generation: int, snapshot: SnapshotId, position: int
     ) -> None:
         self.snapshot, self.position = snapshot, position
-        self._connection: Connection = connect(address, secret, num_tries=TRIES)
+        self._connection: Connection = connect(address, secret, patience_s=PATIENCE_S)
         self._connection.send({"position": TRAINER, "generation": generation})
 
     def ask(self, first: int, count: int) -> None:

@@ -9,7 +9,9 @@ second or two, and keep nobody out. Who has proven itself is left alone.
 
 from __future__ import annotations
 
+import ipaddress
 import logging
+import random
 import selectors
 import socket
 import threading
@@ -32,10 +34,10 @@ from windlass.checkpoint.net.pacer import Pacer
 
 __all__ = ["Connection", "Listener", "OtherSecret", "Pacer", "PeerClosed", "RefusedPeer", "TransportError", "connect"]
 
-MAX_UNPROVEN = 64
+MAX_UNPROVEN = 128
 """Peers in the handshake at a time."""
-MAX_UNPROVEN_OF_ADDRESS = 32
-"""Of these, from one address: a flood from there leaves places to others."""
+MAX_UNPROVEN_OF_ADDRESS = 64
+"""Of these, from one address, or one network of IPv6: a flood from there leaves places to others."""
 FLOOD_PAUSE_S = 0.01
 """Before the next peer is taken in, after one was closed to make place: so who was taken in has
 `FLOOD_PAUSE_S * MAX_UNPROVEN_OF_ADDRESS` seconds to prove itself, however fast strangers come."""
@@ -52,7 +54,7 @@ logger = logging.getLogger(__name__)
 @dataclass(eq=False)
 class _Peer:
     connection: Connection
-    host: str
+    origin: str
     thread: threading.Thread | None = None
     is_dropped: bool = False
 
@@ -161,12 +163,13 @@ class Listener:
     def _admit(self, sock: socket.socket, address: tuple[str, int]) -> bool:
         """Gives a peer its thread; whether another was closed to make place."""
         deadline = time.monotonic() + self._handshake_s
-        peer = _Peer(Connection(sock, address_text(address), self._pacer), address[0])
+        origin = _origin(address[0])
+        peer = _Peer(Connection(sock, address_text(address), self._pacer), origin)
         peer.thread = threading.Thread(
             target=self._serve, args=(sock, peer, deadline), name=peer.connection.peer, daemon=True
         )
         with self._lock:
-            dropped = self._take_place(address[0])
+            dropped = self._take_place(origin)
             self._peers.add(peer)
             self._unproven[peer] = None
         if dropped is not None:
@@ -182,14 +185,14 @@ class Listener:
             self._refusals.add(peer.connection.peer, str(error))
         return dropped is not None
 
-    def _take_place(self, host: str) -> _Peer | None:
-        """Who has to go before one more peer comes from `host`; nobody if there is place."""
-        counts = Counter(peer.host for peer in self._unproven)
-        if counts[host] < MAX_UNPROVEN_OF_ADDRESS:
+    def _take_place(self, origin: str) -> _Peer | None:
+        """Who has to go before one more peer comes from `origin`; nobody if there is place."""
+        counts = Counter(peer.origin for peer in self._unproven)
+        if counts[origin] < MAX_UNPROVEN_OF_ADDRESS:
             if len(self._unproven) < MAX_UNPROVEN:
                 return None
-            host = counts.most_common(1)[0][0]
-        oldest = next(peer for peer in self._unproven if peer.host == host)
+            origin = counts.most_common(1)[0][0]
+        oldest = next(peer for peer in self._unproven if peer.origin == origin)
         del self._unproven[oldest]
         oldest.is_dropped = True
         return oldest
@@ -239,7 +242,7 @@ def connect(
     secret: bytes,
     timeout_s: float = HANDSHAKE_S,
     pacer: Pacer | None = None,
-    num_tries: int = 1,
+    patience_s: float = 0.0,
 ) -> Connection:
     """A connection with who listens at `address`, each having proven itself to the other.
 
@@ -248,7 +251,8 @@ def connect(
         secret: the job's.
         timeout_s: for connecting and the handshake together, of one try.
         pacer: what sends wait for; None: nothing.
-        num_tries: a handshake that fails is begun again: a flood of strangers may have taken this side's place in it.
+        patience_s: for how long a handshake that fails is begun again: a flood of strangers, or a crowd of others, may
+            have taken this side's place in it.
 
     Raises:
         ValueError: the secret is empty.
@@ -258,14 +262,15 @@ def connect(
     """
     if not secret:
         raise ValueError("the secret must not be empty")
+    deadline = time.monotonic() + patience_s
     while True:
-        num_tries -= 1
         try:
             return _connect(address, secret, timeout_s, pacer)
-        except RefusedPeer:
-            if num_tries <= 0:
+        except TransportError as error:
+            is_busy = isinstance(error, RefusedPeer) or isinstance(error.__cause__, TimeoutError)
+            if not is_busy or time.monotonic() >= deadline:
                 raise
-            time.sleep(_RETRY_S)
+            time.sleep(_RETRY_S * (0.5 + random.random()))  # not all of a crowd at once
 
 
 def _connect(address: tuple[str, int], secret: bytes, timeout_s: float, pacer: Pacer | None) -> Connection:
@@ -281,6 +286,16 @@ def _connect(address: tuple[str, int], secret: bytes, timeout_s: float, pacer: P
         kind = OtherSecret if isinstance(error, OtherSecret) else RefusedPeer
         raise kind(f"the handshake with {peer} failed: {error}") from error
     return connection
+
+
+def _origin(host: str) -> str:
+    """What counts as one address: of IPv6 a network of 64 bits, in which a machine may take as many as it likes."""
+    address = ipaddress.ip_address(host.partition("%")[0])
+    if isinstance(address, ipaddress.IPv4Address):
+        return host
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
 
 
 class _Refusals:
