@@ -817,4 +817,49 @@ ELSEWHERE = [
     ),
 ]
 
-FAULTS = [*EXACTNESS, *OPTIMIZERS, *DATA, *RESUME, *DISK, *MEMORY, *RUNS, *ELSEWHERE]
+STRANGERS = [
+    Fault(
+        "signatures_not_compared",
+        "A message that somebody on the way has changed is not believed.",
+        "windlass/checkpoint/net/signed.py",
+        "if not hmac.compare_digest(mac.encode(), expected.encode()):",
+        "if len(mac) != len(expected):",
+        (f"{CHECKPOINT}/test_signed.py::test_what_somebody_on_the_way_does_is_found",),
+    ),
+    Fault(
+        "messages_not_numbered",
+        "A message that is repeated is not believed.",
+        "windlass/checkpoint/net/signed.py",
+        'b"%b %d " % (role, number)',
+        'b"%b %d " % (role, 0)',
+        (f"{CHECKPOINT}/test_signed.py::test_what_somebody_on_the_way_does_is_found",),
+    ),
+    Fault(
+        "one_machine_listens_everywhere",
+        "The store of a job on one machine is reached by no other machine.",
+        "windlass/launch/meeting_place.py",
+        "return _serve(LOOPBACK, LOOPBACK, 0, LOOPBACK, secret)",
+        'return _serve(LOOPBACK, "0.0.0.0", 0, LOOPBACK, secret)',
+        (
+            f"{UNIT}/launch/test_torchrun_meeting.py::test_a_node_that_is_alone_needs_no_address_and_is_reached_by_no_other",
+        ),
+    ),
+    Fault(
+        "the_proven_make_place",
+        "Who has proven itself to an agent is not dropped for a stranger.",
+        "windlass/checkpoint/net/transport.py",
+        "                raise RefusedPeer(_DROPPED)\n            self._unproven.pop(peer, None)\n",
+        "                raise RefusedPeer(_DROPPED)\n",
+        (f"{CHECKPOINT}/test_transport.py::test_who_has_proven_itself_makes_place_for_nobody",),
+    ),
+    Fault(
+        "jobs_share_names",
+        "Jobs that meet at one address do not mix.",
+        "windlass/parallel/mesh.py",
+        'names = f"windlass/{job}/attempt-{attempt}"',
+        'names = f"windlass/attempt-{attempt}"',
+        (f"{UNIT}/launch/test_torchrun_meeting.py::test_the_jobs_at_one_address_share_no_names",),
+    ),
+]
+
+FAULTS = [*EXACTNESS, *OPTIMIZERS, *DATA, *RESUME, *DISK, *MEMORY, *RUNS, *ELSEWHERE, *STRANGERS]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import timedelta
 
+import psutil
 import pytest
 from support.ranks import free_port
 from torch.distributed import HashStore, PrefixStore
@@ -16,8 +19,10 @@ from torch.distributed import HashStore, PrefixStore
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch import meeting_place
+from windlass.launch.interfaces import everywhere, listen_address
 from windlass.launch.meeting import Meeting, card_of, disagreement, job_name
 from windlass.launch.meeting_place import ANSWER_S, Place, open_place
+from windlass.parallel.mesh import _store_of_this_attempt
 from windlass.train.outcome import Outcome
 
 PLACE = Place("127.0.0.1", 1, "127.0.0.1", is_host=False)
@@ -158,9 +163,48 @@ def test_the_port_is_free_again_when_the_store_is_closed() -> None:
     assert place.is_host and not again.check(["key"])
 
 
-def test_a_node_that_is_alone_needs_no_address() -> None:
+def listening_on(port: int) -> set[str]:
+    """The addresses at which this process listens."""
+    connections = psutil.Process().net_connections("tcp")
+    return {own.laddr.ip for own in connections if own.status == psutil.CONN_LISTEN and own.laddr.port == port}
+
+
+def test_a_node_that_is_alone_needs_no_address_and_is_reached_by_no_other() -> None:
     _, place = open_place("auto", 5, SECRET)
-    assert place.is_host and place.port > 0
+    assert place.is_host and listening_on(place.port) == {"127.0.0.1"}
+    assert place.interface == "lo" or sys.platform != "linux"
+
+
+@pytest.mark.parametrize(
+    ("host", "resolved", "expected"),
+    [
+        ("node0", "10.0.0.1", "10.0.0.1"),  # no other interface
+        ("localhost", "127.0.0.1", "127.0.0.1"),
+        ("::1", "::1", "::1"),
+        ("node0", "127.0.1.1", everywhere()),  # Debian's name of the machine itself, which others know otherwise
+    ],
+)
+def test_a_store_listens_where_others_look_for_it(host: str, resolved: str, expected: str) -> None:
+    assert listen_address(host, resolved) == expected
+
+
+def test_a_node_with_another_secret_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting_place, "ANSWER_S", 0.0)
+    address = f"127.0.0.1:{free_port()}"
+    open_place(address, 5, SECRET)
+    with pytest.raises(
+        ConfigError, match=rf"launch\.secret_file=\(hidden\): the launcher at launch.address={address} has"
+    ):
+        open_place(address, 5, b"another secret of another job")
+
+
+def test_the_jobs_at_one_address_share_no_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    store = HashStore()
+    for job in ("one", "other"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        own = _store_of_this_attempt(0, 2, timedelta(seconds=1), store)["store"]
+        assert own.compare_set("rank 0", "", job) == job.encode()
 
 
 def test_an_unknown_name_is_said_so(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
