@@ -145,7 +145,7 @@ def _check_figures(record: Mapping[str, Any]) -> None:
     """Raises Malformed unless these are figures of a step."""
     _check_step(record.get("step"))
     for key, value in record.items():
-        if value is not None:
+        if value is not None and not (isinstance(value, float) and not math.isfinite(value)):
             _check_number(key, value, -_MAX_FIGURE, _MAX_FIGURE)
     _check_moments(record)
 
@@ -176,5 +176,5 @@ def _check_step(step: Any) -> None:
 
 def _check_number(key: str, value: Any, least: float, most: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or (math.isfinite(value) and not least <= value <= most):
+    if not is_number or not least <= value <= most:
         raise Malformed(f"`{key[:200]}` is {str(value)[:40]}, not a number from {least:g} to {most:g}")

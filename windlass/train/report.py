@@ -90,7 +90,8 @@ class Run:
 
     def wall_s(self) -> float | None:
         """Seconds between the first and the last sign of each life, added up; None without any time."""
-        signs = sorted((item["time"], item.get("kind", "")) for item in (*self.events, *self.records) if "time" in item)
+        signs = [(event["time"], event.get("kind") or "") for event in self.events if "time" in event]
+        signs = sorted(signs + [(record["time"], "") for record in self.records if "time" in record])
         if len(signs) < 2:
             return None
         idle = 0.0

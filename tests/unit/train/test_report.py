@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html.parser
+import json
 import math
 import re
 import sys
@@ -228,3 +229,44 @@ def test_errors_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r'pip install "windlass\[report\]"'):
         write_report(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_strangers_folder_is_drawn_with_what_can_be_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    figures = [{"step": step, "time": 1.79e9 + step, "train/loss": 2.0, "tokens": 2**62} for step in range(1, 9)]
+    figures += [{"step": 9, "train/loss": 9e99, "optim/grad_norm": -9e99, "memory/host_rss_bytes": 9e99, "time": 0}]
+    kinds = ["$\\frac{", "a $x$ b", "\x1b[2J", "\ud800", "_legend", "k" * 5000, "", *(f"kind {i}" for i in range(3000))]
+    events = [{"time": 8e9 * (i % 2), "kind": kind, "step": i} for i, kind in enumerate(kinds)]
+    events += [
+        {"time": 1.79e9 + i, "kind": kind, "step": 2**52 + i, "source": "$\\bad{", "lost_nodes": 2**60, "seconds": 1e99}
+        for i, kind in enumerate(["start", "recovered", "persisted", "snapshot_committed", "skipped_step"] * 200)
+    ]
+    for name, lines in (("metrics.jsonl", figures), ("events.jsonl", events)):
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, {"step": "<script>"}, [1]])
+        (tmp_path / name).write_text(text)
+    (tmp_path / "config.yaml").write_text("wandb_project: ${oc.env:HOME}\n'<script>': \"\\e[31m\"\n")
+    page = write_report(tmp_path).read_text()
+    assert "2 lines of metrics.jsonl could not be read" in page and "2 lines of events.jsonl could not" in page
+    assert "2 lines of metrics.jsonl could not be read" in caplog.text
+    assert "${oc.env:HOME}" in page and "<script" not in page and "\x1b" not in page
+    assert len(base64.b64decode(re.findall(r'src="data:image/png;base64,([^"]*)', page)[-1])) < 1 << 20
+
+
+def test_a_folder_whose_links_lead_elsewhere_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    rows(run_dir, {"step": 5, "train/loss": 2.0})
+    (run_dir / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunFolderError, match=r"report is a symbolic link.*Fix: remove that link"):
+        write_report(run_dir)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    (run_dir / "report").unlink()
+    (run_dir / "report").mkdir()
+    for name in ("report.html", "report.new", "report/loss.png"):
+        (run_dir / name).symlink_to(victim)
+    write_report(run_dir)
+    assert victim.read_text() == "precious"
+    assert "<html" in (run_dir / "report.html").read_text()

@@ -155,7 +155,7 @@ def test_seed_changes_the_order(make_loader) -> None:
         ({"seed": 4}, r"train\.seed=3: must be 4 as in the checkpoint.*Fix: set train\.seed=4"),
         ({"seq_len": 16}, r"train\.seq_len=8: must be 16 .*set train\.seq_len=16"),
         ({"shuffle": False}, r"data\.shuffle=True: must be False .*set data\.shuffle=false"),
-        ({"fingerprint": "abc"}, r"data\.fingerprint=.*: must be abc .*give the data of the checkpoint"),
+        ({"fingerprint": "abc"}, r"data\.fingerprint=.*: must be abc .*`windlass ckpt import DIR"),
         ({"num_samples": 1}, r"data\.num_samples=.*: must be 1 "),
     ],
 )
