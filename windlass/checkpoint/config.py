@@ -70,7 +70,7 @@ class CheckpointConfig:
             "leave it null for no limit",
         )
         require(
-            self.persist_every >= 1,
+            self.persist_every >= 1 or self.name == CheckpointKind.none,
             "checkpoint.persist_every",
             self.persist_every,
             "must be at least 1",

@@ -80,18 +80,18 @@ class LaunchConfig:
             "choose launch=torchrun",
         )
         require(
-            parse_nodes(self.nnodes) is not None,
-            "launch.nnodes",
-            self.nnodes,
-            NODES_RULE,
-            NODES_FIX.format("launch.nnodes="),
-        )
-        require(
             is_multi_node or self.nnodes == "1",
             "launch.nnodes",
             self.nnodes,
             "launch=local trains on one rank, in this process",
             "choose launch=torchrun or launch=ray",
+        )
+        require(
+            parse_nodes(self.nnodes) is not None,
+            "launch.nnodes",
+            self.nnodes,
+            NODES_RULE,
+            NODES_FIX.format("launch.nnodes="),
         )
         self._check_address()
         require(

@@ -112,7 +112,7 @@ class ModelConfig:
             "model.num_kv_heads",
             self.num_kv_heads,
             f"must divide model.num_heads={self.num_heads}",
-            "choose a divisor; num_kv_heads=num_heads is plain multi-head attention",
+            f"set model.num_kv_heads={self.num_heads} for plain multi-head attention, or another divisor",
         )
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)", "set model.dropout=0.0")
         if self.vocab_size is not None:
