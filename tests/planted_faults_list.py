@@ -815,6 +815,22 @@ ELSEWHERE = [
         "",
         (f"{CHECKPOINT}/test_plain_pickle.py::test_streams_are_no_longer_than_they_say",),
     ),
+    Fault(
+        "a_log_that_is_a_link_is_written",
+        "Inside of a run's folder no symbolic link is followed.",
+        "windlass/files.py",
+        "os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK",
+        "os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK",
+        (f"{UNIT}/test_files.py::test_a_log_that_is_a_link_is_refused",),
+    ),
+    Fault(
+        "lines_left_out_are_not_counted",
+        "A report says how many lines of metrics and events could not be read.",
+        "windlass/train/metrics_reader.py",
+        "            num_unreadable += 1\n",
+        "            continue\n",
+        (f"{TRAIN}/test_metrics_reader.py::test_what_is_no_line_at_all_is_counted_too",),
+    ),
 ]
 
 STRANGERS = [

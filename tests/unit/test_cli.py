@@ -148,6 +148,16 @@ def test_ckpt_verify_of_a_damaged_one(run_dir: Path, capsys: Captured) -> None:
 
 
 @pytest.mark.parametrize("action", ["list", "verify"])
+def test_a_checkpoint_whose_name_gives_orders_to_a_terminal(action: str, run_dir: Path, capsys: Captured) -> None:
+    named = run_dir.with_name("run\x1b]0;owned\x07\rsound")
+    run_dir.rename(named)
+    assert main(["ckpt", action, str(named)]) == 0
+    printed = capsys.readouterr().out
+    assert r"run\x1b]0;owned\x07\rsound" in printed
+    assert not {"\x1b", "\x07", "\r"} & set(printed)
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
 def test_ckpt_of_a_missing_path(action: str, tmp_path: Path, capsys: Captured) -> None:
     assert main(["ckpt", action, str(tmp_path / "nothing")]) == 2
     captured = capsys.readouterr()

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from windlass import cli
 from windlass.checkpoint.durable.manifest import committed_steps
+from windlass.conf.compose import compose
+from windlass.conf.text_values import taken_as_text
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY_EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "parts.md").read_text(), re.DOTALL)
 SCRIPTS = [example for example in EVERY_EXAMPLE if example.startswith("# torchrun ")]
 EXAMPLES = [example for example in EVERY_EXAMPLE if example not in SCRIPTS]
+
+
+def _commands() -> Iterator[tuple[str, str]]:
+    """Page and words after `windlass` of each command that stands in a block of code."""
+    for page in PAGES:
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in re.sub(r"\\\n\s*", "", block).splitlines():
+                match = re.search(r"(?:^|^\$ |&& )windlass ([a-z].*)", line)
+                if match is not None and page.name != "LOG.md":
+                    yield page.name, match[1].split('" &')[0]  # of what ssh runs
+
+
+COMMANDS = list(_commands())
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=[example.split("\n", 1)[0] for example in EXAMPLES])
@@ -46,3 +67,38 @@ def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())
     missing = [target for target in targets if "://" not in target and not (page.parent / target).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize(("page", "text"), COMMANDS, ids=[f"{page}: {text[:50]}" for page, text in COMMANDS])
+def test_a_command_can_be_typed_as_it_stands(page: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    words = shlex.split(text, comments=True)
+    words = words[: words.index(">")] if ">" in words else words
+    if words[0] == "train":
+        words = [re.sub(r",.*", "", word) if "-m" in words else word for word in words[1:] if word != "-m"]
+        if words != ["--help"]:
+            assert compose(words)
+        return
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        if words[0] == "script":
+            assert cli.main(words) == 0
+            assert output.getvalue()
+        else:
+            options = cli._parser(words).parse_args(words)
+            assert words[0] != "plan" or compose(options.overrides)
+
+
+def test_settings_in_prose_can_be_typed_as_they_stand() -> None:
+    found = 0
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for span in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*=[^`\n]+)`", prose):
+            for word in shlex.split(span):
+                if re.fullmatch(r"[a-z_]+(\.[a-z_]+)*=\S+", word) and "..." not in word:
+                    OverridesParser.create().parse_override(taken_as_text(word))
+                    found += 1
+    assert found >= 100
+
+
+def test_the_pages_have_their_commands() -> None:
+    assert len(COMMANDS) >= 30

@@ -252,3 +252,14 @@ def test_units() -> None:
         "1:01:01",
         "1d 03:46:40",
     ]
+
+
+@pytest.mark.parametrize("mode", [ConsoleMode.plain, ConsoleMode.rich])
+def test_names_that_others_chose_give_the_terminal_no_orders(mode: ConsoleMode) -> None:
+    file = FakeTerminal()
+    console = open_console(mode, rank=0, total_steps=9, title="\x1b]0;a\x07", file=file)
+    console.message("resumed from runs/\x1b[2J\u202e\nwindlass: done")
+    assert r"resumed from runs/\x1b[2J\u202e\nwindlass: done" in file.getvalue().replace("\n", "")
+    assert "\x1b[2J" not in file.getvalue() and "\u202e" not in file.getvalue()
+    if mode is ConsoleMode.rich:
+        assert r"\x1b]0;a\x07" in str(console._head())  # type: ignore[attr-defined]
