@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -150,3 +152,52 @@ def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path, monkeypat
         read_yaml(tmp_path / "none")
     monkeypatch.setattr(untrusted, "MAX_DEPTH", 1)
     assert read_json(tmp_path / "big") == [1, 2]
+
+
+class Colour(enum.Enum):
+    red = 1
+
+
+@dataclass
+class Setting:
+    pair: tuple[float, int]
+    colour: Colour = Colour.red
+
+
+def test_enums_are_named_and_tuples_have_their_length() -> None:
+    assert convert({"pair": [1, 2], "colour": "red"}, Setting) == Setting((1.0, 2), Colour.red)
+    for change, message in (
+        ({"pair": [1]}, "not a list of 2"),
+        ({"pair": [1, 2, 3]}, "not a list of 2"),
+        ({"pair": [1, 2.5]}, "`pair[1]` is 2.5, not an integer"),
+        ({"colour": "blue"}, "`colour` is 'blue', not one of red"),
+        ({"colour": 1}, "not one of red"),
+        ({"colour": ["red"]}, "not one of red"),
+    ):
+        with pytest.raises(Malformed) as caught:
+            convert({"pair": [1, 2]} | change, Setting)
+        assert message in str(caught.value)
+
+
+def test_numbers_of_yaml_may_be_written_and_valued_so() -> None:
+    values = parse_yaml("[.inf, -.inf, 1e-3, 2E+5, -1.5e3]")
+    assert convert(values, list[float], from_yaml=True) == [math.inf, -math.inf, 1e-3, 2e5, -1.5e3]
+    for text in ("1e9999", "e5", "1e-3 ", "0x1e3", "a"):
+        with pytest.raises(Malformed):
+            convert([text], list[float], from_yaml=True)
+    for value in (math.inf, "1e-3"):
+        with pytest.raises(Malformed):
+            convert(value, float)
+
+
+@pytest.mark.parametrize("text", ["1: 2", "{2020-01-01: 1, a: 2}", "null: 1", "{1: a, b: c}"])
+def test_keys_of_yaml_that_are_no_text_are_malformed(text: str) -> None:
+    for kind in (dict[str, Any], Setting):
+        with pytest.raises(Malformed, match=r"is a key that is not text|is not known"):
+            convert(parse_yaml(text), kind)
+
+
+@pytest.mark.parametrize("text", ["a: 9223372036854775808", "- [{b: -9223372036854775809}]", "1" * 400])
+def test_integers_of_yaml_are_bounded(text: str) -> None:
+    with pytest.raises(Malformed, match="integer beyond 64 bits"):
+        parse_yaml(text)

@@ -137,7 +137,8 @@ values = st.sampled_from(JUNK) | st.integers(-(2**70), 2**70) | st.floats() | st
     ),
 )
 def test_no_lines_break_the_page(lines: list[tuple[str, dict[str, Any]]], kind: str, tmp_path: Path) -> None:
-    sound = {METRICS_FILE: SOUND[METRICS_FILE], EVENTS_FILE: SOUND[EVENTS_FILE] | {"kind": kind}}
+    event = SOUND[EVENTS_FILE] | {"kind": kind, "reason": "\x1b[2J\ud800<b>", "versions": {"<b>": "\x9b"}}
+    sound = {METRICS_FILE: SOUND[METRICS_FILE], EVENTS_FILE: event}
     for name, line in sound.items():
         changed = [json.dumps(sound[name] | change).encode() for other, change in lines if other == name]
         write(tmp_path, name, [json.dumps(line).encode(), *changed])

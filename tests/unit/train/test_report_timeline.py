@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 
 from windlass.train.report import Run
-from windlass.train.report_plots import LIGHT
+from windlass.train.report_plots import LIGHT, _png
 from windlass.train.report_timeline import (
     NUM_BINS,
     Bar,
@@ -142,3 +142,17 @@ def test_every_other_event_has_a_row_of_its_own() -> None:
 
 def test_a_run_without_events_has_no_timeline() -> None:
     assert not draw_timeline(Figure(), run_of([], [(1, 1)]), LIGHT)
+
+
+@pytest.mark.slow
+def test_words_of_events_are_drawn_as_they_are() -> None:
+    run = killed_run()
+    run.events.append(event(3, "$\\frac{$ a $b$", 3))
+    for recovered in run.of_kind("recovered"):
+        recovered["source"] = "$\\bad{$\x1b" + 500 * "x"
+    figure = Figure()
+    assert draw_timeline(figure, run, LIGHT)
+    assert _png(figure, LIGHT)
+    labels = [label.get_text() for label in figure.axes[1].get_yticklabels()]
+    assert "\\$\\frac{\\$ a \\$b\\$" in labels  # matplotlib's escapes for text that is no formula
+    assert all(len(text) < 100 for text in figure.axes[0].get_legend_handles_labels()[1])
