@@ -25,13 +25,14 @@ from hypothesis import strategies as st
 from support import hostile
 from support.prepared import jsonl_source, prepare_in_process
 from windlass.errors import WindlassError
-from windlass.train.config import Borders
+from windlass.train.config import Borders, ModelConfig
 from windlass.train.data.loader import make_batch
 from windlass.train.data.shards import TokenDataset
 from windlass.train.data.sources import parquet_source, text_source
 from windlass.train.data.tally import Tally
 from windlass.train.data.tokenizer import HuggingFaceTokenizer, token_of
-from windlass.untrusted import Malformed
+from windlass.train.huggingface import check_weights, from_huggingface, to_huggingface
+from windlass.untrusted import Malformed, parse_json
 
 MAX_SECONDS = 10.0
 """Of one document; other work on the machine makes it longer."""
@@ -222,6 +223,16 @@ def _read_shard(folder: Path, document: bytes) -> None:
     _read_tokens(folder / "out")
 
 
+def _read_config(folder: Path, document: bytes) -> None:
+    """The config.json of a Hugging Face model with these weights."""
+    try:
+        config = parse_json(document)
+    except Malformed:
+        return
+    if isinstance(config, dict):
+        check_weights(folder, from_huggingface(config, folder), WEIGHTS)
+
+
 def _read_unfinished(name: str) -> Callable[[Path, bytes], None]:
     """A preparation that goes on where a stranger has changed what it left."""
 
@@ -235,6 +246,9 @@ def _read_unfinished(name: str) -> Callable[[Path, bytes], None]:
     return read
 
 
+MODEL = ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
+WEIGHTS = {name: tuple(tensor.shape) for name, tensor in MODEL.build().state_dict().items()}
+CONFIG = to_huggingface(MODEL, 24, "float32", 1)
 READERS = {
     "jsonl": Reader(_lines, _text("a.jsonl")),
     "json": Reader(lambda folder: hostile.json_document(ROWS), _text("a.json")),
@@ -245,6 +259,7 @@ READERS = {
     "tokenizer": Reader(_tokenizer_documents, _read_tokenizer),
     "manifest": Reader(_document_of("manifest.json"), _read_manifest),
     "shard": Reader(_shard_documents, _read_shard),
+    "config": Reader(lambda folder: hostile.json_document(CONFIG), _read_config),
     "settings": Reader(_document_of("settings.json"), _read_unfinished("settings.json")),
     "unit": Reader(_document_of("units/000000.json"), _read_unfinished("units/000000.json")),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -118,16 +119,16 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
         ConfigError: it is no Llama, or one that `windlass.train.model.Llama` cannot be.
     """
     if config.get("model_type") != "llama":
-        raise _refusal(path, f"model_type={config.get('model_type')!r}, and only 'llama' is imported")
+        raise _refusal(path, f"model_type={reprlib.repr(config.get('model_type'))}, and only 'llama' is imported")
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise _refusal(path, f"rotary positions {str(rope)[:80]!r}")
+    if not isinstance(rope, dict):
+        raise _refusal(path, f"rotary positions of {reprlib.repr(rope)}, and this Llama has only plain ones")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise _refusal(path, f"rotary positions of type {kind!r}, and this Llama has only plain ones")
+        raise _refusal(path, f"rotary positions of type {reprlib.repr(kind)}, and this Llama has only plain ones")
     for key, plain in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
         if config.get(key, plain) != plain:
-            raise _refusal(path, f"{key}={config[key]!r}, and this Llama has only {plain!r}")
+            raise _refusal(path, f"{key}={reprlib.repr(config[key])}, and this Llama has only {plain!r}")
     try:
         num_heads = config["num_attention_heads"]
         fields = {
@@ -151,7 +152,9 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
         raise _refusal(path, f"a value that is none ({error})") from None
     head_dim = config.get("head_dim") or model.head_dim
     if head_dim != model.head_dim:
-        raise _refusal(path, f"head_dim={head_dim}, and this Llama has hidden_size / heads = {model.head_dim}")
+        raise _refusal(
+            path, f"head_dim={reprlib.repr(head_dim)}, and this Llama has hidden_size / heads = {model.head_dim}"
+        )
     return model
 
 

@@ -337,7 +337,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_hidden_layers": 10**9}, "fewer than the 1000000000 layers"),
     "huge": ({"vocab_size": 2**62}, "a weight cannot be so large"),
     "null": ({"vocab_size": None}, "`vocab_size` is None"),
-    "rope_text": ({"rope_parameters": "long"}, "rotary positions 'long'"),
+    "rope_text": ({"rope_parameters": "long"}, "rotary positions of 'long'"),
     "shape": ({"intermediate_size": 50}, "is [48, 32] and should be [50, 32]"),
     "missing": ({"num_hidden_layers": 3}, "it has no layers.2.input_layernorm.weight"),
     "extra": ({"num_hidden_layers": 1}, "it has layers.1.input_layernorm.weight, which this Llama has not"),

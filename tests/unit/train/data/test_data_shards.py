@@ -3,6 +3,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from windlass.errors import DataError
+from windlass.train.config import Borders
 from windlass.train.data import shard_writer, shards
 from windlass.train.data import sources as sources_module
+from windlass.train.data.loader import make_batch
 from windlass.train.data.manifest import write_json
 from windlass.train.data.shards import TokenDataset
 from windlass.train.data.tokenizer import ByteTokenizer
@@ -170,6 +174,44 @@ def test_shards_that_are_damaged_inside(make_folder) -> None:
         manifest.save(folder)
         with pytest.raises(DataError, match=says):
             TokenDataset(folder, "train").window(0, 4)
+
+
+def crafted(folder: Path, old: bytes, new: bytes, more_tokens: int = 0) -> None:
+    """Changes bytes of the only training shard, and has the manifest agree."""
+    shard = folder / "train" / "000000.arrow"
+    content = shard.read_bytes()
+    assert old in content
+    shard.write_bytes(content.replace(old, new, 1))
+    manifest = TokenDataset(folder, "train").manifest
+    info = manifest.splits["train"].shards[0]
+    changed = replace(info, num_tokens=info.num_tokens + more_tokens, batch_num_tokens=[info.num_tokens + more_tokens])
+    split = replace(manifest.splits["train"], num_tokens=changed.num_tokens, shards=[changed])
+    replace(manifest, splits={**manifest.splits, "train": split}).save(folder)
+
+
+@pytest.mark.parametrize("more", [1, 100, 1 << 28])
+def test_a_shard_that_claims_more_tokens_than_it_has(make_folder, more: int) -> None:
+    """Bytes behind the tokens, and behind the file, are never read as tokens."""
+    folder = make_folder(["some text"] * 20)
+    num_tokens = TokenDataset(folder, "train").num_tokens
+    crafted(folder, struct.pack("<qq", num_tokens, 0), struct.pack("<qq", num_tokens + more, 0), more_tokens=more)
+    with pytest.raises(DataError, match=r"is damaged|more tokens than bytes"):
+        TokenDataset(folder, "train").window(0, num_tokens + more)
+
+
+@pytest.mark.parametrize("start", [-5, 3, 1 << 40])
+def test_a_document_that_starts_elsewhere(make_folder, start: int) -> None:
+    folder = make_folder(["some text"] * 20)
+    crafted(folder, struct.pack("<3q", 0, 10, 20), struct.pack("<3q", 0, 200 if start == 3 else start, 20))
+    with pytest.raises(DataError, match="is damaged"):
+        TokenDataset(folder, "train").window(0, 4)
+
+
+def test_a_flipped_bit_that_makes_a_token_of_another_vocabulary(make_folder) -> None:
+    folder = make_folder(["some text"] * 20)
+    crafted(folder, struct.pack("<3H", *b"som"), struct.pack("<3H", ord("s"), ord("o") | 0x8000, ord("m")))
+    with pytest.raises(DataError, match=r"000000\.arrow: is damaged \(it has the token 32879, and its largest was 256"):
+        make_batch(TokenDataset(folder, "train"), np.array([0]), 16, Borders.loss)
 
 
 @pytest.mark.slow
