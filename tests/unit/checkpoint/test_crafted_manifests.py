@@ -130,6 +130,7 @@ MANIFESTS: dict[str, Callable[[Body], Any]] = {
     "negative ranks": of_body(world_size=-1),
     "surrogate name": lambda body: body["tensors"].update({"model.\ud800": body["tensors"][NAME]}),
     "escape in a name": lambda body: body["tensors"].update({"model.\x1b[2J": body["tensors"][NAME]}),
+    "generators of floats": lambda body: body["tensors"].update({"rng.0.torch_cpu": body["tensors"][NAME]}),
     "no groups": optimizer(param_groups=None),
     "groups without names": optimizer(param_groups=[{"lr": 1}]),
     "list of numbers": optimizer(numbers=[]),
@@ -170,7 +171,7 @@ def test_state_that_an_object_cannot_use_is_one_message(
 ) -> None:
     def change(body: Body) -> None:
         if name == "rng":
-            body["tensors"]["rng.0.torch_cpu"] = copy.deepcopy(body["tensors"][NAME])
+            body["tensors"]["rng.0.torch_cpu"] = copy.deepcopy(body["tensors"]["rng.0.python"])
         else:
             body["objects"][name] = value
 
