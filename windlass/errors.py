@@ -68,6 +68,10 @@ class SystemLimit(WindlassError):
     """A limit of the system or the machine: open files, memory, room on a disk."""
 
 
+class Diverged(WindlassError):
+    """Training that cannot go on: its gradients are not finite any more."""
+
+
 class StaleWriter(WindlassError):
     """A process that a later start of the same run has replaced, and that may not write its checkpoints any more."""
 

@@ -20,7 +20,7 @@ from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
-from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
+from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChunk
 from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
 from windlass.checkpoint.memory.plan import RecoveryPlan
 from windlass.checkpoint.memory.restore import open_snapshot, plan_restore
@@ -139,6 +139,7 @@ class Checkpointer:
         """Of a tier in memory that was given up."""
         self._resumed: SnapshotId | None = None
         self._steps_since = 0
+        self._is_put_off = self._is_persist_put_off = False
         self.current_step: int | None = None
         """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
@@ -171,7 +172,12 @@ class Checkpointer:
 
     def due(self, step: int) -> bool:
         is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
-        return is_snapshot_due or step % self.persist_every == 0
+        return is_snapshot_due or step % self.persist_every == 0 or self._is_put_off
+
+    def put_off(self, step: int) -> None:
+        """Instead of `snapshot`: what is due at `step` is due at the next step, too."""
+        self._is_put_off = self.due(step)
+        self._is_persist_put_off |= step % self.persist_every == 0
 
     def reserve(self, num_more_bytes: int = 0) -> None:
         """Takes the shared memory that snapshots will need now, not in the middle of a run. Collective.
@@ -203,10 +209,13 @@ class Checkpointer:
             self.save(step)
             return True
         self._begin_if_new()
+        persist = step % self.persist_every == 0 or self._is_persist_put_off
+        self._is_put_off = self._is_persist_put_off = False
+        self.objects.info.pop(KEEP_ALL, None)
         if self.behind is not None:
             return self.behind.take(step, self.generation, self.keep)
         assert self.snapshots is not None
-        return self.snapshots.take(step, persist=step % self.persist_every == 0) or self._go_on_without_memory(step)
+        return self.snapshots.take(step, persist) or self._go_on_without_memory(step)
 
     def _go_on_without_memory(self, step: int) -> bool:
         """Where the tier in memory is of no use any more: the run goes on as `durable`, from this step. Collective."""
@@ -250,8 +259,11 @@ class Checkpointer:
         source = self.snapshots or self.behind
         return events + ([] if source is None else source.poll())
 
-    def save(self, step: int) -> Location:
+    def save(self, step: int, *, keep_all: bool = False) -> Location:
         """Writes a durable checkpoint and returns when it is committed. Collective.
+
+        Args:
+            keep_all: delete no older one for it, whatever `keep` says.
 
         The step that was saved or restored last is not written again. An older timeline's checkpoint of this step is
         renamed to `.superseded`.
@@ -261,17 +273,21 @@ class Checkpointer:
             OffloadError: so does the disk that state is on.
         """
         self._begin_if_new()
+        self._is_put_off = self._is_persist_put_off = False
+        self.objects.info.pop(KEEP_ALL, None)
+        if keep_all:
+            self.objects.info[KEEP_ALL] = True  # for the agents, which delete by what the checkpoint says
         exists = self.mesh.decide(lambda: step in self.store.steps())
         is_done = exists and step == self.current_step
         if self.behind is not None:
             if not is_done:
-                self.behind.save(step, self.generation, self.keep)
+                self.behind.save(step, self.generation, 0 if keep_all else self.keep)
         elif not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
-            self._save_now(step)
+            self._save_now(step, 0 if keep_all else self.keep)
         self.current_step = step
         return step_folder(self.store.location, step)
 
-    def _save_now(self, step: int) -> None:
+    def _save_now(self, step: int, keep: int) -> None:
         """Writes from the tensors themselves, while training waits."""
         self.objects.settle()
         objects = self.objects.json_state()
@@ -284,13 +300,17 @@ class Checkpointer:
                 with contextlib.suppress(RunFolderError):  # the first error says more
                     self.store.remove_leftovers()
             raise
-        self.mesh.decide(lambda: self.store.retain(self.keep))
+        self.mesh.decide(lambda: self.store.retain(keep))
 
     def _put_chunks(self) -> list[WrittenChunk]:
         return put_groups(self.store, self.objects.groups())
 
     def _commit(self, step: int, objects: dict[str, Any], written: list[WrittenChunk]) -> None:
         self.store.commit(step, self.generation, self.mesh.world_size, objects, written)
+
+    def finish(self) -> None:
+        """Waits for what this process is writing; agents keep what they have, and go on. Collective."""
+        self._finish_saves()
 
     def close(self) -> None:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""

@@ -113,7 +113,7 @@ class CheckpointedObjects:
     def json_state(self) -> dict[str, Any]:
         objects: dict[str, Any] = {name: value.state_dict() for name, value in self.others.items()}
         objects |= {name: state.hyperparameters() for name, state in self.optimizers.items()}
-        return {**objects, "info": self.info}
+        return {**objects, "info": dict(self.info)}
 
     def refresh_numbers(self, objects: dict[str, Any]) -> None:
         """Has a `json_state` say what updates that it was too early for have changed."""

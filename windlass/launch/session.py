@@ -51,6 +51,7 @@ from windlass.train.run_folder import (
     unusable,
 )
 from windlass.train.signals import StopRequest
+from windlass.train.skipped_steps import warning_at_the_end
 from windlass.train.state import (
     Run,
     StepParts,
@@ -378,6 +379,7 @@ def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending)
             f"validation loss {run.last_evaluation.loss:.4f} nats/token; "
             f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token (a model that knows only frequencies)",
         ]
+        lines += warning_at_the_end(run)
         lines.append(f"report  {_report(config)}")
         if saved:
             more = 2 * config.train.steps

@@ -234,6 +234,9 @@ class TrainConfig:
     grad_accum_steps: int = 1
     max_norm: float | None = 1.0
     """Largest global gradient norm; null does not clip."""
+    max_skipped_steps: int | None = 10
+    """Steps in a row that are skipped, their gradients not being finite, which end the run; null goes on for ever. The
+    checkpoints from before them are kept."""
     dtype: DType = DType.float32
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
     activation_fraction: float | None = None
@@ -263,6 +266,13 @@ class TrainConfig:
             self.max_norm,
             "must be above 0",
             "set train.max_norm=null to leave gradients as they are",
+        )
+        require(
+            self.max_skipped_steps is None or self.max_skipped_steps >= 1,
+            "train.max_skipped_steps",
+            self.max_skipped_steps,
+            "must be at least 1",
+            "set train.max_skipped_steps=10, or null to go on however many steps are skipped",
         )
         self._check_activations()
 

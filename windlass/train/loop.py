@@ -13,6 +13,7 @@ from windlass.parallel.mesh import Mesh, all_ranks_finite
 from windlass.train.agreement import Ending, StepAgreement
 from windlass.train.layer_major import forward_loss_sums
 from windlass.train.signals import Request, StopRequest
+from windlass.train.skipped_steps import divergence, has_diverged
 from windlass.train.state import Run
 from windlass.train.stragglers import StepClock, StragglerWatch
 from windlass.train.watchdog import Heartbeat
@@ -25,6 +26,7 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
     clock, stragglers = StepClock(), StragglerWatch(mesh, run.metrics, run.console)
     stall_s = 0.0  # of the snapshot after the step before
+    first_step = state.step
     while state.step < cfg.steps:
         heartbeat.begin_step()
         clock.begin()
@@ -52,8 +54,10 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         if all_ranks_finite(grad_norm, mesh):  # one host sync
             optimizer.step()  # brings state that is elsewhere, or leaves a layer's update to its next forward
             scheduler.step()
+            state.skipped_in_a_row = 0
         else:
             state.skipped_steps += 1
+            state.skipped_in_a_row += 1
             run.metrics.count_skipped_step(state.step + 1)
             run.console.message(f"step {state.step + 1} skipped: its gradients are not finite")
         optimizer.zero_grad(set_to_none=True)
@@ -74,6 +78,9 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
             run.console.update(logged)
         heartbeat.end_step(state.step)
         stragglers.look(state.step - 1, agreement.work_s)
+        if has_diverged(run, first_step):
+            with heartbeat.watched(state.step):
+                raise divergence(run)
         if evaluation_due(state.step, cfg.eval_every, cfg.steps):
             evaluate(run, heartbeat)
         # Last, so that a kill at any moment loses no line: what is not saved is trained, and recorded, again.
@@ -83,6 +90,8 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
             stop.awaits = f"the checkpoint of step {state.step} to be written"
             stall_s = run.save()
             stop.awaits = "the run to end"
+        elif run.checkpoint is not None and state.skipped_in_a_row:
+            run.checkpoint.put_off(state.step)  # those from before must not be pushed out
         elif run.checkpoint is not None and run.checkpoint.due(state.step):
             # In memory it takes a moment: copy, parity and disk come behind. To a disk it may take any time.
             with nullcontext() if run.checkpoint.is_durable_only else heartbeat.watched(state.step):

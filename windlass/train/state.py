@@ -51,15 +51,17 @@ class TrainState:
     tokens: int = 0
     """Label tokens trained on, over all ranks."""
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    """Up to this step."""
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         before = convert(dict(state), TrainState)
-        if "step" not in state or min(before.step, before.tokens, before.skipped_steps) < 0:
+        if "step" not in state or min(asdict(before).values()) < 0:
             raise Malformed("a count is missing or negative")
-        self.step, self.tokens, self.skipped_steps = before.step, before.tokens, before.skipped_steps
+        vars(self).update(vars(before))  # `skipped_in_a_row` of older checkpoints is 0
 
 
 @dataclass
@@ -128,7 +130,7 @@ class Run(StepParts):
         if self.checkpoint is None or self.checkpoint.current_step == self.state.step:
             return 0.0
         begin = time.perf_counter()
-        self.checkpoint.save(self.state.step)
+        self.checkpoint.save(self.state.step, keep_all=self.state.skipped_in_a_row > 0)
         seconds = time.perf_counter() - begin
         if self.checkpoint.is_durable_only:
             self.metrics.event("persisted", self.state.step, seconds=seconds)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.slots import Region, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
+from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChunk
 from windlass.checkpoint.image import Description
 from windlass.checksum import crc32c
 from windlass.errors import RunFolderError, WindlassError
@@ -205,7 +205,8 @@ class Persister(threading.Thread):
             if error is None:
                 objects = {key: value for part in parts for key, value in part["objects"].items()}
                 store.commit(step, group.generation, parts[0]["world_size"], objects, written)
-                store.retain(target[1])
+                if not objects.get("info", {}).get(KEEP_ALL):
+                    store.retain(target[1])
         except WindlassError as failure:
             error = str(failure)
         if error is not None:

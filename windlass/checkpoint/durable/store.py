@@ -63,6 +63,10 @@ class Pointer:
         return json.dumps(vars(self)).encode()
 
 
+KEEP_ALL = "keep_all"
+"""In a checkpoint's `info`: no older one is to be deleted for it."""
+
+
 @dataclass(frozen=True)
 class WrittenChunk:
     """A chunk that is in the store."""
