@@ -90,3 +90,12 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def cache_folder() -> Path | None:
+    """`$XDG_CACHE_HOME/windlass`, or `~/.cache/windlass`; None for a user without a home."""
+    given = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(given).expanduser() / "windlass"
+    except RuntimeError:  # HOME is not set, and the system does not know the user
+        return None

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from windlass.errors import EXIT_FAILURE
+from windlass.errors import EXIT_FAILURE, EXIT_USER_ERROR, ConfigError
 from windlass.streams import make_lasting
+from windlass.text import printable
 
 _TORCH_THREADS = "pt_"
 """What the names of torch's threads begin with."""
@@ -22,6 +23,12 @@ def run(main: Callable[[], int]) -> NoReturn:
     """Runs `main` as all that this process does, and ends the process with the code that it returns."""
     os.environ["PYTHONSAFEPATH"] = "1"  # see `windlass.safe_path`
     make_lasting()
+    try:
+        os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:  # torch, too, ends without one
+        error = ConfigError("working directory", os.environ.get("PWD", "?"), "was removed", "cd to another one")
+        sys.stderr.write(f"windlass: error: {printable(str(error))}\n")
+        end(EXIT_USER_ERROR)
     try:
         code = main()
     except SystemExit as ending:

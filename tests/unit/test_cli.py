@@ -218,3 +218,12 @@ def test_the_working_directory_is_no_place_for_modules(module: str, tmp_path: Pa
         check=False,
     )
     assert result.stdout == "found by PYTHONPATH", result.stderr
+
+
+def test_a_working_directory_that_is_gone_is_one_message(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {sys.executable} -m windlass.cli train"
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    message = f"windlass: error: working directory={gone}: was removed. Fix: cd to another one.\n"
+    assert (result.returncode, result.stderr) == (2, message)

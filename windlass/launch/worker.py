@@ -34,7 +34,7 @@ from windlass.train.data.outputs import refuse_outputs
 from windlass.train.data.prepare import prepared_folder
 from windlass.train.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
 from windlass.train.signals import StopRequest, late_requests_pass
-from windlass.train.state import checkpoint_dir, choose_device
+from windlass.train.state import checkpoint_dir, choose_device, require_compiler
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
@@ -63,6 +63,8 @@ def _train(config: Config) -> int:
                 # cuBLAS has no deterministic mode without it, and reads it when it is first used.
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             device = choose_device(config.train.device)
+            if config.train.compile:
+                require_compiler(device)
             refuse_outputs(config.data, output_folders(config))
             # Before the ranks meet: preparing much text takes longer than any collective may wait.
             with stop.at_once("the text to be prepared"):

@@ -6,6 +6,7 @@ An entry is of one host, CPU, GPU and torch: another of any of them is another m
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from dataclasses import asdict, dataclass, field
@@ -14,7 +15,9 @@ from typing import Any
 
 import torch
 
-from windlass.files import atomic_file
+from windlass.files import atomic_file, cache_folder
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 3
 """Of the file; one of another format is measured anew."""
@@ -47,9 +50,11 @@ class Machine:
 
 
 def machine_file() -> Path:
-    """`$XDG_CACHE_HOME/windlass/machine.json`, or below `~/.cache`."""
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "windlass" / "machine.json"
+    """`machine.json` in `cache_folder`. Raises FileNotFoundError for a user without a home."""
+    folder = cache_folder()
+    if folder is None:
+        raise FileNotFoundError("HOME is not set, and this user has no other home")
+    return folder / "machine.json"
 
 
 def machine_key() -> str:
@@ -93,12 +98,15 @@ def load_machine() -> Machine:
 
 
 def save_machine(machine: Machine) -> None:
-    """Keeps `machine` beside what the file has of others; whole or not at all."""
-    path = machine_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    entries = _entries() | {machine.key: asdict(machine)}
-    with atomic_file(path) as file:
-        file.write(json.dumps({"format": FORMAT, "machines": entries}, indent=1).encode())
+    """Keeps `machine` beside what the file has of others; whole or not at all. Not where a cache cannot be written."""
+    try:
+        path = machine_file()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        entries = _entries() | {machine.key: asdict(machine)}
+        with atomic_file(path) as file:
+            file.write(json.dumps({"format": FORMAT, "machines": entries}, indent=1).encode())
+    except OSError as error:
+        logger.warning("what this machine was measured at is not kept: %s", error)
 
 
 def _entries() -> dict[str, dict[str, Any]]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +20,7 @@ from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.storage import Location, as_location
 from windlass.checkpoint.manager import Checkpointer, Restored
-from windlass.errors import ConfigError
+from windlass.errors import ConfigError, require
 from windlass.offload.tiers import OffloadFigures, Tiers
 from windlass.optim.config import InBackward
 from windlass.parallel.collectives import all_reduce
@@ -41,6 +44,8 @@ if TYPE_CHECKING:
     from windlass.optim.scheduler import WarmupScheduler
 
 VOCAB_MULTIPLE = 64
+_CXX = "clang++" if sys.platform == "darwin" else "g++"
+"""What torch takes for the host."""
 
 
 @dataclass
@@ -200,6 +205,19 @@ def choose_device(device: Device) -> torch.device:
         )
     use_cuda = device != Device.cpu and num_gpus >= num_ranks
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def require_compiler(device: torch.device) -> None:
+    """Raises ConfigError where `torch.compile` finds no compiler of C++, or Triton none of C."""
+    variable, names = ("CC", ("gcc", "clang")) if device.type == "cuda" else ("CXX", (_CXX,))
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    require(
+        any(shutil.which(name) for name in names),
+        "train.compile",
+        True,
+        f"needs a compiler, and PATH has no {' and no '.join(names)}",
+        f"install one, name one in {variable}, or set train.compile=false",
+    )
 
 
 def resolve_vocabulary(config: Config, dataset: TokenDataset) -> None:

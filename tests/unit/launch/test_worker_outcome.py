@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from windlass.conf.compose import compose
 from windlass.conf.store import save_config
@@ -18,7 +19,7 @@ from windlass.launch.config import LaunchConfig, LaunchKind
 from windlass.train import __main__ as train_main
 from windlass.train.config import Device
 from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, report_outcome, reported_outcome
-from windlass.train.state import choose_device
+from windlass.train.state import choose_device, require_compiler
 
 Captured = pytest.CaptureFixture[str]
 
@@ -65,6 +66,18 @@ def test_a_worker_that_starts_after_a_request_to_stop_ends_at_once(
     (tmp_path / "stop").touch()
     assert worker.main() == 0
     assert reported_outcome() == Outcome(75, has_begun=False)
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_without_a_compiler_there_is_no_compiling(
+    device: str, variable: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=f"train.compile=True: needs a compiler.*name one in {variable}"):
+        require_compiler(torch.device(device))
+    monkeypatch.setenv(variable, sys.executable)
+    require_compiler(torch.device(device))
 
 
 @pytest.mark.parametrize(("wanted", "is_refused"), [("cuda", True), ("auto", False)])

@@ -174,6 +174,23 @@ def test_figures_are_kept_by_machine(machine: Machine) -> None:
     assert load_machine() == Machine(machine_key())
 
 
+def test_a_user_without_a_home_measures_each_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", raise_no_home)
+    machine = Machine(machine_key(), op_overhead_s=1.0)
+    save_machine(machine)
+    assert load_machine() == Machine(machine_key())
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    save_machine(machine)
+    assert load_machine() == Machine(machine_key())
+
+
+def raise_no_home(_: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
 @pytest.mark.slow
 def test_the_command(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with_free(monkeypatch, 1 << 40)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from windlass.errors import ConfigError, DataError, require
-from windlass.files import TEMPORARY_SUFFIX, atomic_file, open_growing, refuse_links, sync_folder
+from windlass.files import TEMPORARY_SUFFIX, atomic_file, cache_folder, open_growing, refuse_links, sync_folder
 from windlass.text import printable
 from windlass.train.config import DataConfig, PreparedDataConfig, TokensDataConfig
 from windlass.train.data.documents import RecordsUnit, Unit, unit_identity
@@ -166,8 +166,11 @@ def _settings(source: Source, tokenizer: Tokenizer, validation_fraction: float) 
 def _cache_dir(given: str | None) -> Path:
     if given is not None:
         return Path(given).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "windlass"
+    folder = cache_folder()
+    if folder is None:
+        rule = "tokens are kept in the user's home, and HOME is not set"
+        raise ConfigError("data.cache_dir", given, rule, "set data.cache_dir to a folder")
+    return folder
 
 
 def _make_folder(folder: Path, key: str) -> None:

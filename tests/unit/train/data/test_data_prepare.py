@@ -110,6 +110,16 @@ def num_finished(folder: Path) -> int:
     return len(list((folder / "units").glob("*.json")))
 
 
+def test_a_user_without_a_home_is_told_to_name_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", no_home)
+    with pytest.raises(ConfigError, match=r"HOME is not set\. Fix: set data\.cache_dir to a folder"):
+        prepared_folder(StdlibDataConfig())
+
+
 def test_documents_arrive_whole_in_order_and_in_their_split(tmp_path: Path) -> None:
     texts = [f"document {i} ünï" * (i % 5 + 1) for i in range(200)]
     source = jsonl_source(tmp_path / "a.jsonl", texts)
