@@ -41,6 +41,7 @@ from windlass.train.loop import train
 from windlass.train.metrics import Metrics
 from windlass.train.mock_step import mock_step
 from windlass.train.model import count_parameters
+from windlass.train.rates import change_of_rate, check_steps, how_to_go_on
 from windlass.train.report import write_report
 from windlass.train.run_folder import (
     CONFIG_FILE,
@@ -279,6 +280,7 @@ def _build_run(
     state_bytes = mock_step(run).optimizer_bytes if config.train.mock_step else 0
     begin = time.perf_counter()
     restored = restore(config, checkpoint, is_restart)
+    mesh.agree(lambda: check_steps(run))
     if checkpoint is not None:
         checkpoint.reserve(state_bytes if restored is None else 0)
     metrics.load_state_dict(state.state_dict())
@@ -356,6 +358,8 @@ def _say_start(
         for path in restored.set_aside:
             say(f"warning: {name_of(path)}: a newer checkpoint that is damaged or superseded was moved there")
         say(f"resumed at step {restored.step} from {restored.origin}")
+        for line in change_of_rate(run, restored.origin):
+            say(line)
 
 
 def _say_parity(run: Run) -> None:
@@ -382,8 +386,7 @@ def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending)
         lines += warning_at_the_end(run)
         lines.append(f"report  {_report(config)}")
         if saved:
-            more = 2 * config.train.steps
-            lines.append(f"resume  the same command with train.steps={more} trains on from here")
+            lines += how_to_go_on(run)
     else:
         by = f"at step {run.state.step} by {stop.signal_name or 'a signal to another rank'}"
         lines.append(f"{ENDINGS[ending].format(by)}; {_what_is_saved(config, ending)}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
       (MiniCPM: Unveiling the Potential of Small Language Models, 2024).
 
     The factor is a pure function of the step, so a resumed run needs nothing but its step: peak rates, length and
-    shape are those that the scheduler was made with, in its first life and in every later one.
+    shape are those that the scheduler was made with. So that nobody takes a jump for the old schedule, the state also
+    says which rates it would have given next.
     """
 
     def __init__(
@@ -35,9 +37,12 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
     ) -> None:
         self.schedule = schedule
         self.num_steps = num_steps
+        self.wanted_warmup_steps = warmup_steps
         self.warmup_steps = min(warmup_steps, num_steps)
         self.decay_fraction = decay_fraction
         self.min_lr_ratio = min_lr_ratio
+        self.rates_before: list[float] | None = None
+        """Of each param group, what the state that was loaded last would have given the next update; None: unknown."""
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:
@@ -56,9 +61,15 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
         shape = 1 - progress if self.schedule == Schedule.wsd else 0.5 * (1 + math.cos(math.pi * progress))
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * shape
 
+    def over(self, num_steps: int) -> Callable[[int], float]:
+        """`factor` as it is over another number of steps."""
+        other = copy.copy(self)
+        other.num_steps, other.warmup_steps = num_steps, min(self.wanted_warmup_steps, num_steps)
+        return other.factor
+
     def state_dict(self) -> dict[str, Any]:
-        """The number of updates that are behind: the one thing that the arguments do not say."""
-        return {"step": self.last_epoch}
+        """The number of updates that are behind, the one thing that the arguments do not say, and the next rates."""
+        return {"step": self.last_epoch, "rates": [float(rate) for rate in self.get_last_lr()]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on from that step, and gives the optimizer the rates of its next update."""
@@ -74,3 +85,7 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
             else:
                 group["lr"] = peak * factor
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        rates = state_dict.get("rates")  # older checkpoints do not say
+        if rates is not None and not (isinstance(rates, list) and all(type(rate) is float for rate in rates)):
+            raise ValueError(f"{rates!r} are no rates")
+        self.rates_before = rates

@@ -110,12 +110,34 @@ def test_a_resumed_schedule_gives_the_same_rates_to_the_bit(schedule: Schedule, 
     assert rates(other_optimizer, other, 10) == rates(optimizer, scheduler, 10)
 
 
-def test_the_state_is_a_number_of_steps_and_nothing_else() -> None:
+def test_the_state_is_a_number_of_steps_and_the_next_rates() -> None:
+    optimizer, scheduler = make(Schedule.wsd)
+    rates(optimizer, scheduler, 7)
+    state = json.loads(json.dumps(scheduler.state_dict()))
+    assert state == {"step": 7, "rates": [PEAK * 8 / 11]}
+    optimizer, longer = make(Schedule.wsd, warmup_steps=0)
+    assert longer.rates_before is None
+    longer.load_state_dict(state)
+    assert longer.rates_before == [PEAK * 8 / 11] and longer.get_last_lr() == [PEAK]
+    longer.load_state_dict({"step": 7})  # of an older version
+    assert longer.rates_before is None
+
+
+@pytest.mark.parametrize("rates", [[None], ["1e-3"], 0.1, [True]])
+def test_rates_that_are_none_are_refused(rates: object) -> None:
     _, scheduler = make(Schedule.wsd)
-    for _ in range(7):
-        scheduler.optimizer.step()
-        scheduler.step()
-    assert json.loads(json.dumps(scheduler.state_dict())) == {"step": 7}
+    with pytest.raises(ValueError, match="are no rates"):
+        scheduler.load_state_dict({"step": 7, "rates": rates})
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+@pytest.mark.parametrize("warmup_steps", [4, 30])
+def test_the_factor_over_another_number_of_steps(schedule: Schedule, warmup_steps: int) -> None:
+    _, scheduler = make(schedule, num_steps=10, warmup_steps=warmup_steps)
+    _, longer = make(schedule, num_steps=50, warmup_steps=warmup_steps)
+    factor = scheduler.over(50)
+    assert [factor(step) for step in range(60)] == [longer.factor(step) for step in range(60)]
+    assert scheduler.num_steps == 10
 
 
 def test_a_resume_with_another_peak_length_and_shape_uses_the_new_ones() -> None:
