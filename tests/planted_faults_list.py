@@ -111,6 +111,46 @@ EXACTNESS = [
 
 OPTIMIZERS = [
     Fault(
+        "strides_ignored",
+        "Strides of parameters, gradients and state may be any.",
+        "windlass/optim/strides.py",
+        "if tensor.stride() == like.stride():",
+        "if tensor.shape == like.shape:",
+        (f"{OPTIM}/test_strides.py::test_adamw_is_the_formula",),
+    ),
+    Fault(
+        "offloaded_state_in_rows",
+        "Weights are the same, to the bit, as without offloading, whatever the strides.",
+        "windlass/offload/buckets.py",
+        "if local.stride() != like.stride():",
+        "if local.shape != like.shape:",
+        (f"{OPTIM}/test_strides.py::test_offloaded_state_comes_back_as_the_kernel_wants_it",),
+    ),
+    Fault(
+        "scale_from_a_tiny_gradient",
+        "Nothing is measured by a gradient next to zero that later steps depend on.",
+        "windlass/optim/sgd_sai.py",
+        "torch.where(is_small, -ratio, ratio)",
+        "ratio",
+        (f"{OPTIM}/test_hard_gradients.py::test_sgd_sai_is_the_formula",),
+    ),
+    Fault(
+        "limiter_remembers_nothing",
+        "APOLLO goes on after gradients next to zero.",
+        "windlass/optim/apollo.py",
+        "torch.where(norm > NEXT_TO_NOTHING * prev_norm, fallen, prev_norm)",
+        "fallen",
+        (f"{OPTIM}/test_hard_gradients.py::test_apollo_goes_on_after_gradients_next_to_zero",),
+    ),
+    Fault(
+        "mock_step_leaves_state",
+        "The step that is tried first changes no bit.",
+        "windlass/train/mock_step.py",
+        "    optimizer.state.clear()\n",
+        "",
+        (f"{TRAIN}/test_mock_step.py::test_no_optimizer_changes_a_bit",),
+    ),
+    Fault(
         "apollo_norm_of_own_shard",
         "APOLLO on several ranks equals APOLLO in one process.",
         "windlass/optim/apollo.py",
@@ -579,6 +619,30 @@ MEMORY = [
 ]
 
 RUNS = [
+    Fault(
+        "skipped_steps_push_out",
+        "While steps are skipped no checkpoint pushes out one from before them.",
+        "windlass/train/loop.py",
+        "elif run.checkpoint is not None and state.skipped_in_a_row:",
+        "elif run.checkpoint is None:",
+        (f"{TRAIN}/test_skipped_steps.py::test_so_many_in_a_row_end_the_run_on_all_ranks_and_for_good",),
+    ),
+    Fault(
+        "skipped_steps_not_counted_on",
+        "The count of skipped steps in a row survives a stop.",
+        "windlass/train/state.py",
+        'state.get("skipped_in_a_row", 0)',
+        "0",
+        (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on",),
+    ),
+    Fault(
+        "rate_jumps_in_silence",
+        "A rate that is not that which the life before would have had is said.",
+        "windlass/train/rates.py",
+        "if not is_same(before, float(now))]",
+        "if now < before]",
+        (f"{TRAIN}/test_rates.py::test_a_schedule_over_other_steps_is_said",),
+    ),
     Fault(
         "never_overwrites",
         "resume=never refuses a folder that holds a run; nothing is overwritten.",
