@@ -240,15 +240,14 @@ def make_batch(dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders
     shape, starts = (len(samples), seq_len), (samples * seq_len).tolist()
     input_ids, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
     document_ids = np.empty(shape, dtype=np.int32)
-    highest = 0
     for row, start in enumerate(starts):
         tokens, documents = dataset.window(start, seq_len + 1)
-        highest = max(highest, int(tokens.max()))
         input_ids[row] = tokens[:-1]
         labels[row] = tokens[1:]
         document_ids[row] = documents[:-1]
         if borders != Borders.none:
             labels[row, documents[1:] != documents[:-1]] = IGNORE_INDEX
+    highest = max(int(input_ids.max()), int(labels[:, -1].max()))
     if highest > dataset.max_token_id:  # a flipped bit, which would be looked up beyond the end of the embedding
         for start in starts:
             dataset.check_ids(start, seq_len + 1)
