@@ -66,3 +66,22 @@ def limits_named() -> Iterator[None]:
 
 
 _LIMITS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def require_open_files(least: int) -> None:
+    """Sees that this process and its children may have so many files open, as far as the user is allowed to.
+
+    Raises:
+        SystemLimit: they may not. Later it would be an error of whatever library meets it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= least:
+        return
+    if hard != resource.RLIM_INFINITY and hard < least:
+        raise SystemLimit(
+            "ulimit -n",
+            hard,
+            f"a job of these ranks needs at least {least} open files",
+            "start it after `ulimit -n 4096`",
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))

@@ -181,6 +181,8 @@ def test_when_every_checkpoint_is_damaged_the_run_says_so_and_deletes_nothing(
         "chunks",
         "latest.json",
         "generation",
+        "job",
+        ".lock",
     }
 
 

@@ -40,19 +40,18 @@ CONTEXT.set_forkserver_preload(
     ]
 )
 
-PORTS_A_WORKER = 1000
+PORTS = range(12_000, 32_000)
+"""Below those that the system gives to whoever asks for any."""
+PORTS_A_PROCESS = 250
 _next_port = 0
 
 
 def free_port() -> int:
-    """A port that nobody listens at, and that no other test of this session is given.
-
-    It is below those that the system gives to whoever asks for any, and each of pytest's workers has a range.
-    """
+    """A port that nobody listens at, and that no other test of this machine is given, of whatever session."""
     global _next_port
-    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    _, ports = _own_ports()
     while True:
-        port = 12000 + PORTS_A_WORKER * (worker % 16) + _next_port % PORTS_A_WORKER
+        port = ports[_next_port % len(ports)]
         _next_port += 1
         with socket.socket() as probe:
             try:
@@ -60,6 +59,20 @@ def free_port() -> int:
             except OSError:
                 continue
             return port
+
+
+@functools.cache
+def _own_ports() -> tuple[IO[bytes], range]:
+    """Ports that are this process's while it has the file open."""
+    folder = Path(tempfile.gettempdir()) / "windlass-test-ports"
+    folder.mkdir(exist_ok=True)
+    for first in PORTS[::PORTS_A_PROCESS]:
+        file = (folder / str(first)).open("wb")
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file, range(first, first + PORTS_A_PROCESS)
+        file.close()
+    raise AssertionError("all ports of tests are in use")
 
 
 class _Rank:

@@ -16,11 +16,14 @@ from windlass.conf.compose import run_hydra
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError, require
 from windlass.launch.config import LaunchKind
-from windlass.os_errors import limits_named
+from windlass.os_errors import limits_named, require_open_files
 from windlass.parallel.environment import WHAT_TO_DO, RankEnvironment, forget
 from windlass.streams import goes_on_in
 from windlass.text import printable
 from windlass.train.signals import late_requests_pass
+
+LAUNCHER_FILES, RANK_FILES = 24, 4
+"""Files that a launcher has open at least, and for each of its ranks."""
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -59,6 +62,7 @@ def _end_agents(config: Config) -> None:
 def _start(config: Config) -> int:
     # Each launcher imports torch; `windlass train --help` and a typo must not wait for that.
     if config.launch.name == LaunchKind.torchrun:
+        require_open_files(LAUNCHER_FILES + RANK_FILES * (config.launch.nproc_per_node or 1))
         if config.launch.nproc_per_node is not None:
             # The server that workers are forked from imports torch while this process does.
             from windlass.launch.fork_server import fork_context, shared_cores

@@ -21,7 +21,7 @@ from windlass.checkpoint.exchange.huggingface import CONFIG, HuggingFaceFolder, 
 from windlass.checkpoint.tensors import empty_on_host
 from windlass.errors import DoesNotFit, RunFolderError, SystemLimit
 from windlass.mapped_file import map_file
-from windlass.os_errors import limits_named, remedy
+from windlass.os_errors import limits_named, remedy, require_open_files
 from windlass.parallel.mesh import Mesh
 from windlass.untrusted import Malformed
 
@@ -140,3 +140,17 @@ def test_the_limit_is_named_as_it_is() -> None:
 def test_a_tensor_that_no_machine_holds_is_refused() -> None:
     with pytest.raises(DoesNotFit, match="GiB of memory"):
         empty_on_host((2**40,), torch.float32, "w")
+
+
+def test_a_limit_that_is_too_low_is_raised_or_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, wanted = [(20, 64)], []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits[0])
+    monkeypatch.setattr(resource, "setrlimit", lambda _, now: wanted.append(now))
+    require_open_files(20)
+    require_open_files(32)
+    assert wanted == [(32, 64)]
+    limits[0] = (20, resource.RLIM_INFINITY)
+    require_open_files(1000)
+    limits[0] = (20, 20)
+    with pytest.raises(SystemLimit, match="ulimit -n=20: a job of these ranks needs at least 32"):
+        require_open_files(32)
