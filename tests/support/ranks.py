@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
+import functools
 import gc
 import os
 import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
