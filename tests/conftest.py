@@ -23,9 +23,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: sever
 os.environ.setdefault("WINDLASS_SECRET", "of the tests of windlass")  # else launchers make one in the user's home
 sys.path.insert(0, str(Path(__file__).parent))  # so that tests import `support`
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell has what it starts in the background ignore Ctrl-C, and so would the programs that the tests interrupt.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# What a shell starts in the background ignores Ctrl-C, and what nohup starts the end of its terminal; so would the
+# programs that the tests send these to.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 UNIT_CPU_LIMIT_S, UNIT_LIMIT_S = 1.0, 10.0
 """Of this process's processor time, and in all: other work on the machine makes a test long, not busy."""

@@ -253,10 +253,8 @@ def test_an_agent_killed_while_it_persists(word: str, victim: int, gated: tuple[
 @pytest.mark.parametrize(
     "name",
     [
-        "0.head",
-        pytest.param("1.head", marks=pytest.mark.full),
         "0.table",
-        pytest.param("generation", marks=pytest.mark.full),
+        pytest.param("1.table", marks=pytest.mark.full),
     ],
 )
 def test_an_agent_killed_while_it_adopts(name: str, nodes: Cluster) -> None:

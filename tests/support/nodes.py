@@ -62,7 +62,7 @@ class Node:
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 line = process.cmdline()
-                if "windlass.checkpoint.agent" in line and str(self.shm_dir) in line[3]:
+                if "windlass.checkpoint.agent" in line and str(self.shm_dir) in line[-1]:
                     return process
         return None
 
