@@ -146,7 +146,8 @@ def test_a_snapshot_that_a_node_does_not_hold_is_an_error(nodes: Cluster) -> Non
             wrong.take(np.empty(BLOCK_BYTES, np.uint8))
 
 
-def test_a_reader_without_the_secret_is_refused(nodes: Cluster) -> None:
+def test_a_reader_without_the_secret_is_refused(nodes: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("windlass.checkpoint.agent.repair.PATIENCE_S", 0.0)
     host, port = nodes.status(0)["address"]
     with pytest.raises(RefusedPeer):
         BlockSource((host, port), b"another secret", nodes.generation, SNAPSHOT, 0)

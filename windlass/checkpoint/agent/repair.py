@@ -18,7 +18,7 @@ from windlass.checksum import crc32c
 BLOCKS_PER_READ = 4
 TRAINER = -1
 """The position of whoever only reads."""
-PATIENCE_S = 5.0
+PATIENCE_S = 2.0
 """With an agent that strangers keep busy."""
 
 
