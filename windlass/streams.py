@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from windlass.files import open_growing, refuse_links
+
 _STREAMS = {1: "stdout", 2: "stderr"}
 _log: Path | None = None
 """Where output goes on."""
@@ -30,7 +32,7 @@ def make_lasting() -> None:
     is_open = {descriptor: _is_open(descriptor) for descriptor in (0, 1, 2)}
     for descriptor in (0, 1, 2):
         if not is_open[descriptor]:  # else the next file that is opened becomes standard output
-            _move(descriptor, os.devnull, os.O_RDWR)
+            _become(descriptor, os.open(os.devnull, os.O_RDWR))
     if sys.stdin is None:
         sys.stdin = Path(os.devnull).open(encoding="utf-8")  # noqa: SIM115
     for descriptor, name in _STREAMS.items():
@@ -126,23 +128,24 @@ def _is_open(descriptor: int) -> bool:
 def _give_up(descriptor: int, error: OSError) -> None:
     """Moves a descriptor that cannot be written: to the log, and if that fails to the null device."""
     if descriptor in _lost:
-        _move(descriptor, os.devnull, os.O_WRONLY)
+        _become(descriptor, os.open(os.devnull, os.O_WRONLY))
         return
     _lost[descriptor] = error.strerror or str(error)
-    _move(descriptor, os.devnull, os.O_WRONLY)
+    _become(descriptor, os.open(os.devnull, os.O_WRONLY))
     _go_on(descriptor, _lost[descriptor])
 
 
 def _go_on(descriptor: int, reason: str) -> None:
     if _log is None:
         return
-    with contextlib.suppress(OSError):  # without a folder, or full: there is nowhere left to say so
-        _move(descriptor, _log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    with contextlib.suppress(OSError):  # without a folder, a link to elsewhere, or full: there is nowhere to say so
+        refuse_links(_log.parent, _log.parent.parent)
+        _become(descriptor, open_growing(_log))
         os.write(descriptor, f"{_STREAMS[descriptor]} failed ({reason}) and goes on here\n".encode())
 
 
-def _move(descriptor: int, path: Path | str, flags: int) -> None:
-    opened = os.open(path, flags, 0o666)
+def _become(descriptor: int, opened: int) -> None:
+    """Has `descriptor` be what `opened` is, for children too."""
     if opened != descriptor:
         os.dup2(opened, descriptor)
         os.close(opened)

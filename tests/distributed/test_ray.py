@@ -39,6 +39,8 @@ def messages(driver: Driver) -> list[str]:
 @pytest.mark.timeout(200)
 def test_two_nodes_train_the_bits_of_two_ranks_and_the_driver_shows_them(tmp_path: Path, cluster: RayNodes) -> None:
     calm = runs.undisturbed(NUM_NODES)
+    for module in ("hashlib", "selectors", "torch", "windlass"):  # beside the driver: no module of anybody's
+        (tmp_path / f"{module}.py").write_text("raise SystemExit('a module of the working directory')")
     variables = tmp_path / "environment.yaml"
     variables.write_text("env_vars: {WINDLASS_TEST_MARK: here}\n")
     config = runs.run_config(

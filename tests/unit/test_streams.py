@@ -61,9 +61,13 @@ def test_what_failed_before_there_was_a_log_goes_on_there_too(tmp_path: Path) ->
 
 
 def test_a_log_that_cannot_be_written_either_ends_nothing(tmp_path: Path) -> None:
-    for log in ("/dev/full", tmp_path / "no folder" / "log"):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.touch()
+    (tmp_path / "link").symlink_to(elsewhere)
+    for log in ("/dev/full", tmp_path / "no folder" / "log", tmp_path / "link"):
         result = run(WRITES, log, redirection="> /dev/full")
         assert (result.returncode, result.stderr) == (0, "lost No space left on device\n")
+    assert elsewhere.read_text() == ""
 
 
 @pytest.mark.parametrize("redirection", ["<&-", ">&-", "<&- >&- 2>&-"])

@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.job_config import JobConfig
 from ray.runtime_env import RuntimeEnv
 
 from windlass.conf.schema import Config
@@ -147,13 +148,21 @@ def connected(config: Config) -> Iterator[RayCluster]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            ray.init(runtime_env=runtime_env, **settings)
+            ray.init(runtime_env=runtime_env, job_config=_JobOfNoFolder(), **settings)
         except RAYS_ERRORS as error:
             raise _cannot_join(address, error) from error
         stack.callback(ray.shutdown)
         cluster = RayCluster()
         cluster.look()
         yield cluster
+
+
+class _JobOfNoFolder(JobConfig):
+    """Ray would put the driver's working directory, and the folder of its command, first where workers find modules."""
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        """What Ray asks before it does so; an own `working_dir` of the runtime environment is added elsewhere."""
+        return True
 
 
 def _settings_of_own_cluster(stack: contextlib.ExitStack) -> dict[str, Any]:
