@@ -29,6 +29,7 @@ def test_reader(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_readers_of_data_at_length(tmp_path: Path) -> None:
     """Of each reader a thousand; nothing is written outside the folder."""
