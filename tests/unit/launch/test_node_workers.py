@@ -31,6 +31,7 @@ def fork_server() -> Iterator[None]:
     end_ranks()  # the server waits for them
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
     yield
+    end_ranks()  # of a run to compare with
     forkserver._forkserver._stop()  # type: ignore[attr-defined]
 
 
