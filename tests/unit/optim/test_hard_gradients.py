@@ -131,6 +131,7 @@ def test_sgd_sai_is_the_formula(kind: str, order: str) -> None:
         torch.testing.assert_close(parameter.detach().double(), weight, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("preset", GROUPS["optim"])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
