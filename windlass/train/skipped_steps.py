@@ -50,11 +50,14 @@ def divergence(run: Run) -> Diverged:
     else:
         fix = f"begin again in another run_dir, with {lower}"
         kept = "there is no checkpoint from before them"
+    most = train.max_skipped_steps
+    if most is not None and state.skipped_in_a_row >= most:
+        fix += f"; or set train.max_skipped_steps={2 * most} if such steps are to be expected"
     error = Diverged(
         "train.max_skipped_steps",
-        train.max_skipped_steps,
+        most,
         f"steps {first} to {state.step} were skipped, as their gradients are not finite; {kept}",
-        f"{fix}; or raise train.max_skipped_steps if such steps are to be expected",
+        fix,
     )
     error.on_all_ranks = True
     return error

@@ -74,6 +74,7 @@ def test_so_many_in_a_row_end_the_run_on_all_ranks_and_for_good(tmp_path: Path) 
     folder = step_folder(Path(config.run_dir) / "checkpoints", 4)
     said = message(config)
     assert "train.max_skipped_steps=3: steps 6 to 8 were skipped" in said
+    assert said.endswith("; or set train.max_skipped_steps=6 if such steps are to be expected.\n")
     assert f"another run_dir, resume={folder} and a lower optim.lr, such as optim.lr=0.0002" in said
     # What the message advises.
     other = configured(tmp_path, "other", f"resume={folder}", "optim.lr=0.0002", "train.steps=6")
@@ -106,6 +107,7 @@ def test_a_run_whose_steps_were_all_skipped_is_not_done(tmp_path: Path) -> None:
     assert not runs.events(config, "done") and saved(config) == []
     assert "steps 1 to 2 were skipped" in message(config)
     assert "there is no checkpoint from before them. Fix: begin again in another run_dir" in message(config)
+    assert message(config).endswith("such as optim.lr=0.0002.\n"), "more skipped steps would not help"
 
 
 @pytest.mark.full
