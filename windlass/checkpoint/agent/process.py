@@ -32,7 +32,7 @@ from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
 from windlass.checksum import crc32c
 from windlass.os_errors import said
-from windlass.untrusted import convert, parse_json, read_bytes
+from windlass.untrusted import convert, parse_json
 
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""
@@ -117,7 +117,7 @@ class Agent:
     def _saved(self, name: str) -> list[int]:
         """Numbers that an earlier agent wrote down; none if damaged: trainers then count on from the store's."""
         try:
-            return [int(number) for number in read_bytes(self.folder.path / name, 64).split()]
+            return [int(number) for number in (self.folder.path / name).read_bytes().split()]
         except (FileNotFoundError, ValueError):
             return []
 

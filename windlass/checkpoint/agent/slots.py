@@ -27,7 +27,7 @@ from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.image import PAGE_BYTES
 from windlass.checksum import crc32c
 from windlass.os_errors import MISSING
-from windlass.untrusted import Malformed, convert, parse_json, read_bytes
+from windlass.untrusted import Malformed, convert, parse_json
 
 OWNER_ONLY = 0o600
 MAX_NODES = 1 << 16
@@ -215,7 +215,7 @@ class SlotFiles:
             OSError: a file is missing, or the system does not give it.
             ValueError: the header or the table is not as it was written, or a file is too short.
         """
-        header = Header.from_bytes(read_bytes(self.path("head")))
+        header = Header.from_bytes(self.path("head").read_bytes())
         stripes = header.stripes
         self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
         if with_parity:
