@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from support.agents import Cluster, shared_memory, small_tmpfs, wait_until
 from windlass.checkpoint import inspect
 from windlass.checkpoint.agent import slots
 from windlass.checkpoint.agent.client import NoMemory
+from windlass.checkpoint.agent.listing import list_agents
 from windlass.checkpoint.agent.slots import write_shared
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.config import CheckpointKind
@@ -135,6 +137,9 @@ def test_without_memory_a_run_goes_on_as_durable(
         assert all(result.is_sound for result in inspect.verify(tmp_path))
         checkpointer.save(13)
         checkpointer.close()
+        for agent in list_agents(shm):  # which nobody could tell that the job is over
+            if agent.pid is not None:
+                os.kill(agent.pid, signal.SIGKILL)
     life = Training(5)
     restored = life.checkpointer(tmp_path, mesh).restore_latest()
     assert restored is not None and restored.step == 13
