@@ -191,7 +191,7 @@ def test_a_stop_that_was_asked_before_is_not_waited_with(tmp_path: Path, monkeyp
 def test_a_quick_second_ctrl_c_says_what_is_waited_for_and_a_later_one_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(signals, "SECOND_PRESS_S", 0.5)
+    monkeypatch.setattr(signals, "SECOND_PRESS_S", 2.0)
     monkeypatch.setattr(signals, "UNWIND_S", 0.1)
 
     def body() -> None:
@@ -206,16 +206,16 @@ def test_a_quick_second_ctrl_c_says_what_is_waited_for_and_a_later_one_ends(
         wait_until(lambda word=word: word in said())
         os.kill(child, signal.SIGINT)
     wait_until(lambda: "step 7" in said())
-    time.sleep(0.6)
+    time.sleep(2.1)
     os.kill(child, signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
-    assert [line.partition(";")[0] for line in said().splitlines()] == [
-        "windlass: ready",
-        "windlass: Ctrl-C: waiting for the step to end",
-        "deaf",
+    lines = [line.partition(";")[0] for line in said().splitlines()]
+    assert lines[-2:] == [
         "windlass: Ctrl-C: waiting for the checkpoint of step 7 to be written",
         "windlass: interrupted",
     ]
+    # Two threads say these: which is first is chance.
+    assert set(lines[:-2]) == {"windlass: ready", "windlass: Ctrl-C: waiting for the step to end", "deaf"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
