@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from windlass.errors import ConfigError
 from windlass.optim.config import MatrixConfig, OptimConfig, Schedule
+from windlass.text import command, override
 
 if TYPE_CHECKING:
     from windlass.checkpoint.durable.storage import Location
@@ -20,12 +21,13 @@ def check_steps(run: Run) -> None:
     """Raises ConfigError if the run is further than its configuration says that it goes."""
     step, steps = run.state.step, run.config.train.steps
     if step > steps:
+        lists = command("windlass", "ckpt", "list", run.config.run_dir)
         raise ConfigError(
             "train.steps",
             steps,
             f"the run has made {step} steps, and there is nothing to train",
             f"set train.steps={2 * step} to train on, or train.steps={step} to evaluate it as it is; "
-            f"to go back, `windlass ckpt list {run.config.run_dir}` has what resume=PATH can begin from",
+            f"to go back, `{lists}` has what resume=PATH can begin from",
         )
 
 
@@ -47,7 +49,8 @@ def change_of_rate(run: Run, origin: Location) -> list[str]:
         f"optim.schedule={optim.schedule} are laid over train.steps={steps}"
     ]
     if before > 0:
-        lines.append(f"         to stay at {before:.3g}: another run_dir, resume={origin} {at_constant(optim, before)}")
+        begin = f"{override('resume', origin)} {at_constant(optim, before)}"
+        lines.append(f"         to stay at {before:.3g}: another run_dir, {begin}")
     return lines
 
 
@@ -62,7 +65,7 @@ def how_to_go_on(run: Run) -> list[str]:
     why = f"optim.schedule={optim.schedule} is laid over train.steps"
     lines = [f"{text}, at a rate of {following:.3g} after {last:.3g}: {why}"]
     if last > 0:
-        begin = f"resume={run.config.run_dir} train.steps={more}"
+        begin = f"{override('resume', run.config.run_dir)} train.steps={more}"
         lines.append(f"        to stay at {last:.3g}: another run_dir, {begin} {at_constant(optim, last)}")
     return lines
 

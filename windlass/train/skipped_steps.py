@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.errors import Diverged
+from windlass.text import override
 
 if TYPE_CHECKING:
     from windlass.train.state import Run
@@ -45,7 +46,7 @@ def divergence(run: Run) -> Diverged:
     if checkpoint is not None and (before or is_in_memory):
         origin = step_folder(checkpoint.store.location, before[-1]) if before else checkpoint.store.location
         which = f"that of step {before[-1]}" if before else "the newest"
-        fix = f"begin another run from {which}: another run_dir, resume={origin} and {lower}"
+        fix = f"begin another run from {which}: another run_dir, {override('resume', origin)} and {lower}"
         kept = "the checkpoints from before them are kept"
     else:
         fix = f"begin again in another run_dir, with {lower}"
