@@ -213,6 +213,15 @@ def test_over_ipv6() -> None:
         assert works(connection) and connection.peer.startswith("[::1]:")
 
 
+def test_over_all_interfaces_a_process_reaches_itself_by_either_version_of_ip() -> None:
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("no IPv6 here")
+    with Listener("::", echo, lambda: SECRET) as listener:
+        for host in ("127.0.0.1", "::1"):
+            with connect((host, listener.address[1]), SECRET) as connection:
+                assert works(connection)
+
+
 def test_no_torch_is_needed() -> None:
     program = "import sys, windlass.checkpoint.net.transport; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -20,6 +20,7 @@ from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch import meeting_place
 from windlass.launch.interfaces import everywhere, listen_address
+from windlass.launch.job_store import StoreServer
 from windlass.launch.meeting import Meeting, card_of, disagreement, job_name
 from windlass.launch.meeting_place import ANSWER_S, Place, open_place
 from windlass.parallel.mesh import _store_of_this_attempt
@@ -186,6 +187,15 @@ def test_a_node_that_is_alone_needs_no_address_and_is_reached_by_no_other() -> N
 )
 def test_a_store_listens_where_others_look_for_it(host: str, resolved: str, expected: str) -> None:
     assert listen_address(host, resolved) == expected
+
+
+def test_the_first_node_may_know_its_own_name_as_loopback() -> None:
+    server = StoreServer(listen_address("node0", "127.0.1.1"), SECRET)
+    try:
+        for host in ("127.0.1.1", "127.0.0.1"):
+            Place(host, server.port, host, is_host=True, secret=SECRET).connect().set("a", "1")
+    finally:
+        server.close()
 
 
 def test_a_node_with_another_secret_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:

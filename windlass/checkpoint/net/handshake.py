@@ -22,6 +22,7 @@ PROOF_BYTES = 32
 GREETING = b"windlass\x01"
 """The protocol and its version, which begin each side's first message; its nonce follows."""
 
+_MAPPED = "::ffff:"
 _CONNECTOR, _LISTENER, _SESSION = b"connector", b"listener", b"session"
 _own_challenges: dict[bytes, tuple[tuple[str, int], tuple[str, int]]] = {}
 """The nonces with which this process connects just now, and the addresses at both ends."""
@@ -160,8 +161,13 @@ def _failed(error: OSError) -> RefusedPeer:
 
 
 def _ends(sock: socket.socket) -> tuple[tuple[str, int], tuple[str, int]]:
-    """Host and port of this end and the other; an address of IPv6 says more, which the two need not see alike."""
+    """Host and port of this end and the other, as both ends see them alike.
+
+    An address of IPv6 says more, which the two need not see alike, and a socket for both versions of IP shows one of
+    IPv4 as one of IPv6.
+    """
     try:
-        return sock.getsockname()[:2], sock.getpeername()[:2]
+        (own, own_port), (peer, peer_port) = sock.getsockname()[:2], sock.getpeername()[:2]
     except OSError as error:
         raise _failed(error) from error
+    return (own.removeprefix(_MAPPED), own_port), (peer.removeprefix(_MAPPED), peer_port)
