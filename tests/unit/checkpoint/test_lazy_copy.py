@@ -331,6 +331,7 @@ def test_without_its_fence_the_backward_tears_snapshots(
         checkpointer.close()
 
 
+@pytest.mark.slow
 def test_an_error_in_the_copy_gives_the_snapshot_up_and_training_goes_on(
     tmp_path: Path, shm: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,6 +238,7 @@ def test_the_cheapest_place_that_fits_is_proposed(
     assert fix.keeps_result == (place != "optim.in_backward=previous_norm")
 
 
+@pytest.mark.slow
 def test_weights_cannot_be_streamed_from_the_memory_that_they_go_to() -> None:
     with pytest.raises(ConfigError, match=r"offload\.weights=streamed"):
         trace_step(compose([*SMALL, "offload=cpu", "offload.weights=streamed"]), 1)
