@@ -23,7 +23,7 @@ from windlass.checkpoint.durable.storage import Location, name_of
 from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
-from windlass.errors import CorruptCheckpoint, RunFolderError, WindlassError
+from windlass.errors import EXIT_FAILURE, CorruptCheckpoint, RunFolderError, WindlassError
 from windlass.files import make_folder, open_growing, refuse_links
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -89,7 +89,7 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
         tokens: the prepared data.
 
     Returns:
-        `EXIT_DONE`, `EXIT_STOPPED` or `EXIT_RESTART`.
+        `EXIT_DONE`, `EXIT_STOPPED`, `EXIT_RESTART`, or `EXIT_FAILURE` for a run that was stopped and keeps nothing.
     """
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     datasets = mesh.agree(lambda: (TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")))
@@ -120,7 +120,12 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
             run.checkpoint.close()
         if mesh.rank == 0:
             _say_end(run, datasets[0], stop, ending)
-    return ending.exit_code
+        return exit_code_of(ending, is_saved=run.checkpoint is not None)
+
+
+def exit_code_of(ending: Ending, is_saved: bool) -> int:
+    """75 promises that the same command goes on. Where nothing is saved it would begin again."""
+    return EXIT_FAILURE if ending == Ending.stopped and not is_saved else ending.exit_code
 
 
 def _open_folder(

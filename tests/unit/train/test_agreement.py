@@ -6,7 +6,8 @@ import pytest
 import torch
 from support.ranks import run_ranks
 
-from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
+from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED
+from windlass.launch.session import exit_code_of
 from windlass.parallel.config import ParallelConfig
 from windlass.train.agreement import Ending, StepAgreement
 from windlass.train.data.loader import IGNORE_INDEX, Batch
@@ -88,3 +89,5 @@ def test_every_rank_hears_of_the_work_of_all() -> None:
 )
 def test_what_the_launcher_is_told(ending: Ending, exit_code: int) -> None:
     assert ending.exit_code == exit_code
+    assert exit_code_of(ending, is_saved=True) == exit_code
+    assert exit_code_of(ending, is_saved=False) == (EXIT_FAILURE if ending == Ending.stopped else exit_code)
