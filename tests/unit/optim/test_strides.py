@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.optimizers import CASES, gradient, make
+from support.trained import assert_moved
 from torch import Tensor, nn
 
 from windlass.checkpoint.manager import Checkpointer
@@ -66,7 +67,7 @@ def train(name: str, weights: str, gradients: str, dtype: torch.dtype, *, is_ali
     """
     shapes = MATRICES + OTHERS
     starts = [gradient(shape, 99, index).to(dtype) for index, shape in enumerate(shapes)]
-    parameters = [nn.Parameter(start.clone() if is_alike else LAYOUTS[weights](start)) for start in starts]
+    parameters = [nn.Parameter(start.clone() if is_alike else LAYOUTS[weights](start.clone())) for start in starts]
     assert is_alike or [p.stride() for p in parameters] == [LAYOUTS[weights](start).stride() for start in starts]
     optimizer = make(name, parameters[: len(MATRICES)], parameters[len(MATRICES) :], weight_decay=0.1)
     for step in range(NUM_STEPS):
@@ -76,6 +77,7 @@ def train(name: str, weights: str, gradients: str, dtype: torch.dtype, *, is_ali
                 value = expanded(value).contiguous()
             parameter.grad = value if is_alike else GRADIENTS[gradients](value)
         optimizer.step()
+    assert_moved(starts, parameters)
     return [parameter.detach().contiguous() for parameter in parameters]
 
 
@@ -135,6 +137,7 @@ def test_state_of_another_layout_is_taken_over(name: str) -> None:
     saved = copy.deepcopy(optimizer.state_dict())
     weights = [parameter.detach().clone() for parameter in parameters]
     step(parameters, optimizer, 1)
+    assert_moved(weights, parameters)
     for layout in ("transposed", "sliced"):
         for state in saved["state"].values():
             state.update({key: LAYOUTS[layout](value) for key, value in state.items()})
@@ -155,6 +158,7 @@ def test_state_that_lies_together_in_another_order_is_not_taken_for_a_stack() ->
     parameters = [nn.Parameter(gradient((6, 6), 99, index)) for index in range(2)]
     optimizer = Apollo([{"params": parameters, "rank": 3}])
     twin = copy.deepcopy(optimizer)
+    before = [parameter.detach().clone() for parameter in parameters]
     twins = twin.param_groups[0]["params"]
     for number in range(2):
         for index, (one, other) in enumerate(zip(parameters, twins, strict=True)):
@@ -173,6 +177,7 @@ def test_state_that_lies_together_in_another_order_is_not_taken_for_a_stack() ->
                     other.copy_(one)
         else:
             twin.step()
+    assert_moved(before, parameters)
     for one, other in zip(parameters, twins, strict=True):
         assert torch.equal(one, other)
 
@@ -217,7 +222,9 @@ def test_offloaded_state_comes_back_as_the_kernel_wants_it(tier: str, tmp_path: 
         return offload_optimizer(inner, tier, tmp_path / name if tier == "ssd" else None)
 
     plain, one, other = model(), model(), model()
+    before = [parameter.detach().clone() for parameter in plain.parameters()]
     train(plain, torch.optim.AdamW(plain.parameters(), fused=True), range(5))
+    assert_moved(before, plain.parameters())
     optimizer = offloaded(one, "one")
     train(one, optimizer, range(3))
     checkpointer = Checkpointer({"model": one, "optimizer": optimizer}, tmp_path / "checkpoints")

@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.trained import assert_finite, assert_moved
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import GROUPS, Config
@@ -62,7 +64,7 @@ def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
     return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers), scheduler
 
 
-def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
+def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
     if isinstance(run.optimizer, OffloadedOptimizer):
         run.optimizer.settle()
         with run.optimizer.weights_loaded(list(run.model.parameters())):
@@ -70,7 +72,7 @@ def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
     return all_in_memory(run, scheduler)
 
 
-def all_in_memory(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
+def all_in_memory(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
     state = run.optimizer.state_dict()["state"]
     return {
         "weights": {name: value.view(torch.int32).tolist() for name, value in run.model.state_dict().items()},
@@ -135,22 +137,31 @@ def test_no_optimizer_changes_a_bit(optim: str, place: str, tmp_path: Path, monk
     assert after[0] == after[1]
 
 
-def trained(run: StepParts, scheduler: WarmupScheduler) -> dict[str, object]:
-    """All there is after two steps on the same tokens."""
-    ids = torch.arange(16).view(2, 8)
+def trained(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
+    """All there is after two steps on the same tokens, which have changed the weights."""
+    ids, losses, before = torch.arange(16).view(2, 8), [], weights_of(all_of(run, scheduler))
     for _ in range(2):
         run.sharder.begin_micro_step(run.model, is_last=True)
         if run.in_backward is not None:
             run.in_backward.begin_micro_step(is_last=True)
         with run.activations_offloaded():
             loss = run.model(ids).square().mean()
+        losses.append(loss.item())
         loss.backward()
         if run.in_backward is not None:
             assert run.in_backward.finish() > 0
         run.optimizer.step()
         run.optimizer.zero_grad()
         scheduler.step()
-    return all_of(run, scheduler)
+    after = all_of(run, scheduler)
+    assert_finite(losses, 2)
+    assert_moved(before, weights_of(after))
+    return after
+
+
+def weights_of(everything: dict[str, Any]) -> list[torch.Tensor]:
+    """Of `all_of`, which has their bits."""
+    return [torch.tensor(bits, dtype=torch.int32).view(torch.float32) for bits in everything["weights"].values()]
 
 
 def test_it_says_what_the_optimizer_takes_and_what_is_left_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
