@@ -21,6 +21,7 @@ from windlass.launch.meeting_place import ANSWER_S, Place
 from windlass.launch.versions import VERSIONS, versions
 from windlass.train.outcome import LAUNCHER, Outcome
 from windlass.train.run_folder import flatten
+from windlass.untrusted import convert, parse_json
 
 SIGN_OFF_S = 8.0
 """How long the node that serves the store waits for others to have read the outcome, and ended their workers: while one
@@ -72,7 +73,7 @@ class Meeting:
         Raises:
             ConfigError: it differs; the message names what, and both nodes.
         """
-        first = json.loads(self._store.compare_set("card", "", json.dumps(card)))
+        first = convert(parse_json(self._store.compare_set("card", "", json.dumps(card))), dict[str, str])
         error = disagreement(card, first)
         if error is not None:
             if not self._store.check(["lives"]):

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
+from windlass.untrusted import convert, parse_json
 
 OUTCOME_FILE = "WINDLASS_OUTCOME_FILE"
 STOP_FILE = "WINDLASS_STOP_FILE"
@@ -42,7 +43,8 @@ class Outcome:
 
     @staticmethod
     def from_json(text: str | bytes) -> Outcome:
-        return Outcome(**json.loads(text))
+        """Raises Malformed: it may have come from another node."""
+        return convert(parse_json(text), Outcome)
 
 
 def report_outcome(exit_code: int, message: str | None = None, *, has_begun: bool = True) -> int:

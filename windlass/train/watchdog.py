@@ -22,7 +22,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +38,7 @@ from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh, all_ranks_finite
 from windlass.train.metrics import append_event
 from windlass.train.outcome import OUTCOME_FILE
+from windlass.untrusted import Malformed, convert, parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,8 @@ class AlarmBell:
         for rank in range(self._mesh.world_size):
             text = self._try(lambda store, key=f"place-{rank}": store.get(key) if store.check([key]) else None, None)
             if text is not None:
-                places[rank] = Place(**json.loads(text))
+                with suppress(Malformed):  # whoever wrote that, it does not say where the rank is
+                    places[rank] = convert(parse_json(text), Place)
         silent = [rank for rank in range(self._mesh.world_size) if rank not in places]
         return Findings([places[rank] for rank in sorted(places)], silent)
 
