@@ -158,11 +158,6 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
     return model
 
 
-def _typed(**fields: Any) -> ModelConfig:
-    """Raises Malformed where a field is of another type."""
-    return convert(fields, ModelConfig)
-
-
 def overrides(config: ModelConfig) -> list[str]:
     """The arguments of `windlass train` that make this model, as a shell takes them."""
     fields = asdict(config).items()
