@@ -31,17 +31,17 @@ from statistics import median
 import torch
 from common import describe_machine, num_cores, print_json, print_table, run_ranks
 
+from windlass.data.loader import Batch
+from windlass.machine.peak_flops import measured_matmul_flops
+from windlass.models.config import ModelConfig
+from windlass.models.llama import Llama
 from windlass.offload.activations import ActivationFigures, ActivationOffload
 from windlass.offload.alpha import Activations, Rates, choose_alpha
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
 from windlass.train.activation_costs import layer_costs
-from windlass.train.config import ModelConfig
-from windlass.train.data.loader import Batch
-from windlass.train.flops import measured_matmul_flops
-from windlass.train.layer_major import forward_loss_sums
-from windlass.train.model import Llama
+from windlass.train.loss import forward_loss_sums
 
 MIB = 1 << 20
 CPU = torch.device("cpu")

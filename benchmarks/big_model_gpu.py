@@ -32,7 +32,7 @@ from common import Spread, describe_machine, print_json, print_table
 
 from windlass import cli
 from windlass.conf.compose import compose
-from windlass.train.flops import model_flops_per_token
+from windlass.models.flops import model_flops_per_token
 
 GB = 10**9
 VOCAB_SIZE = 32000

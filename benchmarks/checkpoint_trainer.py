@@ -12,10 +12,10 @@ from common import Usage, llama_config
 from loop_variants import Tokens, synthetic_batches
 
 from windlass.conf.schema import Config
+from windlass.models.loss import cross_entropy_sum
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.mesh import Mesh
-from windlass.train.loss import cross_entropy_sum
-from windlass.train.state import build_model
+from windlass.train.build import build_model
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 10, "num_heads": 8}
 

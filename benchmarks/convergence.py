@@ -24,14 +24,15 @@ import torch
 from common import describe_machine, die_with_parent, num_cores, print_table
 
 from windlass.conf.schema import schema_of
+from windlass.data.config import StdlibDataConfig
+from windlass.data.loader import Loader, evaluation_batches
+from windlass.data.prepare import prepared_folder
+from windlass.data.shards import TokenDataset
+from windlass.models.config import ModelConfig
 from windlass.optim.config import Granularity, OptimConfig
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.zero import Sharder
-from windlass.train.config import ModelConfig, StdlibDataConfig
-from windlass.train.data.loader import Loader, evaluation_batches
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.data.shards import TokenDataset
 from windlass.train.evaluate import evaluate
 from windlass.train.loss import count_tokens, forward_loss_sum
 

@@ -51,10 +51,10 @@ from loop_variants import (
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
+from windlass.data.prepare import prepared_folder
+from windlass.machine.peak_flops import peak_device_flops
+from windlass.models.llama import count_parameters
 from windlass.parallel.mesh import Mesh
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.flops import peak_device_flops
-from windlass.train.model import count_parameters
 
 LOSS_TOLERANCE = 1e-4
 CHECK_STEPS = 3

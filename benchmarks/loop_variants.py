@@ -13,17 +13,17 @@ from torch.distributed.tensor import DTensor
 
 from windlass.conf.schema import Config
 from windlass.conf.store import to_plain
+from windlass.data.loader import IGNORE_INDEX
+from windlass.data.shards import TokenDataset
+from windlass.models.flops import model_flops_per_token
+from windlass.models.llama import Llama
+from windlass.observe.console import SilentConsole
+from windlass.observe.metrics import Metrics
+from windlass.observe.watchdog import Heartbeat
 from windlass.parallel.mesh import Mesh
-from windlass.train.console import SilentConsole
-from windlass.train.data.loader import IGNORE_INDEX
-from windlass.train.data.shards import TokenDataset
-from windlass.train.flops import model_flops_per_token
+from windlass.train.build import Run, TrainState, build_loader, build_model
 from windlass.train.loop import train
-from windlass.train.metrics import Metrics
-from windlass.train.model import Llama
 from windlass.train.signals import Request, StopRequest
-from windlass.train.state import Run, TrainState, build_loader, build_model
-from windlass.train.watchdog import Heartbeat
 
 MAX_NORM = 1.0
 NUM_SYNTHETIC_BATCHES = 8
@@ -66,7 +66,7 @@ class StopAtStep(StopRequest):
 
 
 class Windlass:
-    """The framework's loop on a run that is put together as `windlass.launch.session` does."""
+    """The framework's loop on a run that is put together as `windlass.train.session` does."""
 
     def __init__(self, config: Config, mesh: Mesh, tokens: Path) -> None:
         datasets = TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")

@@ -36,10 +36,10 @@ import torch
 from common import Spread, describe_machine, num_cores, print_json, print_table
 from offload_peer import build_config, parse_arguments
 
+from windlass.machine.peak_flops import measured_matmul_flops
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
-from windlass.train.flops import measured_matmul_flops
 
 WARMUP_STEPS = 2
 BLOCK = 512

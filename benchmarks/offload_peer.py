@@ -41,8 +41,8 @@ from loop_variants import MAX_NORM, Tokens, mean_loss, plain_adamw, real_batches
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.model import count_parameters
+from windlass.data.prepare import prepared_folder
+from windlass.models.llama import count_parameters
 
 CHECKPOINT_TAG = "middle"
 

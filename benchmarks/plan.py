@@ -24,7 +24,7 @@ import psutil
 from common import describe_machine, print_json, print_table
 
 from windlass.checkpoint.inspect import list_checkpoints
-from windlass.train.metrics import METRICS_FILE
+from windlass.observe.metrics import METRICS_FILE
 
 MODEL = ("model=llama_60m", "train.seq_len=256", "train.batch_size=4")
 TWO_RANKS = ("parallel=zero3", "launch=torchrun", "launch.nproc_per_node=2", "train.batch_size=2")

@@ -25,12 +25,12 @@ from windlass.checkpoint.agent.slots import SharedFile
 from windlass.checkpoint.agent.stripes import Stripes
 from windlass.checkpoint.memory.group import AgentGroup
 from windlass.conf.schema import Config
+from windlass.models.loss import cross_entropy_sum
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
-from windlass.train.loss import cross_entropy_sum
-from windlass.train.state import build_model
+from windlass.train.build import build_model
 
 PARTS = ("processes", "model", "agents", "plan", "fence", "rebuild", "open", "read", "first step")
 """In their order. `processes`: from the kill to a process group of new ones; `agents`: found, or started, and asked;

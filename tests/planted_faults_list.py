@@ -94,7 +94,7 @@ EXACTNESS = [
     Fault(
         "attention_across_documents",
         "data.borders=attention keeps packed documents apart.",
-        "windlass/train/model.py",
+        "windlass/models/llama.py",
         "return same.tril()",
         "return (same | True).tril()",
         (f"{TRAIN}/test_model.py::test_a_masked_document_is_as_if_alone",),
@@ -102,7 +102,7 @@ EXACTNESS = [
     Fault(
         "labels_across_documents",
         "No label counts whose input is of another document.",
-        "windlass/train/data/loader.py",
+        "windlass/data/loader.py",
         "if borders != Borders.none:",
         "if borders == Borders.attention:",
         (f"{TRAIN}/data/test_data_loader.py::test_labels_across_borders",),
@@ -231,7 +231,7 @@ DATA = [
     Fault(
         "loader_forgets_its_cursor",
         "A resumed run goes on with the sample that would have come next.",
-        "windlass/train/data/loader.py",
+        "windlass/data/loader.py",
         "        self.close()\n        self._cursor = cursor\n",
         "        self.close()\n        self._cursor = max(self._cursor, cursor % self.num_samples)\n",
         (f"{TRAIN}/data/test_data_loader.py::test_resuming_gives_what_would_have_come",),
@@ -239,7 +239,7 @@ DATA = [
     Fault(
         "ranks_share_samples",
         "Every sample is seen exactly once an epoch, on any number of ranks.",
-        "windlass/train/data/loader.py",
+        "windlass/data/loader.py",
         "own = self._rank * self._batch_size + np.arange",
         "own = self._rank + np.arange",
         (f"{TRAIN}/data/test_data_loader.py::test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch",),
@@ -247,7 +247,7 @@ DATA = [
     Fault(
         "order_has_a_sample_twice",
         "The random order of an epoch has every sample once.",
-        "windlass/train/data/permutation.py",
+        "windlass/data/permutation.py",
         "        outside = outside[walked >= size]\n",
         "        values[outside] %= np.uint64(size)\n        outside = outside[:0]\n",
         (f"{TRAIN}/data/test_data_permutation.py::test_every_position_once",),
@@ -255,7 +255,7 @@ DATA = [
     Fault(
         "preparation_resumes_with_a_torn_shard",
         "An interrupted `windlass data prepare` goes on to the same bytes: a shard that was cut off is made again.",
-        "windlass/train/data/prepare.py",
+        "windlass/data/prepare.py",
         "return result if are_whole and result.unit == fingerprint else None",
         "return result if are_whole or result.unit == fingerprint else None",
         (f"{TRAIN}/data/test_data_prepare.py::test_a_unit_whose_shard_is_cut_off_is_done_again",),
@@ -263,7 +263,7 @@ DATA = [
     Fault(
         "preparation_takes_anothers_unit",
         "An interrupted `windlass data prepare` goes on to the same bytes: nothing of other text is used.",
-        "windlass/train/data/prepare.py",
+        "windlass/data/prepare.py",
         "return result if are_whole and result.unit == fingerprint else None",
         "return result if are_whole else None",
         (f"{TRAIN}/data/test_data_prepare.py::test_a_unit_that_is_of_other_text_is_done_again",),
@@ -271,7 +271,7 @@ DATA = [
     Fault(
         "texts_of_equal_names_share_tokens",
         "Prepared text is found again by what no two files share, and not by names, sizes and times.",
-        "windlass/train/data/sources.py",
+        "windlass/data/sources.py",
         "status.st_mtime_ns, status.st_ino, status.st_ctime_ns)",
         "status.st_mtime_ns)",
         (f"{TRAIN}/data/test_data_prepare.py::test_files_that_differ_in_content_alone_share_no_cache",),
@@ -279,7 +279,7 @@ DATA = [
     Fault(
         "dropped_characters_unsaid",
         "Characters that a tokenizer has no token for are counted and told of.",
-        "windlass/train/data/tokenizer.py",
+        "windlass/data/tokenizer.py",
         "tally.dropped_characters += num_dropped",
         "tally.dropped_characters += 0",
         (f"{TRAIN}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
@@ -287,7 +287,7 @@ DATA = [
     Fault(
         "documents_without_tokens_kept",
         "Documents that a tokenizer makes no token of are left out.",
-        "windlass/train/data/shard_writer.py",
+        "windlass/data/shard_writer.py",
         "                    tally.tokenless_documents += 1\n                    continue\n",
         "                    tally.tokenless_documents += 1\n",
         (f"{TRAIN}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
@@ -295,7 +295,7 @@ DATA = [
     Fault(
         "windows_line_ends_taken_for_text",
         "A separator with line ends that a file writes in another way is refused.",
-        "windlass/train/data/documents.py",
+        "windlass/data/documents.py",
         "and windows in record:",
         "and False:",
         (f"{TRAIN}/data/test_data_packed.py::test_separators_with_the_line_ends_of_windows",),
@@ -303,7 +303,7 @@ DATA = [
     Fault(
         "offsets_of_a_shard_believed",
         "A shard is checked before its memory is read as tokens.",
-        "windlass/train/data/shards.py",
+        "windlass/data/shards.py",
         "record_batch.validate(full=True)",
         "record_batch.validate()",
         (f"{TRAIN}/data/test_data_shards.py::test_a_document_that_starts_elsewhere",),
@@ -311,7 +311,7 @@ DATA = [
     Fault(
         "token_of_another_vocabulary",
         "A token that the data never had is damage, and not an index beyond the embedding.",
-        "windlass/train/data/loader.py",
+        "windlass/data/loader.py",
         "if highest > dataset.max_token_id:",
         "if highest < 0:",
         (f"{TRAIN}/data/test_data_shards.py::test_a_flipped_bit_that_makes_a_token_of_another_vocabulary",),
@@ -319,7 +319,7 @@ DATA = [
     Fault(
         "another_tokenizer_kept",
         "The tokenizer that a run keeps is the one that made its tokens.",
-        "windlass/train/kept_tokenizer.py",
+        "windlass/data/kept_tokenizer.py",
         "if fingerprint_of(content, info.eos_id) != info.fingerprint:",
         "if not content:",
         (f"{TRAIN}/test_exchange.py::test_a_tokenizer_that_did_not_make_the_tokens_is_not_kept",),
@@ -327,7 +327,7 @@ DATA = [
     Fault(
         "untied_head_dropped",
         "A head beside a tied embedding is left out only if it is equal.",
-        "windlass/train/exchange.py",
+        "windlass/exchange/convert.py",
         "        _check_head(folder, names[EMBEDDING], names.pop(HEAD))\n",
         "        names.pop(HEAD)\n",
         (f"{TRAIN}/test_exchange.py::test_a_head_beside_a_tied_embedding",),
@@ -611,7 +611,7 @@ MEMORY = [
     Fault(
         "agents_left_by_a_run_that_stops",
         "A run that is asked to stop leaves no snapshot agent and nothing in shared memory.",
-        "windlass/launch/session.py",
+        "windlass/train/session.py",
         "if run.checkpoint is not None and ending in (Ending.done, Ending.stopped):",
         "if run.checkpoint is not None and ending == Ending.done:",
         (f"{TRAIN}/test_loop_requests.py::test_a_run_that_stops_leaves_no_snapshot_agents",),
@@ -630,7 +630,7 @@ RUNS = [
     Fault(
         "skipped_steps_not_counted_on",
         "The count of skipped steps in a row survives a stop.",
-        "windlass/train/state.py",
+        "windlass/train/build.py",
         'state.get("skipped_in_a_row", 0)',
         "0",
         (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on",),
@@ -646,7 +646,7 @@ RUNS = [
     Fault(
         "never_overwrites",
         "resume=never refuses a folder that holds a run; nothing is overwritten.",
-        "windlass/launch/session.py",
+        "windlass/train/session.py",
         'if (config_file.exists() or steps) and config.resume == "never" and not is_restart:',
         'if steps and not config_file.exists() and config.resume == "never" and not is_restart:',
         (f"{FAULT}/test_bad_input.py::test_resume_never_in_a_folder_with_a_run",),
@@ -766,7 +766,7 @@ RUNS = [
     Fault(
         "hang_not_found_in_time",
         "A rank that makes no step within launch.hang_timeout_s is found.",
-        "windlass/train/watchdog.py",
+        "windlass/observe/watchdog.py",
         "return self._timeout_s or max(LEAST_TIMEOUT_S,",
         "return max(self._timeout_s or LEAST_TIMEOUT_S,",
         (f"{TRAIN}/test_watchdog.py::test_how_long_a_step_may_take",),
@@ -774,7 +774,7 @@ RUNS = [
     Fault(
         "hang_names_those_that_wait",
         "Of ranks that make no step any more those are named that hang, and not those that wait for them.",
-        "windlass/train/watchdog.py",
+        "windlass/observe/watchdog.py",
         "if not place.is_waiting]",
         "if place.is_waiting]",
         (f"{TRAIN}/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
@@ -782,7 +782,7 @@ RUNS = [
     Fault(
         "straggler_not_named",
         "A rank that holds the others up is named.",
-        "windlass/train/stragglers.py",
+        "windlass/observe/stragglers.py",
         "median_s = statistics.median_low(work_s)",
         "median_s = statistics.median_high(work_s)",
         (f"{TRAIN}/test_stragglers.py",),
@@ -889,7 +889,7 @@ ELSEWHERE = [
     Fault(
         "export_casts_through_another_dtype",
         "An export has the weights of the checkpoint to the bit.",
-        "windlass/checkpoint/exchange/huggingface.py",
+        "windlass/exchange/huggingface.py",
         "tensor = weight.read().to(weight.dtype).contiguous()",
         "tensor = weight.read().to(torch.bfloat16).to(weight.dtype).contiguous()",
         (f"{CHECKPOINT}/test_huggingface.py::test_what_is_written_is_read_back",),
@@ -897,7 +897,7 @@ ELSEWHERE = [
     Fault(
         "export_writes_another_tensor",
         "An export has each weight under its own name.",
-        "windlass/checkpoint/exchange/huggingface.py",
+        "windlass/exchange/huggingface.py",
         "        for weight in weights:\n            tensor",
         "        for weight in sorted(weights, key=lambda weight: weight.shape):\n            tensor",
         (f"{CHECKPOINT}/test_huggingface.py::test_the_safetensors_library_reads_the_shards_to_the_bit",),
@@ -905,7 +905,7 @@ ELSEWHERE = [
     Fault(
         "import_looks_names_up",
         "Nothing is unpickled from any file: a table of contents names what windlass admits, and nothing else.",
-        "windlass/checkpoint/exchange/plain_pickle.py",
+        "windlass/exchange/plain_pickle.py",
         "(module, name) not in self.admitted:\n",
         "(module, name) not in self.admitted:\n"
         "            return self.stack.append(getattr(__import__(module, fromlist=['x']), name))\n",
@@ -946,7 +946,7 @@ ELSEWHERE = [
     Fault(
         "checkpoints_are_locked_by_key",
         "Folders that a live run writes to are refused to others, whatever key leads there.",
-        "windlass/launch/session.py",
+        "windlass/train/session.py",
         "if config.checkpoint.name != CheckpointKind.none and isinstance(checkpoints, Path):",
         "if config.checkpoint.dir is not None and isinstance(checkpoints, Path):",
         (f"{UNIT}/launch/test_folder_locks.py::test_each_folder_of_a_run_that_lives_is_refused_to_another",),
@@ -978,7 +978,7 @@ ELSEWHERE = [
     Fault(
         "streams_may_be_compressed",
         "What is imported is no longer than it says: a small file makes no gigabytes.",
-        "windlass/checkpoint/exchange/dcp.py",
+        "windlass/exchange/dcp.py",
         "            _check_archive(stream)\n",
         "",
         (f"{CHECKPOINT}/test_plain_pickle.py::test_streams_are_no_longer_than_they_say",),
@@ -994,7 +994,7 @@ ELSEWHERE = [
     Fault(
         "lines_left_out_are_not_counted",
         "A report says how many lines of metrics and events could not be read.",
-        "windlass/train/metrics_reader.py",
+        "windlass/observe/metrics_reader.py",
         "            num_unreadable += 1\n",
         "            continue\n",
         (f"{TRAIN}/test_metrics_reader.py::test_what_is_no_line_at_all_is_counted_too",),

@@ -14,9 +14,10 @@ from typing import NoReturn
 import windlass
 from windlass import process, streams
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
+from windlass.exchange import cli as exchange_cli
 from windlass.launch import script_cli
+from windlass.plan import cli as plan_cli
 from windlass.text import printable
-from windlass.train import exchange_cli, plan_cli
 
 TRAIN_HELP = "train a model (KEY=VALUE overrides; `windlass train --help` prints every key)"
 
@@ -83,7 +84,7 @@ def _add_report(verbs: argparse._SubParsersAction) -> None:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from windlass.train.report import write_report
+    from windlass.observe.report import write_report
 
     print(printable(str(write_report(options.run_dir))))
     return EXIT_DONE
@@ -97,7 +98,7 @@ def _add_doctor(verbs: argparse._SubParsersAction) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from windlass.train.doctor import diagnose, render
+    from windlass.plan.doctor import diagnose, render
 
     checks = diagnose(measure=options.measure)
     print(render(checks, as_json=options.json))
@@ -145,7 +146,7 @@ def _add_data(verbs: argparse._SubParsersAction, arguments: Sequence[str]) -> No
     data = verbs.add_parser("data", help="prepare text for training")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     if arguments[:1] == ["data"]:  # pyarrow takes a while to import
-        from windlass.train.data import cli as data_cli
+        from windlass.data import cli as data_cli
 
         data_cli.add_parser(actions)
         actions.choices["prepare"].set_defaults(run=data_cli.run)

@@ -10,8 +10,8 @@ from support.runs import assert_trained, run, run_config
 
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
+from windlass.machine.speeds import Machine, machine_key, save_machine, ssd_key
 from windlass.train.config import ActivationCheckpoint
-from windlass.train.machine import Machine, machine_key, save_machine, ssd_key
 
 SHAPE = ("model.hidden_size=128", "model.intermediate_size=256", "train.batch_size=8", "train.seq_len=256")
 """A rank's hidden state has 1 MiB, which is enough to be moved."""

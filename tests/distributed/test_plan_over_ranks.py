@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from windlass.parallel import fsdp_shim
-from windlass.train.plan_recorder import Recorder, Trace
+from windlass.plan.recorder import Recorder, Trace
 
 MIB = 1 << 20
 NUM_BYTES = 64 * MIB

@@ -15,11 +15,11 @@ from support.toy import Layout, build, digest, train_steps, whole_weights
 
 from windlass.checkpoint.durable.manifest import step_name
 from windlass.checkpoint.manager import Checkpointer
+from windlass.data.loader import Loader
+from windlass.data.prepare import prepared_folder
+from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_DONE, IncompatibleCheckpoint
 from windlass.parallel.fragment import local_tensor
-from windlass.train.data.loader import Loader
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.data.shards import TokenDataset
 
 
 def save_toy(layout: Layout, directory: Path, num_steps: int) -> tuple[str, str]:

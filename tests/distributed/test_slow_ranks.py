@@ -12,10 +12,10 @@ import torch
 from support import runs
 from support.ranks import run_ranks
 
+from windlass.data.loader import Batch, Loader
 from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
-from windlass.train.data.loader import Batch, Loader
-from windlass.train.model import Block
+from windlass.models.llama import Block
 
 NUM_RANKS = 4
 LATE_S = 0.2

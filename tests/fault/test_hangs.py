@@ -15,9 +15,9 @@ import pytest
 from support import runs
 from support.launched import start_launcher, wait_for_step, workers
 
+from windlass.data import loader
 from windlass.errors import EXIT_DONE
 from windlass.train import evaluate
-from windlass.train.data import loader
 
 NUM_RANKS, HUNG = 3, 1
 NUM_STEPS = 60

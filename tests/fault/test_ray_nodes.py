@@ -15,10 +15,10 @@ from support import nodes, runs
 from support.launched import Recovery, beside_the_bar
 from support.ray_cluster import Driver, RayletNode, RayNodes, ray_config, ray_nodes
 
+from windlass.data.loader import Loader
+from windlass.data.prepare import prepared_folder
+from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_DONE
-from windlass.train.data.loader import Loader
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.data.shards import TokenDataset
 
 NUM_NODES = 4
 

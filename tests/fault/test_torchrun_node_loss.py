@@ -14,10 +14,10 @@ import pytest
 from support import launched, nodes, runs
 from support.launched import Recovery, beside_the_bar
 
+from windlass.data.loader import Loader
+from windlass.data.prepare import prepared_folder
+from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_DONE, EXIT_STOPPED
-from windlass.train.data.loader import Loader
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.data.shards import TokenDataset
 
 NUM_NODES = 4
 

@@ -1,4 +1,4 @@
-"""The readers of `windlass.train.data` on documents of strangers: each returns, or raises a WindlassError.
+"""The readers of `windlass.data` on documents of strangers: each returns, or raises a WindlassError.
 
 python -c "from support.hostile_data import campaign; campaign(folder, num_examples)"
 """
@@ -24,14 +24,15 @@ from hypothesis import strategies as st
 
 from support import hostile
 from support.prepared import jsonl_source, prepare_in_process
+from windlass.data.config import Borders
+from windlass.data.loader import make_batch
+from windlass.data.shards import TokenDataset
+from windlass.data.sources import parquet_source, text_source
+from windlass.data.tally import Tally
+from windlass.data.tokenizer import HuggingFaceTokenizer, token_of
 from windlass.errors import WindlassError
-from windlass.train.config import Borders, ModelConfig
-from windlass.train.data.loader import make_batch
-from windlass.train.data.shards import TokenDataset
-from windlass.train.data.sources import parquet_source, text_source
-from windlass.train.data.tally import Tally
-from windlass.train.data.tokenizer import HuggingFaceTokenizer, token_of
-from windlass.train.huggingface import check_weights, from_huggingface, to_huggingface
+from windlass.models.config import ModelConfig
+from windlass.models.huggingface import check_weights, from_huggingface, to_huggingface
 from windlass.untrusted import Malformed, parse_json
 
 MAX_SECONDS = 10.0

@@ -19,8 +19,8 @@ import psutil
 
 from support import commands, nodes, runs
 from support.ranks import free_port
+from windlass.conf.dotted_keys import flatten
 from windlass.conf.store import to_plain
-from windlass.train.run_folder import flatten
 
 RECOVERY_S = 15.0
 """The bar for the time from the loss of a node to the next finished step."""

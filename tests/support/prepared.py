@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from windlass.train.data import prepare as prepare_module
-from windlass.train.data.manifest import Manifest
-from windlass.train.data.shard_writer import write_unit
-from windlass.train.data.sources import Source, text_source
-from windlass.train.data.tokenizer import ByteTokenizer, Tokenizer
-from windlass.train.data.worker import Finished, Setup, Task
+from windlass.data import prepare as prepare_module
+from windlass.data.manifest import Manifest
+from windlass.data.shard_writer import write_unit
+from windlass.data.sources import Source, text_source
+from windlass.data.tokenizer import ByteTokenizer, Tokenizer
+from windlass.data.worker import Finished, Setup, Task
 
 
 class InProcessPool:

@@ -28,8 +28,8 @@ from ray.cluster_utils import Cluster
 from ray.core.generated import autoscaler_pb2
 
 from support import nodes, runs
+from windlass.conf.dotted_keys import flatten
 from windlass.conf.store import to_plain
-from windlass.train.run_folder import flatten
 
 STORE_BYTES = 80 * 2**20
 COMMON = {"object_store_memory": STORE_BYTES, "include_log_monitor": False}

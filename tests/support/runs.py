@@ -26,9 +26,9 @@ from windlass.checkpoint.durable.manifest import MANIFEST, committed_steps, step
 from windlass.checkpoint.durable.reader import open_checkpoint
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
+from windlass.data.prepare import prepared_folder
 from windlass.errors import EXIT_DONE, EXIT_USER_ERROR
 from windlass.launch.worker import run_worker
-from windlass.train.data.prepare import prepared_folder
 
 TINY_MODEL = (
     "model.hidden_size=32",

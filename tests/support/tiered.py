@@ -14,6 +14,8 @@ from support.toy import GLOBAL_ROWS, SEQ_LEN, ragged_batch, rows_of_rank
 from support.trained import assert_finite, assert_moved
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
+from windlass.data.loader import Batch
+from windlass.models.llama import Llama
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.tiers import OffloadFigures, Tiers
 from windlass.optim.in_backward import StepInBackward
@@ -22,11 +24,8 @@ from windlass.parallel.collectives import all_reduce
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
-from windlass.train.data.loader import Batch
-from windlass.train.layer_major import forward_loss_sums
-from windlass.train.loss import count_tokens
-from windlass.train.model import Llama
-from windlass.train.state import build_model, build_optimizer, build_tiers, modules_of_units
+from windlass.train.build import build_model, build_optimizer, build_tiers, modules_of_units
+from windlass.train.loss import count_tokens, forward_loss_sums
 
 VOCAB = 97
 """Not even, so that FSDP2 cuts the embedding unevenly."""

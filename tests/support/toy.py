@@ -10,6 +10,9 @@ import torch
 
 from support.trained import assert_finite, assert_moved
 from windlass.conf.schema import schema_of
+from windlass.data.loader import IGNORE_INDEX, Batch
+from windlass.models.config import ModelConfig
+from windlass.models.llama import Llama
 from windlass.optim.config import InBackward
 from windlass.optim.in_backward import StepInBackward
 from windlass.parallel.clip_grad import clip_grad_norm_
@@ -18,10 +21,7 @@ from windlass.parallel.config import Cut, ParallelConfig, Sharding
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
-from windlass.train.config import ModelConfig
-from windlass.train.data.loader import IGNORE_INDEX, Batch
 from windlass.train.loss import count_tokens, forward_loss_sum
-from windlass.train.model import Llama
 
 
 @dataclass(frozen=True)

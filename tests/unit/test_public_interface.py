@@ -15,8 +15,8 @@ import windlass.optim
 from windlass import errors
 from windlass.cli import main
 from windlass.conf.compose import compose
+from windlass.conf.dotted_keys import flatten
 from windlass.conf.store import to_plain
-from windlass.train.run_folder import flatten
 
 CHOICES = {
     "model": "tiny llama_60m llama_130m llama_350m llama_1b llama_7b",

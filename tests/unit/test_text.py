@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from windlass.data.config import EncodingErrors
 from windlass.errors import ConfigError
 from windlass.text import command, hydra_quoted, override, printable, shell_quoted
-from windlass.train.config import DType, EncodingErrors
+from windlass.train.config import DType
 
 ODD = "ab1.e \\\"'${}~=,()[]#\n\t\x1b:%?!é✓|<>&*-+@_"
 

@@ -19,6 +19,16 @@ class CheckpointKind(StrEnum):
     """As lazy, and in between kept in memory alone, with parity on other nodes."""
 
 
+COPIES_IN_MEMORY = {
+    CheckpointKind.none: 0,
+    CheckpointKind.durable: 1,
+    CheckpointKind.lazy: 2,
+    CheckpointKind.erasure: 5,
+}
+"""How many copies of a rank's state checkpoints may hold in memory at a time: on its way to the disk, of the last two
+snapshots, and what is sent between ranks for their parity."""
+
+
 class FailureDomain(StrEnum):
     """What is lost together: parity is kept elsewhere. `rank` protects ranks of one machine from each other."""
 

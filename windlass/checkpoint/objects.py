@@ -9,9 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from windlass.checkpoint.durable.manifest import RNG_PREFIX, Manifest
+from windlass.checkpoint.durable.manifest import PARTIAL, RNG_PREFIX, Manifest
 from windlass.checkpoint.durable.reader import CheckpointReader
-from windlass.checkpoint.exchange.folder import PARTIAL
 from windlass.checkpoint.optimizer_state import OptimizerState
 from windlass.checkpoint.pieces import Piece, PieceGroup, WeightGroups, state_groups
 from windlass.checkpoint.rng import capture_rng, restore_rng

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
+from windlass.data.config import DataConfig, ParquetDataConfig, StdlibDataConfig, TextDataConfig, TokensDataConfig
 from windlass.launch.config import LaunchConfig
+from windlass.models.config import ModelConfig
+from windlass.observe.config import MetricsConfig
 from windlass.offload.config import OffloadConfig
 from windlass.optim.config import (
     AdamWConfig,
@@ -22,16 +25,7 @@ from windlass.optim.config import (
     SGDSaIConfig,
 )
 from windlass.parallel.config import ParallelConfig
-from windlass.train.config import (
-    DataConfig,
-    MetricsConfig,
-    ModelConfig,
-    ParquetDataConfig,
-    StdlibDataConfig,
-    TextDataConfig,
-    TokensDataConfig,
-    TrainConfig,
-)
+from windlass.train.config import TrainConfig
 
 
 @dataclass

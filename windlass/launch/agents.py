@@ -9,7 +9,7 @@ from windlass.checkpoint.agent.listing import end_agents, users_of
 from windlass.checkpoint.durable.storage import resolved
 from windlass.conf.schema import Config
 from windlass.errors import ConfigError
-from windlass.train.state import checkpoint_dir
+from windlass.train.build import checkpoint_dir
 
 WORKERS_END_S = 5.0
 """How long workers that were killed may still be seen by their agents."""

@@ -43,7 +43,7 @@ from windlass.launch.fork_server import fork_context, forked_worker, send_signal
 from windlass.launch.meeting import JobEnded, Meeting
 from windlass.launch.meeting_place import SAY_AFTER_S
 from windlass.launch.rendezvous_state import JsonBackend
-from windlass.train.outcome import LAUNCHER, Outcome, reported_outcome
+from windlass.outcome import LAUNCHER, Outcome, reported_outcome
 
 HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
 """A node that is silent for so long is lost."""

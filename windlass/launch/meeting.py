@@ -14,13 +14,13 @@ import time
 
 from torch.distributed import Store
 
+from windlass.conf.dotted_keys import flatten
 from windlass.conf.schema import Config
 from windlass.conf.store import to_plain
 from windlass.errors import EXIT_USER_ERROR, ConfigError
 from windlass.launch.meeting_place import ANSWER_S, Place
 from windlass.launch.versions import VERSIONS, versions
-from windlass.train.outcome import LAUNCHER, Outcome
-from windlass.train.run_folder import flatten
+from windlass.outcome import LAUNCHER, Outcome
 from windlass.untrusted import convert, parse_json
 
 SIGN_OFF_S = 8.0

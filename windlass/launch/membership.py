@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED
-from windlass.train.outcome import Outcome
+from windlass.outcome import Outcome
 
 
 class Action(StrEnum):

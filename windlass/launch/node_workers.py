@@ -25,7 +25,7 @@ from pathlib import Path
 from windlass.launch.fork_server import fork_context, place_for_sockets, send_signal
 from windlass.launch.interfaces import everywhere
 from windlass.launch.job_store import StoreServer, store_variables
-from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, write_request
+from windlass.outcome import OUTCOME_FILE, STOP_FILE, Outcome, write_request
 
 NUM_LAST_WORDS = 20
 """Lines that are kept of what a rank says that nobody reads: before it has a log, or when it crashes."""

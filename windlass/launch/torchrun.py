@@ -29,8 +29,8 @@ from windlass.launch.job_store import store_variables
 from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
 from windlass.launch.meeting_place import Place, open_place
 from windlass.launch.secret import job_secret
+from windlass.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome, write_request
 from windlass.text import printable
-from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome, write_request
 from windlass.train.signals import STOP_SIGNALS, handle, say, stop_heard
 
 
@@ -143,7 +143,7 @@ def _say(ending: JobEnded, run_dir: str, place: Place) -> None:
 
 @contextmanager
 def _environment(scratch: Path) -> Iterator[None]:
-    """What torch's rendezvous and agent are to do, and the files of `windlass.train.outcome`."""
+    """What torch's rendezvous and agent are to do, and the files of `windlass.outcome`."""
     added = {
         OUTCOME_FILE: str(scratch / "outcome"),
         STOP_FILE: str(scratch / "stop"),

@@ -21,20 +21,20 @@ from torch.distributed import Store
 from windlass import process
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
+from windlass.data.outputs import refuse_outputs
+from windlass.data.prepare import prepared_folder
 from windlass.errors import EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR, WindlassError
 from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
-from windlass.launch.session import run_session
 from windlass.launch.torch_store import take_store_variables
 from windlass.os_errors import limits_named
+from windlass.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
-from windlass.train.data.outputs import refuse_outputs
-from windlass.train.data.prepare import prepared_folder
-from windlass.train.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
+from windlass.train.build import checkpoint_dir, choose_device, require_compiler
+from windlass.train.session import run_session
 from windlass.train.signals import StopRequest, late_requests_pass
-from windlass.train.state import checkpoint_dir, choose_device, require_compiler
 
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
@@ -123,7 +123,7 @@ def forked(config_file: str, environment: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """The process that a launcher started. What it leaves for the launcher: see `windlass.train.outcome`.
+    """The process that a launcher started. What it leaves for the launcher: see `windlass.outcome`.
 
     Returns:
         The code to exit with: where a launcher listens it is 0, or `EXIT_RESTART` to be started again.

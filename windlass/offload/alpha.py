@@ -2,7 +2,7 @@
 
 To move a byte costs time on the way out and on the way back, which is hidden as long as computations take longer; to
 compute it again costs operations, which nothing hides. So more tokens' activations are moved (see MEMO's alpha in
-`windlass.train.token_wise`) until the step time stops falling: until the links or the disk are what a pass waits for.
+`windlass.models.token_wise`) until the step time stops falling: until the links or the disk are what a pass waits for.
 
 MEMO: Fine-grained Tensor Management For Ultra-long Context LLM Training, 2024. Fuyou (Adding NVMe SSDs to Enable and
 Accelerate 100B Model Fine-tuning on a Single GPU, 2024) has the step time.

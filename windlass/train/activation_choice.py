@@ -16,6 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from windlass.checkpoint.config import COPIES_IN_MEMORY
+from windlass.conf.dotted_keys import flatten
+from windlass.machine.measure import measure_speed
+from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
+from windlass.machine.peak_flops import measured_matmul_flops
+from windlass.machine.speeds import Machine, existing_folder, load_machine, save_machine, ssd_key
 from windlass.offload.alpha import Activations, Choice, LayerCosts, Rates, choose_alpha
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -23,16 +29,12 @@ from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import Tier, local_tensor
 from windlass.train.activation_costs import layer_costs
 from windlass.train.config import ActivationCheckpoint, DType
-from windlass.train.flops import measured_matmul_flops
-from windlass.train.machine import Machine, existing_folder, load_machine, save_machine, ssd_key
-from windlass.train.mock_step import LOW_WATER_FRACTION, StepMemory, host_memory, mock_step
-from windlass.train.run_folder import flatten
-from windlass.train.speed import measure_speed
+from windlass.train.mock_step import StepMemory, mock_step
 from windlass.untrusted import convert
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
-    from windlass.train.state import StepParts
+    from windlass.train.build import StepParts
 
 MARGIN = 0.1
 """Of the memory that the trial left free, for what it has not met: an evaluation, pieces that are too small to use."""
@@ -109,14 +111,13 @@ def _costs(parts: StepParts) -> LayerCosts:
 
 def _room(parts: StepParts, trial: StepMemory, costs: LayerCosts) -> int:
     """Bytes that this rank's activations may take where they are made, the inputs that the trial saved included."""
-    from windlass.train.plan import CHECKPOINT_COPIES  # here: a run does not load the planner for nothing
 
     config, mesh, free = parts.config, parts.mesh, trial.free_bytes
     if mesh.device.type == "cpu":
         _, total = host_memory()
         free = (free - int(LOW_WATER_FRACTION * total)) // mesh.local_world_size
         weights = sum(local_tensor(parameter).untyped_storage().nbytes() for parameter in parts.model.parameters())
-        free -= CHECKPOINT_COPIES[config.checkpoint.name] * (weights + trial.optimizer_bytes)
+        free -= COPIES_IN_MEMORY[config.checkpoint.name] * (weights + trial.optimizer_bytes)
         if config.offload.name == OffloadKind.ssd and parts.tiers is not None:
             free -= parts.tiers.activation_buffer_bytes
     free -= trial.optimizer_bytes  # the trial makes it after its passes; later steps find it there

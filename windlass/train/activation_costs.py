@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from windlass.models.config import ModelConfig
+from windlass.models.llama import Block, rope_angles
 from windlass.offload.alpha import LayerCosts
-from windlass.train.config import ModelConfig
-from windlass.train.model import Block, rope_angles
 
 
 def layer_costs(

@@ -13,10 +13,10 @@ from functools import cached_property
 
 import torch
 
+from windlass.data.loader import Batch
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
 from windlass.parallel.collectives import all_reduce_async, finish
 from windlass.parallel.mesh import Mesh
-from windlass.train.data.loader import Batch
 from windlass.train.loss import count_tokens
 from windlass.train.signals import Request, StopRequest
 

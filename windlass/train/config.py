@@ -1,15 +1,15 @@
-"""What a run trains, on what, for how long, and how it is watched. Torch-free."""
+"""How long a run trains, in what steps, and what a pass keeps. Torch-free."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, StrEnum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from windlass.errors import require
 
 if TYPE_CHECKING:
-    from windlass.train.model import Llama
+    pass
 
 
 class DType(StrEnum):
@@ -37,189 +37,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class Borders(StrEnum):
-    """What respects the borders between the documents that are packed into one sequence."""
-
-    none = "none"
-    loss = "loss"
-    attention = "attention"
-
-
-class EncodingErrors(Enum):
-    """What becomes of bytes that are not UTF-8: an error, U+FFFD, nothing."""
-
-    strict = "strict"
-    replace = "replace"
-    ignore = "ignore"
-
-
-class TextFormat(Enum):
-    """How text files are read: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
-
-    auto = "auto"
-    text = "text"
-    jsonl = "jsonl"
-    json = "json"
-
-
-class WandbMode(StrEnum):
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
-
-
-class ConsoleMode(StrEnum):
-    auto = "auto"
-    rich = "rich"
-    plain = "plain"
-
-
-@dataclass
-class ModelConfig:
-    """A Llama-style decoder (LLaMA: Open and Efficient Foundation Language Models, 2023; GQA, 2023).
-
-    `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64.
-    """
-
-    name: str = "tiny"
-    vocab_size: int | None = None
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_layers: int = 4
-    num_heads: int = 6
-    num_kv_heads: int = 2
-    rope_theta: float = 10_000.0
-    rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = True
-    dropout: float = 0.0
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            value = getattr(self, key)
-            require(value >= 1, f"model.{key}", value, "must be at least 1", "give a positive number")
-        require(
-            self.hidden_size % (2 * self.num_heads) == 0,
-            "model.hidden_size",
-            self.hidden_size,
-            f"must be a multiple of 2 * model.num_heads={2 * self.num_heads}, so that a head has an even width",
-            "change model.hidden_size or model.num_heads",
-        )
-        require(
-            self.num_heads % self.num_kv_heads == 0,
-            "model.num_kv_heads",
-            self.num_kv_heads,
-            f"must divide model.num_heads={self.num_heads}",
-            f"set model.num_kv_heads={self.num_heads} for plain multi-head attention, or another divisor",
-        )
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)", "set model.dropout=0.0")
-        if self.vocab_size is not None:
-            require(self.vocab_size >= 1, "model.vocab_size", self.vocab_size, "must be at least 1", "leave it null")
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    def build(self) -> Llama:
-        """The model on the meta device; `Llama.materialize` gives it weights."""
-        from windlass.train.model import Llama
-
-        return Llama.on_meta(self)
-
-
-@dataclass
-class DataConfig:
-    """What every data group has. `borders`: see `Borders`; a label across a border is not counted unless `none`."""
-
-    name: str = "stdlib"
-    borders: Borders = Borders.loss
-    prefetch: int = 4
-    """Micro-batches that a rank's background thread keeps ready."""
-    shuffle: bool = True
-
-    def __post_init__(self) -> None:
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1", "set data.prefetch=4")
-
-
-@dataclass
-class PreparedDataConfig(DataConfig):
-    """A group whose text is tokenised before the run, once, into `cache_dir`."""
-
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
-    cache_dir: str | None = None
-    """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
-    validation_fraction: float = 0.05
-    num_workers: int | None = None
-    """Processes that tokenise; null is one a core."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "must be between 0 and 1",
-            "set data.validation_fraction=0.05",
-        )
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "data.num_workers",
-            self.num_workers,
-            "must be at least 1",
-            "leave it null for one process a core",
-        )
-
-
-@dataclass
-class StdlibDataConfig(PreparedDataConfig):
-    """The `.py` files of the running Python's standard library, split into train and validation by file."""
-
-
-@dataclass
-class TextDataConfig(PreparedDataConfig):
-    """Text files (a document each) and JSON files (a document a row) in `path`, a file or folder; `.gz`, `.zst` too."""
-
-    name: str = "text"
-    path: str = "???"
-    glob: str = "**/*"
-    format: TextFormat = TextFormat.auto
-    """`auto` goes by the names: `.jsonl` and `.ndjson` have a JSON row a line; `.json` files that begin with `[` are an
-    array of rows, those whose first line is a row have a row a line; all others are text."""
-    follow_links: bool = False
-    """Take the files that symbolic links lead to, wherever; else only of relative links to near `path`."""
-    text_key: str = "text"
-    """The field of a JSON line that holds the text."""
-    encoding_errors: EncodingErrors = EncodingErrors.strict
-    """For text that is not UTF-8."""
-    separator: str | None = None
-    """What ends a document in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.separator != "", "data.separator", "''", "must not be empty", "leave it null")
-
-
-@dataclass
-class ParquetDataConfig(PreparedDataConfig):
-    """Parquet files in `path`, a file or folder; a document a row of the column `text_key`."""
-
-    name: str = "parquet"
-    path: str = "???"
-    glob: str = "**/*.parquet"
-    follow_links: bool = False
-    text_key: str = "text"
-    encoding_errors: EncodingErrors = EncodingErrors.strict
-
-
-@dataclass
-class TokensDataConfig(DataConfig):
-    """A folder that `windlass data prepare` wrote."""
-
-    name: str = "tokens"
-    path: str = "???"
 
 
 @dataclass
@@ -300,15 +117,3 @@ class TrainConfig:
             f"cannot be combined with train.activation_checkpoint={kind}: the compiler takes a layer as one piece",
             "set train.compile=false, or train.activation_checkpoint to none or full",
         )
-
-
-@dataclass
-class MetricsConfig:
-    wandb: WandbMode = WandbMode.disabled
-    wandb_project: str = "windlass"
-    console: ConsoleMode = ConsoleMode.auto
-    """`rich` is a live view, `plain` a line every `train.log_every` steps; `auto` is rich on a terminal."""
-    report: bool = True
-    """Draws `report.html` when the run is done, where matplotlib is installed: seconds of one core."""
-    peak_flops: float | None = None
-    """Peak FLOP/s of one device for the MFU; null looks the GPU up, and times a matrix product on a CPU."""

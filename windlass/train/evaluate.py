@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from windlass.data.loader import Batch
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
-from windlass.train.data.loader import Batch
 from windlass.train.loss import count_tokens, forward_loss_sum
 
 

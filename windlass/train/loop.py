@@ -6,17 +6,17 @@ from contextlib import nullcontext
 
 import torch
 
+from windlass.observe.stragglers import StepClock, StragglerWatch
+from windlass.observe.watchdog import Heartbeat
 from windlass.offload.tiers import OffloadFigures
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM, all_reduce
 from windlass.parallel.mesh import Mesh, all_ranks_finite
 from windlass.train.agreement import Ending, StepAgreement
-from windlass.train.layer_major import forward_loss_sums
+from windlass.train.build import Run
+from windlass.train.loss import forward_loss_sums
 from windlass.train.signals import Request, StopRequest
 from windlass.train.skipped_steps import divergence, has_diverged
-from windlass.train.state import Run
-from windlass.train.stragglers import StepClock, StragglerWatch
-from windlass.train.watchdog import Heartbeat
 
 
 def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:

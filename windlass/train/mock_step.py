@@ -8,24 +8,22 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import torch
 
+from windlass.data.loader import Batch
 from windlass.errors import EXIT_USER_ERROR, DoesNotFit
+from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
 from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.outcome import report_outcome
 from windlass.parallel.fragment import Tier, local_tensor
-from windlass.train.data.loader import Batch
-from windlass.train.layer_major import forward_loss_sums
-from windlass.train.outcome import report_outcome
+from windlass.train.loss import forward_loss_sums
 
 if TYPE_CHECKING:
-    from windlass.train.state import StepParts
+    from windlass.train.build import StepParts
 
-LOW_WATER_FRACTION = 0.02
-"""Host memory that a step must leave free; below it Linux may kill any process without a word."""
 FIXES = (
     "lower train.batch_size (and raise train.grad_accum_steps), lower train.seq_len, "
     "set train.activation_checkpoint=full, use parallel=zero3 with more ranks, or choose a smaller model"
@@ -151,17 +149,3 @@ def _host_memory_watched() -> Iterator[_Watch]:
     finally:
         done.set()
         watcher.join()
-
-
-def host_memory() -> tuple[int, int]:
-    """(available, total) bytes of this host, or of the control group that it confines us to."""
-    memory = psutil.virtual_memory()
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-        fields = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no such group, or its limit is "max"
-        return memory.available, memory.total
-    used -= int(fields["file"]) - int(fields["shmem"])  # cached files give way to whoever asks for memory
-    return min(memory.available, limit - used), min(memory.total, limit)

@@ -11,7 +11,7 @@ from windlass.text import command, override
 
 if TYPE_CHECKING:
     from windlass.checkpoint.durable.storage import Location
-    from windlass.train.state import Run
+    from windlass.train.build import Run
 
 TOLERANCE = 1e-3
 """Relative; rates that differ by less are the same to whoever reads them."""

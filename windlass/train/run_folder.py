@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from windlass.conf.dotted_keys import flatten
 from windlass.errors import ConfigError, RunFolderError
 from windlass.files import make_folder, open_growing
 from windlass.text import override
@@ -87,17 +88,6 @@ def unusable(path: Path, error: OSError) -> RunFolderError:
     if error.errno == errno.ELOOP:
         return RunFolderError("run_dir", path, rule, "remove that link, or choose another run_dir")
     return RunFolderError("run_dir", path, rule, "make room or mend its permissions, or choose another run_dir")
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested keys as dotted ones."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def changed_keys(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -3,7 +3,7 @@
 | signal | asks |
 | --- | --- |
 | SIGINT, SIGHUP | the job to stop |
-| SIGUSR1 | the job to stop, where its launcher has written that down (`windlass.train.outcome.write_request`); |
+| SIGUSR1 | the job to stop, where its launcher has written that down (`windlass.outcome.write_request`); |
 | | else this node to leave the job, which goes on without it if it may |
 | SIGUSR2 | for the stacks of all threads, in the rank's log; nothing ends |
 | SIGTERM | a worker of a windlass launcher to be started again with all others; a worker without one to stop |
@@ -26,7 +26,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from windlass.errors import EXIT_FAILURE, EXIT_STOPPED
-from windlass.train.outcome import OUTCOME_FILE, report_outcome, stop_of_launcher
+from windlass.outcome import OUTCOME_FILE, report_outcome, stop_of_launcher
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """What asks a whole run to stop, at whatever process the user sees."""
@@ -129,7 +129,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self._requests = requests_of_signals()
         self._previous = handle(dict.fromkeys(self._requests, self._note))
-        # Asks for stacks (`windlass.train.watchdog`), and must not end a worker that has no log yet.
+        # Asks for stacks (`windlass.observe.watchdog`), and must not end a worker that has no log yet.
         self._previous[signal.SIGUSR2] = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         self._ear = _Ear(self._hear)
         return self

@@ -13,7 +13,7 @@ from windlass.errors import Diverged
 from windlass.text import override
 
 if TYPE_CHECKING:
-    from windlass.train.state import Run
+    from windlass.train.build import Run
 
 
 def has_diverged(run: Run, first_step: int) -> bool:

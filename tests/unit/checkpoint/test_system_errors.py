@@ -16,10 +16,10 @@ from support.files import snapshot_of
 
 from windlass import mapped_file
 from windlass.checkpoint import inspect
-from windlass.checkpoint.exchange.dcp import DcpFolder
-from windlass.checkpoint.exchange.huggingface import CONFIG, HuggingFaceFolder, Weight, write_weights
 from windlass.checkpoint.tensors import empty_on_host
 from windlass.errors import DoesNotFit, RunFolderError, SystemLimit
+from windlass.exchange.dcp import DcpFolder
+from windlass.exchange.huggingface import CONFIG, HuggingFaceFolder, Weight, write_weights
 from windlass.mapped_file import map_file
 from windlass.os_errors import limits_named, remedy, require_open_files
 from windlass.parallel.mesh import Mesh

@@ -17,11 +17,12 @@ from windlass.conf.compose import compose, run_hydra
 from windlass.conf.schema import GROUPS, PATH_KEYS, Config, text_keys
 from windlass.conf.store import to_plain
 from windlass.conf.text_values import taken_as_text
+from windlass.data.config import StdlibDataConfig, TextDataConfig
 from windlass.errors import ConfigError
 from windlass.launch.config import LaunchKind
 from windlass.optim.config import AdamWConfig, Schedule
 from windlass.parallel.config import Sharding
-from windlass.train.config import DType, StdlibDataConfig, TextDataConfig
+from windlass.train.config import DType
 
 CONF = Path(str(resources.files(windlass.conf)))
 PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name in GROUPS)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain, to_yaml
+from windlass.data.config import TextDataConfig
 from windlass.errors import ConfigError
-from windlass.train.config import TextDataConfig
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ import pytest
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.errors import RunFolderError
-from windlass.launch import session
-from windlass.launch.session import _open_folder
 from windlass.parallel.mesh import Mesh
-from windlass.train import run_folder
+from windlass.train import run_folder, session
+from windlass.train.session import _open_folder
 
 
 @pytest.fixture(autouse=True)

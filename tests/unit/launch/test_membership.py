@@ -8,7 +8,7 @@ import pytest
 
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED, EXIT_USER_ERROR
 from windlass.launch.membership import Action, Policy, WorkerEnd, exhausted, judge, seats
-from windlass.train.outcome import Outcome
+from windlass.outcome import Outcome
 
 WAIT_S, FIRST_S = 60.0, 10.0
 LIMITS = [(low, high) for high in range(1, 5) for low in range(1, high + 1)]

@@ -18,7 +18,7 @@ from support.ranks import end_ranks
 from windlass.conf.store import to_yaml
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
 from windlass.launch.node_workers import Ended, Life, NodeWorkers
-from windlass.train.outcome import Outcome
+from windlass.outcome import Outcome
 
 NUM_RANKS = 2
 LONG = ("train.steps=4000", "checkpoint.persist_every=100000")

@@ -21,7 +21,7 @@ from windlass.launch import main as launch_main
 from windlass.launch import torchrun, worker
 from windlass.launch.elastic_agent import JobRendezvous
 from windlass.launch.meeting import JobEnded
-from windlass.train.outcome import LAUNCHER, OUTCOME_FILE, Outcome, report_outcome, reported_outcome
+from windlass.outcome import LAUNCHER, OUTCOME_FILE, Outcome, report_outcome, reported_outcome
 
 TWO_RANKS = ["launch=torchrun", "launch.nproc_per_node=2", "launch.max_restarts=5"]
 

@@ -23,8 +23,8 @@ from windlass.launch.interfaces import everywhere, listen_address
 from windlass.launch.job_store import StoreServer
 from windlass.launch.meeting import Meeting, card_of, disagreement, job_name
 from windlass.launch.meeting_place import ANSWER_S, Place, open_place
+from windlass.outcome import Outcome
 from windlass.parallel.mesh import _store_of_this_attempt
-from windlass.train.outcome import Outcome
 
 PLACE = Place("127.0.0.1", 1, "127.0.0.1", is_host=False)
 SECRET = b"the secret of one job, 32 bytes."

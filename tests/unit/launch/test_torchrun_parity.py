@@ -7,7 +7,7 @@ import torch
 
 from windlass.conf.compose import compose
 from windlass.parallel.mesh import Mesh
-from windlass.train.state import num_parity_shards
+from windlass.train.build import num_parity_shards
 
 TORCHRUN = ["launch=torchrun", "launch.address=a:1", "checkpoint=erasure", "checkpoint.num_parity_shards=2"]
 

@@ -16,10 +16,10 @@ from windlass.conf.store import save_config
 from windlass.errors import ConfigError
 from windlass.launch import worker
 from windlass.launch.config import LaunchConfig, LaunchKind
+from windlass.outcome import OUTCOME_FILE, STOP_FILE, Outcome, report_outcome, reported_outcome
 from windlass.train import __main__ as train_main
+from windlass.train.build import choose_device, require_compiler
 from windlass.train.config import Device
-from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, Outcome, report_outcome, reported_outcome
-from windlass.train.state import choose_device, require_compiler
 
 Captured = pytest.CaptureFixture[str]
 

@@ -9,10 +9,10 @@ from torch import nn
 import windlass.optim
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
+from windlass.models.config import ModelConfig
 from windlass.optim import low_rank_param_groups, matrix_param_groups
 from windlass.optim.config import ApolloConfig, CosmosConfig, GaLoreConfig, MuonConfig
 from windlass.optim.param_groups import default_rank, sort_parameters
-from windlass.train.config import ModelConfig
 
 OPTIMIZERS = ("apollo", "apollo_mini", "galore", "natural_galore", "muon", "cosmos", "sgd_sai")
 

@@ -13,11 +13,13 @@ from support.runs import assert_trained, checkpoints, newest_digest, run_config
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config
 from windlass.launch.worker import run_worker
-from windlass.train import activation_choice, mock_step, speed
+from windlass.machine import measure as speed
+from windlass.machine import memory
+from windlass.machine.speeds import Machine, load_machine, machine_key, save_machine, ssd_key
+from windlass.train import activation_choice, mock_step
 from windlass.train.activation_choice import decision_before
 from windlass.train.activation_costs import layer_costs
 from windlass.train.config import ActivationCheckpoint
-from windlass.train.machine import Machine, load_machine, machine_key, save_machine, ssd_key
 
 MIB = 1 << 20
 SHAPE = ("model.hidden_size=128", "model.intermediate_size=256", "train.batch_size=16", "train.seq_len=128")
@@ -76,7 +78,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, config: Config, share: float) -> 
     buffers = BUFFER_BYTES // 3 if config.offload.name == "ssd" else 0
     in_memory = (0 if buffers else 2 * state) + weights  # the optimizer's state, and a checkpoint's copy of all
     free = (room - layers * costs.input_bytes) / (1 - activation_choice.MARGIN) + in_memory + buffers
-    num_bytes = int(free / (1 - mock_step.LOW_WATER_FRACTION))
+    num_bytes = int(free / (1 - memory.LOW_WATER_FRACTION))
     for module in (mock_step, activation_choice):
         monkeypatch.setattr(module, "host_memory", lambda: (num_bytes, num_bytes))
     return int(room)

@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from windlass.models.config import ModelConfig
+from windlass.models.llama import Block, rope_angles
 from windlass.train.activation_costs import layer_costs
-from windlass.train.config import ModelConfig
-from windlass.train.model import Block, rope_angles
 
 CPU = torch.device("cpu")
 SEQ_LEN = 40

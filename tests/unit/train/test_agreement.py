@@ -6,11 +6,11 @@ import pytest
 import torch
 from support.ranks import run_ranks
 
+from windlass.data.loader import IGNORE_INDEX, Batch
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED
-from windlass.launch.session import exit_code_of
 from windlass.parallel.config import ParallelConfig
 from windlass.train.agreement import Ending, StepAgreement
-from windlass.train.data.loader import IGNORE_INDEX, Batch
+from windlass.train.session import exit_code_of
 from windlass.train.signals import Request, StopRequest
 
 

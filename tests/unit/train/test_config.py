@@ -2,15 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+from windlass.data.config import DataConfig, StdlibDataConfig, TextDataConfig
 from windlass.errors import ConfigError
-from windlass.train.config import (
-    ActivationCheckpoint,
-    DataConfig,
-    ModelConfig,
-    StdlibDataConfig,
-    TextDataConfig,
-    TrainConfig,
-)
+from windlass.models.config import ModelConfig
+from windlass.train.config import ActivationCheckpoint, TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,16 @@ from windlass.checkpoint.config import CheckpointKind
 from windlass.checkpoint.durable.local_storage import LocalStorage
 from windlass.conf.compose import compose
 from windlass.conf.store import save_config
+from windlass.data.manifest import LOCK, MANIFEST, SPLITS, UNITS
+from windlass.data.prepare import prepare
+from windlass.data.sources import text_source
+from windlass.data.tokenizer import ByteTokenizer
 from windlass.errors import ConfigError, RunFolderError
-from windlass.launch import session, worker
+from windlass.launch import worker
+from windlass.observe.metrics import EVENTS_FILE, METRICS_FILE, JsonLines, _wandb_id
 from windlass.offload.config import OffloadKind
 from windlass.parallel.mesh import Mesh
-from windlass.train.data.manifest import LOCK, MANIFEST, SPLITS, UNITS
-from windlass.train.data.prepare import prepare
-from windlass.train.data.sources import text_source
-from windlass.train.data.tokenizer import ByteTokenizer
-from windlass.train.metrics import EVENTS_FILE, METRICS_FILE, JsonLines, _wandb_id
+from windlass.train import session
 from windlass.train.run_folder import LOCK_FILE, RunFolder
 
 

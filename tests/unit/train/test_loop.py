@@ -13,11 +13,11 @@ from support import nodes, runs
 from support.ranks import run_ranks
 
 from windlass.checkpoint.manager import Checkpointer
+from windlass.data.loader import IGNORE_INDEX, Batch, Loader
 from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
 from windlass.parallel.fragment import local_tensor
 from windlass.train import loop
-from windlass.train.data.loader import IGNORE_INDEX, Batch, Loader
 from windlass.train.loss import count_tokens
 
 NUM_STEPS, BROKEN_STEP = 4, 2

@@ -11,10 +11,10 @@ import pytest
 from support import nodes, runs
 from support.ranks import run_ranks
 
+from windlass.data.loader import Batch, Loader
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
 from windlass.launch.worker import run_worker
-from windlass.train.data.loader import Batch, Loader
-from windlass.train.outcome import OUTCOME_FILE
+from windlass.outcome import OUTCOME_FILE
 
 NUM_RANKS = 3
 ASKED_AT = 5

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from windlass.train.data.loader import IGNORE_INDEX, Batch
-from windlass.train.loss import count_tokens, cross_entropy_sum, forward_loss_sum
+from windlass.data.loader import IGNORE_INDEX, Batch
+from windlass.models.loss import cross_entropy_sum
+from windlass.train.loss import count_tokens, forward_loss_sum
 
 
 def example(batch: int = 2, seq_len: int = 5, vocab_size: int = 7) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,11 @@ import pytest
 
 import windlass.text
 from windlass.conf.compose import compose
+from windlass.conf.dotted_keys import flatten
 from windlass.conf.store import to_plain
 from windlass.errors import ConfigError, RunFolderError
 from windlass.train import run_folder
-from windlass.train.run_folder import LOCK_FILE, RunFolder, changed_keys, flatten, refuse_another_run
+from windlass.train.run_folder import LOCK_FILE, RunFolder, changed_keys, refuse_another_run
 
 HOLD = """
 import sys

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from windlass.outcome import OUTCOME_FILE, STOP_FILE, reported_outcome, write_request
 from windlass.train import signals
-from windlass.train.outcome import OUTCOME_FILE, STOP_FILE, reported_outcome, write_request
 from windlass.train.signals import Request, StopRequest, late_requests_pass
 
 

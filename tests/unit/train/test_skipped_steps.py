@@ -16,10 +16,10 @@ from support.ranks import run_ranks
 from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step_folder
 from windlass.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from windlass.launch.worker import run_worker
+from windlass.outcome import OUTCOME_FILE, reported_outcome
 from windlass.parallel.fragment import local_tensor
 from windlass.train import loop
 from windlass.train.config import TrainConfig
-from windlass.train.outcome import OUTCOME_FILE, reported_outcome
 
 ALL = range(1, 1000)
 

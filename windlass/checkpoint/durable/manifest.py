@@ -29,6 +29,8 @@ FORMAT = "windlass-checkpoint"
 VERSION = 3
 READ_VERSIONS = (2, VERSION)
 """Version 2 does not say which run wrote it."""
+PARTIAL = "partial"
+"""The key of a checkpoint's `info` that says that it has not all that a run needs: what it lacks begins anew."""
 RNG_PREFIX = "rng"
 """What names of the states of generators of random numbers begin with."""
 STEP_FOLDER = re.compile(r"step-([0-9]{8,16})")

@@ -1,0 +1,126 @@
+"""What a run trains on. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, StrEnum
+
+from windlass.errors import require
+
+
+class Borders(StrEnum):
+    """What respects the borders between the documents that are packed into one sequence."""
+
+    none = "none"
+    loss = "loss"
+    attention = "attention"
+
+
+class EncodingErrors(Enum):
+    """What becomes of bytes that are not UTF-8: an error, U+FFFD, nothing."""
+
+    strict = "strict"
+    replace = "replace"
+    ignore = "ignore"
+
+
+class TextFormat(Enum):
+    """How text files are read: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+
+
+@dataclass
+class DataConfig:
+    """What every data group has. `borders`: see `Borders`; a label across a border is not counted unless `none`."""
+
+    name: str = "stdlib"
+    borders: Borders = Borders.loss
+    prefetch: int = 4
+    """Micro-batches that a rank's background thread keeps ready."""
+    shuffle: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1", "set data.prefetch=4")
+
+
+@dataclass
+class PreparedDataConfig(DataConfig):
+    """A group whose text is tokenised before the run, once, into `cache_dir`."""
+
+    tokenizer: str = "bytes"
+    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
+    cache_dir: str | None = None
+    """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
+    validation_fraction: float = 0.05
+    num_workers: int | None = None
+    """Processes that tokenise; null is one a core."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            0 < self.validation_fraction < 1,
+            "data.validation_fraction",
+            self.validation_fraction,
+            "must be between 0 and 1",
+            "set data.validation_fraction=0.05",
+        )
+        require(
+            self.num_workers is None or self.num_workers >= 1,
+            "data.num_workers",
+            self.num_workers,
+            "must be at least 1",
+            "leave it null for one process a core",
+        )
+
+
+@dataclass
+class StdlibDataConfig(PreparedDataConfig):
+    """The `.py` files of the running Python's standard library, split into train and validation by file."""
+
+
+@dataclass
+class TextDataConfig(PreparedDataConfig):
+    """Text files (a document each) and JSON files (a document a row) in `path`, a file or folder; `.gz`, `.zst` too."""
+
+    name: str = "text"
+    path: str = "???"
+    glob: str = "**/*"
+    format: TextFormat = TextFormat.auto
+    """`auto` goes by the names: `.jsonl` and `.ndjson` have a JSON row a line; `.json` files that begin with `[` are an
+    array of rows, those whose first line is a row have a row a line; all others are text."""
+    follow_links: bool = False
+    """Take the files that symbolic links lead to, wherever; else only of relative links to near `path`."""
+    text_key: str = "text"
+    """The field of a JSON line that holds the text."""
+    encoding_errors: EncodingErrors = EncodingErrors.strict
+    """For text that is not UTF-8."""
+    separator: str | None = None
+    """What ends a document in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.separator != "", "data.separator", "''", "must not be empty", "leave it null")
+
+
+@dataclass
+class ParquetDataConfig(PreparedDataConfig):
+    """Parquet files in `path`, a file or folder; a document a row of the column `text_key`."""
+
+    name: str = "parquet"
+    path: str = "???"
+    glob: str = "**/*.parquet"
+    follow_links: bool = False
+    text_key: str = "text"
+    encoding_errors: EncodingErrors = EncodingErrors.strict
+
+
+@dataclass
+class TokensDataConfig(DataConfig):
+    """A folder that `windlass data prepare` wrote."""
+
+    name: str = "tokens"
+    path: str = "???"
