@@ -31,9 +31,9 @@ from statistics import median
 import torch
 from common import describe_machine, num_cores, print_json, print_table, run_ranks
 
-from windlass.data.loader import Batch
+from windlass.data.batch import Batch
 from windlass.machine.peak_flops import measured_matmul_flops
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.offload.activations import ActivationFigures, ActivationOffload
 from windlass.offload.alpha import Activations, Rates, choose_alpha
@@ -41,7 +41,8 @@ from windlass.offload.arena import Arena
 from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
 from windlass.train.activation_costs import layer_costs
-from windlass.train.loss import forward_loss_sums
+from windlass.train.objectives.config import NextTokenConfig
+from windlass.train.step import forward
 
 MIB = 1 << 20
 CPU = torch.device("cpu")
@@ -61,8 +62,8 @@ class Settings:
     dir: Path
 
     @property
-    def model(self) -> ModelConfig:
-        return ModelConfig(
+    def model(self) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=512,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
@@ -146,8 +147,9 @@ def run(settings: Settings, variant: Variant, reference: Path) -> Outcome:
     """One variant in a process of its own."""
     torch.set_num_threads(num_cores())
     model = settings.model.build()
+    assert isinstance(model, Llama)
     is_recomputed = variant.activations == Activations.recompute
-    model.prepare(settings.torch_dtype, is_recomputed, compile_blocks=False, alpha=variant.alpha)
+    model.prepare(settings.torch_dtype, is_recomputed, compile_blocks=False, saved_fraction=variant.alpha)
     model.materialize(CPU, seed=0)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 512, (1, settings.seq_len + 1), generator=generator)
@@ -157,13 +159,14 @@ def run(settings: Settings, variant: Variant, reference: Path) -> Outcome:
     arena = Arena(settings.buffer_bytes)
     is_moved = variant.activations != Activations.keep
     offload = ActivationOffload(CPU, settings.near_bytes, arena, folder) if is_moved else None
+    objective = NextTokenConfig().build()
     base = peak_rss()
     pass_s, losses = [], []
     for _ in range(settings.steps):
         model.zero_grad(set_to_none=False)
         begin = time.perf_counter()
         with offload.offloaded() if offload is not None else contextlib.nullcontext():
-            [loss_sum] = forward_loss_sums(model, [batch], mask_documents=False, keep_logits=False)
+            [loss_sum] = forward(model, objective, [batch], mask_documents=False, keep_logits=False)
         loss = loss_sum / settings.seq_len
         loss.backward()
         pass_s.append(time.perf_counter() - begin)

@@ -32,7 +32,6 @@ from common import Spread, describe_machine, print_json, print_table
 
 from windlass import cli
 from windlass.conf.compose import compose
-from windlass.models.flops import model_flops_per_token
 
 GB = 10**9
 VOCAB_SIZE = 32000
@@ -117,7 +116,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = compose(overrides(options, folder)).model
     step = Spread.of([line["throughput/step_s"] for line in steps])
     tokens = options.batch_size * options.seq_len * options.grad_accum_steps
-    flops = tokens * model_flops_per_token(model, VOCAB_SIZE, options.seq_len)
+    flops = tokens * model.build().flops_per_token(options.seq_len)
     peaks = [line["memory/device_peak_bytes"] for line in steps if line.get("memory/device_peak_bytes")]
     return {
         "machine": describe_machine(),

@@ -42,7 +42,7 @@ from checkpoint_variants import CopyLimit, Variant, build_variant, local_tensors
 from common import Spread, describe_machine, filesystem_of, print_json, print_table, run_ranks
 
 from windlass.checkpoint.config import CheckpointKind
-from windlass.models.llama import count_parameters
+from windlass.models.spec import count_parameters
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
 

@@ -12,10 +12,10 @@ from common import Usage, llama_config
 from loop_variants import Tokens, synthetic_batches
 
 from windlass.conf.schema import Config
-from windlass.models.loss import cross_entropy_sum
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.mesh import Mesh
-from windlass.train.build import build_model
+from windlass.train.build import build_parts
+from windlass.train.objectives.next_token import cross_entropy_sum
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 10, "num_heads": 8}
 
@@ -59,8 +59,8 @@ class Trainer:
     def __init__(self, settings: Settings, mesh: Mesh) -> None:
         config = settings.config()
         self.mesh, self.every, self.max_norm = mesh, settings.every, config.train.max_norm
-        self.model, self.sharder = build_model(config, mesh)
-        self.optimizer = config.optim.build(self.model)
+        self.parts = build_parts(config, mesh, None)
+        self.model, self.optimizer = self.parts.model, self.parts.optimizer
         self.batches: Iterator[Tokens] = synthetic_batches(config, mesh.rank)
         self.num_tokens = settings.num_ranks * settings.batch_size * settings.seq_len
         self.num_steps = 0
@@ -70,7 +70,7 @@ class Trainer:
     def train_step(self, wait_staged: Callable[[], None]) -> float:
         """One step; returns the seconds that it stood in `wait_staged`."""
         input_ids, labels = next(self.batches)
-        self.sharder.begin_micro_step(self.model, is_last=True)
+        self.parts.engine.begin_micro_step(is_last=True)
         (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
         clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
         waited_s = _seconds(wait_staged)

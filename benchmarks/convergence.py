@@ -28,13 +28,14 @@ from windlass.data.config import StdlibDataConfig
 from windlass.data.loader import Loader, evaluation_batches
 from windlass.data.prepare import prepared_folder
 from windlass.data.shards import TokenDataset
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.optim.config import Granularity, OptimConfig
+from windlass.optim.scheduler import build_scheduler
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.config import ParallelConfig, Sharding
-from windlass.parallel.zero import Sharder
 from windlass.train.evaluate import evaluate
-from windlass.train.loss import count_tokens, forward_loss_sum
+from windlass.train.objectives.config import NextTokenConfig
+from windlass.train.step import forward
 
 SEQ_LEN, BATCH_SIZE = 128, 16
 SEEDS = (0, 1, 2)
@@ -87,9 +88,9 @@ def train(job: Job, tokens: Path) -> dict[str, Any]:
     """One run: {"tokens": [...], "val_loss": [...], "seconds", "step_s"}."""
     torch.set_num_threads(job.threads)
     mesh = ParallelConfig(name=Sharding.none).build(torch.device("cpu"))
-    sharder = Sharder(ParallelConfig(name=Sharding.none), mesh)
+    objective = NextTokenConfig().build()
     dataset, validation = TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")
-    model = ModelConfig(
+    model = LlamaConfig(
         vocab_size=-(-dataset.vocab_size // 64) * 64,
         hidden_size=128,
         intermediate_size=384,
@@ -100,14 +101,14 @@ def train(job: Job, tokens: Path) -> dict[str, Any]:
     model.materialize(mesh.device, job.seed)
     config = job.config()
     optimizer = config.build(model)
-    scheduler = config.build_scheduler(optimizer, job.num_steps)
+    scheduler = build_scheduler(config, optimizer, job.num_steps)
     loader = Loader(dataset, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, rank=0, world_size=1, seed=job.seed)
     curve: dict[str, list[float]] = {"tokens": [], "val_loss": []}
     num_tokens, begin, optimizer_s = 0, time.perf_counter(), 0.0
     for step in range(1, job.num_steps + 1):
         batch = next(loader)
-        count = count_tokens([batch])
-        (forward_loss_sum(model, batch, mask_documents=False) / count).backward()
+        count = objective.num_targets(batch)
+        (forward(model, objective, [batch], mask_documents=False)[0] / count).backward()
         clip_grad_norm_(model.parameters(), MAX_NORM, mesh)
         started = time.perf_counter()
         optimizer.step()
@@ -120,7 +121,7 @@ def train(job: Job, tokens: Path) -> dict[str, Any]:
                 validation, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_samples=EVAL_SAMPLES, rank=0, world_size=1
             )
             curve["tokens"].append(num_tokens)
-            curve["val_loss"].append(evaluate(model, sharder, batches, False, mesh).loss)
+            curve["val_loss"].append(evaluate(model, objective, batches, False, mesh).loss)
     loader.close()
     seconds = time.perf_counter() - begin
     return {"job": asdict(job), **curve, "seconds": seconds, "optimizer_step_s": optimizer_s / job.num_steps}

@@ -53,7 +53,7 @@ from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.data.prepare import prepared_folder
 from windlass.machine.peak_flops import peak_device_flops
-from windlass.models.llama import count_parameters
+from windlass.models.spec import count_parameters
 from windlass.parallel.mesh import Mesh
 
 LOSS_TOLERANCE = 1e-4

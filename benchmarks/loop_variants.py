@@ -13,15 +13,15 @@ from torch.distributed.tensor import DTensor
 
 from windlass.conf.schema import Config
 from windlass.conf.store import to_plain
-from windlass.data.loader import IGNORE_INDEX
+from windlass.data.batch import IGNORE_INDEX
 from windlass.data.shards import TokenDataset
-from windlass.models.flops import model_flops_per_token
 from windlass.models.llama import Llama
 from windlass.observe.console import SilentConsole
 from windlass.observe.metrics import Metrics
 from windlass.observe.watchdog import Heartbeat
+from windlass.optim.scheduler import build_scheduler
 from windlass.parallel.mesh import Mesh
-from windlass.train.build import Run, TrainState, build_loader, build_model
+from windlass.train.build import Run, TrainState, build_loader, build_parts
 from windlass.train.loop import train
 from windlass.train.signals import Request, StopRequest
 
@@ -71,19 +71,17 @@ class Windlass:
     def __init__(self, config: Config, mesh: Mesh, tokens: Path) -> None:
         datasets = TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")
         torch.manual_seed(config.train.seed)
-        model, sharder = build_model(config, mesh)
-        optimizer = config.optim.build(model)
+        parts = build_parts(config, mesh, None)
         self.console = LossConsole()
         self.loop_run = Run(
             config=config,
             mesh=mesh,
-            model=model,
-            sharder=sharder,
-            optimizer=optimizer,
-            scheduler=config.optim.build_scheduler(optimizer, config.train.steps),
-            in_backward=None,
+            model=parts.model,
+            objective=parts.objective,
+            engine=parts.engine,
             tiers=None,
-            data=build_loader(config, datasets[0], mesh),
+            scheduler=build_scheduler(config.optim, parts.optimizer, config.train.steps),
+            data=build_loader(config, datasets[0], mesh, parts.objective),
             validation=datasets[1],
             state=TrainState(),
             checkpoint=None,
@@ -193,6 +191,7 @@ class DeepSpeed:
 def whole_model(config: Config) -> Llama:
     """The same weights as windlass's run has, uncut."""
     model = config.model.build()
+    assert isinstance(model, Llama)
     model.prepare(getattr(torch, config.train.dtype.value), recompute=False, compile_blocks=False)
     model.materialize(torch.device("cpu"), config.train.seed)
     return model
@@ -221,7 +220,7 @@ def synthetic_batches(config: Config, rank: int) -> Iterator[Tokens]:
 
 def real_batches(config: Config, mesh: Mesh, tokens: Path) -> Iterator[Tokens]:
     """What windlass's loop gets too, read by a loader of its own."""
-    loader = build_loader(config, TokenDataset(tokens, "train"), mesh)
+    loader = build_loader(config, TokenDataset(tokens, "train"), mesh, config.objective.build())
     try:
         for batch in loader:
             assert not (batch.labels == IGNORE_INDEX).any(), "a mean over ranks needs equal token counts"
@@ -231,7 +230,7 @@ def real_batches(config: Config, mesh: Mesh, tokens: Path) -> Iterator[Tokens]:
 
 
 def flops_per_token(config: Config) -> float:
-    return model_flops_per_token(config.model, config.model.vocab_size or 0, config.train.seq_len)
+    return config.model.build().flops_per_token(config.train.seq_len)
 
 
 def peer(name: str, config: Config, mesh: Mesh, batches: Iterator[Tokens]) -> Variant:

@@ -42,7 +42,7 @@ from loop_variants import MAX_NORM, Tokens, mean_loss, plain_adamw, real_batches
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
 from windlass.data.prepare import prepared_folder
-from windlass.models.llama import count_parameters
+from windlass.models.spec import count_parameters
 
 CHECKPOINT_TAG = "middle"
 

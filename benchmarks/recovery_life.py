@@ -25,12 +25,12 @@ from windlass.checkpoint.agent.slots import SharedFile
 from windlass.checkpoint.agent.stripes import Stripes
 from windlass.checkpoint.memory.group import AgentGroup
 from windlass.conf.schema import Config
-from windlass.models.loss import cross_entropy_sum
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
-from windlass.train.build import build_model
+from windlass.train.build import build_parts
+from windlass.train.objectives.next_token import cross_entropy_sum
 
 PARTS = ("processes", "model", "agents", "plan", "fence", "rebuild", "open", "read", "first step")
 """In their order. `processes`: from the kill to a process group of new ones; `agents`: found, or started, and asked;
@@ -110,14 +110,14 @@ class Trainer:
     def __init__(self, settings: Settings, mesh: Mesh) -> None:
         config = settings.config()
         self.mesh, self.max_norm = mesh, config.train.max_norm
-        self.model, self.sharder = build_model(config, mesh)
-        self.optimizer = config.optim.build(self.model)
+        self.parts = build_parts(config, mesh, None)
+        self.model, self.optimizer = self.parts.model, self.parts.optimizer
         self.batches: Iterator[Tokens] = synthetic_batches(config, mesh.rank)
         self.num_tokens = settings.num_ranks * settings.batch_size * settings.seq_len
 
     def step(self, checkpointer: Checkpointer) -> None:
         input_ids, labels = next(self.batches)
-        self.sharder.begin_micro_step(self.model, is_last=True)
+        self.parts.engine.begin_micro_step(is_last=True)
         (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
         clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
         checkpointer.wait_staged()

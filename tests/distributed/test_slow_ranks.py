@@ -12,7 +12,8 @@ import torch
 from support import runs
 from support.ranks import run_ranks
 
-from windlass.data.loader import Batch, Loader
+from windlass.data.batch import Batch
+from windlass.data.loader import Loader
 from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
 from windlass.models.llama import Block

@@ -31,7 +31,7 @@ from windlass.data.sources import parquet_source, text_source
 from windlass.data.tally import Tally
 from windlass.data.tokenizer import HuggingFaceTokenizer, token_of
 from windlass.errors import WindlassError
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.huggingface import check_weights, from_huggingface, to_huggingface
 from windlass.untrusted import Malformed, parse_json
 
@@ -247,7 +247,7 @@ def _read_unfinished(name: str) -> Callable[[Path, bytes], None]:
     return read
 
 
-MODEL = ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
+MODEL = LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
 WEIGHTS = {name: tuple(tensor.shape) for name, tensor in MODEL.build().state_dict().items()}
 CONFIG = to_huggingface(MODEL, 24, "float32", 1)
 READERS = {

@@ -10,22 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from support.losses import count_tokens, forward_loss_sums
 from support.toy import GLOBAL_ROWS, SEQ_LEN, ragged_batch, rows_of_rank
 from support.trained import assert_finite, assert_moved
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
-from windlass.data.loader import Batch
+from windlass.data.batch import Batch
 from windlass.models.llama import Llama
+from windlass.models.spec import Model
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.tiers import OffloadFigures, Tiers
-from windlass.optim.in_backward import StepInBackward
-from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.offload.weights import Weights
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
-from windlass.parallel.zero import Sharder
-from windlass.train.build import build_model, build_optimizer, build_tiers, modules_of_units
-from windlass.train.loss import count_tokens, forward_loss_sums
+from windlass.train.build import build_parts, build_tiers
 
 VOCAB = 97
 """Not even, so that FSDP2 cuts the embedding unevenly."""
@@ -80,17 +79,17 @@ class TieredRun:
         self._owns_mesh = mesh is None
         self.tiers: Tiers | None = build_tiers(self.config, self.mesh)
         self.model: Llama
-        self.sharder: Sharder
-        self.model, self.sharder = build_model(self.config, self.mesh, self.tiers)
-        for number in frozen:
-            self.model.layers[number].requires_grad_(False)
-        self.optimizer = build_optimizer(self.config, self.model, self.tiers)
-        buckets = self.optimizer.bucket_parameters() if isinstance(self.optimizer, OffloadedOptimizer) else ()
-        self.in_backward: StepInBackward | None = self.config.optim.build_in_backward(
-            self.optimizer, self.config.train.max_norm, self.mesh.shard_group, buckets
-        )
-        if self.tiers is not None:
-            self.tiers.attend(self.model, modules_of_units(self.model), is_cut=self.mesh.device_mesh is not None)
+
+        def give_weights(model: Model, weights: Weights | None) -> None:
+            assert isinstance(model, Llama)
+            model.materialize(self.mesh.device, self.config.train.seed, None if weights is None else weights.add)
+            for number in frozen:
+                model.layers[number].requires_grad_(False)
+
+        self.parts = build_parts(self.config, self.mesh, self.tiers, give_weights=give_weights)
+        assert isinstance(self.parts.model, Llama)
+        self.model, self.optimizer = self.parts.model, self.parts.optimizer
+        self.in_backward = self.parts.engine.in_backward
         is_streaming = self.tiers is not None and self.tiers.weights is not None
         self.is_layer_major = is_streaming if is_layer_major is None else is_layer_major
         self.steps_taken = 0
@@ -107,17 +106,12 @@ class TieredRun:
         passes = [batches] if self.is_layer_major else [[batch] for batch in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batches in enumerate(passes):
-            self.sharder.begin_micro_step(self.model, is_last=number == len(passes) - 1)
-            if self.in_backward is not None:
-                self.in_backward.begin_micro_step(is_last=number == len(passes) - 1)
+            self.parts.engine.begin_micro_step(is_last=number == len(passes) - 1)
             loss_sums = forward_loss_sums(self.model, micro_batches, mask_documents=True)
             torch.autograd.backward([loss_sum / num_tokens for loss_sum in loss_sums])
             for loss_sum in loss_sums:
                 total += loss_sum.detach().double()
-        if self.in_backward is not None:
-            self.in_backward.finish()
-        else:
-            clip_grad_norm_(self.model.parameters(), self.config.train.max_norm, self.mesh)
+        self.parts.engine.grad_norm()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
@@ -126,7 +120,7 @@ class TieredRun:
     @torch.no_grad()
     def evaluate(self) -> float:
         loss = float(forward_loss_sums(self.model, self.batches()[:1], mask_documents=True)[0])
-        self.sharder.free_gathered(self.model)
+        self.parts.engine.free_gathered()
         return loss
 
     def settle(self) -> None:

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from support.losses import count_tokens, forward_loss_sum
 from support.trained import assert_finite, assert_moved
 from windlass.conf.schema import schema_of
-from windlass.data.loader import IGNORE_INDEX, Batch
-from windlass.models.config import ModelConfig
+from windlass.data.batch import IGNORE_INDEX, Batch
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.optim.config import InBackward
 from windlass.optim.in_backward import StepInBackward
@@ -21,7 +22,6 @@ from windlass.parallel.config import Cut, ParallelConfig, Sharding
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.zero import Sharder
-from windlass.train.loss import count_tokens, forward_loss_sum
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Layout:
     """A name of `optim=`; torch's AdamW at its default rate, or windlass's at a tenth of theirs."""
     in_backward: str = "none"
 
-    def model_config(self) -> ModelConfig:
-        return ModelConfig(
+    def model_config(self) -> LlamaConfig:
+        return LlamaConfig(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
             intermediate_size=2 * self.hidden_size,

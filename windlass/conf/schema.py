@@ -9,23 +9,16 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from windlass.checkpoint.config import CheckpointConfig
-from windlass.data.config import DataConfig, ParquetDataConfig, StdlibDataConfig, TextDataConfig, TokensDataConfig
+from windlass.data.config import SOURCES, DataConfig
 from windlass.launch.config import LaunchConfig
-from windlass.models.config import ModelConfig
+from windlass.models.config import MODELS, ModelConfig
 from windlass.observe.config import MetricsConfig
 from windlass.offload.config import OffloadConfig
-from windlass.optim.config import (
-    AdamWConfig,
-    ApolloConfig,
-    CosmosConfig,
-    GaLoreConfig,
-    MuonConfig,
-    NaturalGaLoreConfig,
-    OptimConfig,
-    SGDSaIConfig,
-)
-from windlass.parallel.config import ParallelConfig
+from windlass.optim.config import OPTIMIZERS, OptimConfig
+from windlass.parallel.config import ENGINES, ParallelConfig
+from windlass.registry import OTHERS, Registry
 from windlass.train.config import TrainConfig
+from windlass.train.objectives.config import OBJECTIVES, NextTokenConfig, ObjectiveConfig
 
 
 @dataclass
@@ -41,36 +34,33 @@ class Config:
     offload: OffloadConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     launch: LaunchConfig = MISSING
+    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: str = "runs/${model.name}"
     resume: str = "auto"
 
 
-GROUPS: dict[str, dict[str, type]] = {
-    "model": {"": ModelConfig},
-    "data": {
-        "stdlib": StdlibDataConfig,
-        "text": TextDataConfig,
-        "parquet": ParquetDataConfig,
-        "tokens": TokensDataConfig,
-    },
-    "optim": {
-        "adamw": AdamWConfig,
-        "apollo": ApolloConfig,
-        "apollo_mini": ApolloConfig,
-        "galore": GaLoreConfig,
-        "natural_galore": NaturalGaLoreConfig,
-        "muon": MuonConfig,
-        "cosmos": CosmosConfig,
-        "sgd_sai": SGDSaIConfig,
-    },
-    "parallel": {"": ParallelConfig},
-    "offload": {"": OffloadConfig},
-    "checkpoint": {"": CheckpointConfig},
-    "launch": {"": LaunchConfig},
+def _of_one(group: str, config: type) -> Registry:
+    registry = Registry(group)
+    registry.add(OTHERS, config)
+    return registry
+
+
+GROUPS: dict[str, Registry] = {
+    registry.group: registry
+    for registry in (
+        MODELS,
+        SOURCES,
+        OBJECTIVES,
+        OPTIMIZERS,
+        ENGINES,
+        _of_one("offload", OffloadConfig),
+        _of_one("checkpoint", CheckpointConfig),
+        _of_one("launch", LaunchConfig),
+    )
 }
-"""Group -> the value of its `name` key -> dataclass. `""` stands for every name of a group with one dataclass."""
+"""The groups that have presets, by name."""
 
 
 PATH_KEYS = (
@@ -91,7 +81,7 @@ PATH_KEYS = (
 @functools.cache
 def text_keys() -> dict[str, bool]:
     """Dotted name of each key that holds text -> whether it may be null."""
-    schemas = [(f"{group}.", schema) for group, kinds in GROUPS.items() for schema in kinds.values()]
+    schemas = [(f"{group}.", kinds.config_of(name)) for group, kinds in GROUPS.items() for name in kinds]
     found = {}
     for prefix, schema in [("", Config), ("train.", TrainConfig), ("metrics.", MetricsConfig), *schemas]:
         for key, hint in typing.get_type_hints(schema).items():
@@ -102,5 +92,4 @@ def text_keys() -> dict[str, bool]:
 
 def schema_of(group: str, name: str) -> type:
     """The dataclass of the preset `name` of `group`."""
-    kinds = GROUPS[group]
-    return kinds[name] if name in kinds else kinds[""]
+    return GROUPS[group].config_of(name)

@@ -14,6 +14,7 @@ import yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from windlass.conf.plugins import load_plugins
 from windlass.conf.schema import GROUPS, PATH_KEYS, Config, schema_of
 from windlass.conf.text_values import home_expanded
 from windlass.errors import ConfigError
@@ -23,12 +24,18 @@ from windlass.untrusted import Malformed, convert, read_yaml
 
 @functools.cache
 def register() -> None:
-    """Makes the schemas known to Hydra, once: `schema/root`, and `schema/GROUP[_NAME]` for each preset to build on."""
-    store = ConfigStore.instance()
+    """Makes the schemas known to Hydra, once: `schema/root`, and `schema/GROUP[_NAME]` for each preset to build on.
+
+    A name that is registered and has no preset of ours, such as one of a plugin, is a preset with its defaults.
+    """
+    load_plugins()
+    store, presets = ConfigStore.instance(), Path(__file__).parent
     store.store(group="schema", name="root", node=Config, package="_global_")
     for group, kinds in GROUPS.items():
-        for name, schema in kinds.items():
-            store.store(group="schema", name=f"{group}_{name}" if name else group, node=schema)
+        for name in kinds:
+            store.store(group="schema", name=f"{group}_{name}" if name else group, node=kinds.config_of(name))
+            if name and not (presets / group / f"{name}.yaml").is_file():
+                store.store(group=group, name=name, node=kinds.config_of(name)(name=name))
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -100,6 +107,7 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: the file is not a configuration of this version of windlass.
     """
+    load_plugins()
     try:
         return _from_plain(read_yaml(path))
     except (Malformed, OSError) as error:

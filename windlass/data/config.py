@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from typing import TYPE_CHECKING, cast
 
 from windlass.errors import require
+from windlass.registry import Registry
+
+if TYPE_CHECKING:
+    from windlass.data.sources import Source
+
+SOURCES = Registry("data")
 
 
 class Borders(StrEnum):
@@ -58,6 +65,10 @@ class PreparedDataConfig(DataConfig):
     validation_fraction: float = 0.05
     num_workers: int | None = None
     """Processes that tokenise; null is one a core."""
+
+    def source(self) -> Source:
+        """The documents that are to be tokenised. Raises ConfigError and DataError."""
+        return cast("Source", SOURCES.build(self))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,3 +135,9 @@ class TokensDataConfig(DataConfig):
 
     name: str = "tokens"
     path: str = "???"
+
+
+SOURCES.add("stdlib", StdlibDataConfig, "windlass.data.sources:build_stdlib")
+SOURCES.add("text", TextDataConfig, "windlass.data.sources:build_text")
+SOURCES.add("parquet", ParquetDataConfig, "windlass.data.sources:build_parquet")
+SOURCES.add("tokens", TokensDataConfig)

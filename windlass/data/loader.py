@@ -5,20 +5,17 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from windlass.data.batch import IGNORE_INDEX, Batch, BatchMaker, NextTokens
 from windlass.data.config import Borders
 from windlass.data.permutation import permute
 from windlass.data.shards import TokenDataset
 from windlass.errors import DataError, IncompatibleCheckpoint
 
-IGNORE_INDEX = -100
-"""The label of a token that does not count, as in `torch.nn.functional.cross_entropy`."""
 PLAN_SAMPLES = 4096
 """Samples whose places are looked up together, so that numpy's overhead a call is shared."""
 
@@ -26,39 +23,14 @@ EVALUATION_SEED = 0
 """Never changes: validation losses of all runs on a data set and sequence length are of the same samples."""
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Sequences of T tokens.
-
-    Args:
-        input_ids: int64 [B, T].
-        labels: int64 [B, T], the token after each; `IGNORE_INDEX` where it does not count.
-        document_ids: int32 [B, T], rises by one at each border between documents in a sequence, from 0.
-    """
-
-    input_ids: Tensor
-    labels: Tensor
-    document_ids: Tensor
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; from page-locked memory the copy is asynchronous."""
-        input_ids, labels, document_ids = (
-            tensor.to(device, non_blocking=True) for tensor in (self.input_ids, self.labels, self.document_ids)
-        )
-        return Batch(input_ids, labels, document_ids)
-
-    def pin_memory(self) -> Batch:
-        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), self.document_ids.pin_memory())
-
-
 class Loader(Iterator[Batch]):
     """Endless micro-batches of one rank, made ahead by a background thread.
 
-    Sample i is the tokens [i*T, i*T + T] of the stream: T inputs, and T labels one further. Position p of the
-    run is the sample that the permutation of epoch p // num_samples puts at p % num_samples. At cursor c rank
-    r gets the positions c + r*B ... c + r*B + B - 1, and then the cursor rises by B*world_size. So the order
-    depends on the cursor alone, and a run that goes on from a cursor, with any batch size and number of
-    ranks, sees every sample once an epoch.
+    Sample i is the tokens [i*T, i*T + T] of the stream: T inputs, and T labels one further, or what `maker` makes of
+    them. Position p of the run is the sample that the permutation of epoch p // num_samples puts at p % num_samples. At
+    cursor c rank r gets the positions c + r*B ... c + r*B + B - 1, and then the cursor rises by B*world_size. So the
+    order depends on the cursor alone, and a run that goes on from a cursor, with any batch size and number of ranks,
+    sees every sample once an epoch.
 
     Args:
         batch_size: B, sequences in a micro-batch of one rank.
@@ -67,6 +39,7 @@ class Loader(Iterator[Batch]):
         prefetch: micro-batches that are kept ready.
         cursor: where to begin: samples that all ranks together have had before.
         pin_memory: put the tensors into page-locked memory (needs a GPU).
+        maker: makes batches of windows of the stream.
 
     Raises:
         DataError: the stream is shorter than one sample.
@@ -86,9 +59,11 @@ class Loader(Iterator[Batch]):
         prefetch: int = 4,
         cursor: int = 0,
         pin_memory: bool = False,
+        maker: BatchMaker | None = None,
     ) -> None:
         assert batch_size >= 1 and prefetch >= 1 and 0 <= rank < world_size and cursor >= 0
-        self.num_samples = count_samples(dataset, seq_len)
+        self._maker = maker or NextTokens()
+        self.num_samples = count_samples(dataset, seq_len, self._maker.lookahead)
         """Samples in an epoch."""
         self._dataset, self._batch_size, self._seq_len = dataset, batch_size, seq_len
         self._rank, self._world_size, self._seed = rank, world_size, seed
@@ -176,7 +151,7 @@ class Loader(Iterator[Batch]):
             if self._shuffle:
                 samples = permute(samples, self.num_samples, self._seed, epochs)
             for of_batch in samples.reshape(positions.shape):
-                batch = make_batch(self._dataset, of_batch, self._seq_len, self._borders)
+                batch = make_batch(self._dataset, of_batch, self._seq_len, self._borders, self._maker)
                 yield batch.pin_memory() if self._pin_memory else batch
             cursor += stride * num_ahead
 
@@ -190,6 +165,7 @@ def evaluation_batches(
     rank: int,
     world_size: int,
     borders: Borders = Borders.loss,
+    maker: BatchMaker | None = None,
 ) -> Iterator[Batch]:
     """min(num_samples, max_samples) samples from all over the stream, always the same, each on exactly one rank.
 
@@ -202,7 +178,8 @@ def evaluation_batches(
     Raises:
         DataError: the stream is shorter than one sample. At the call, not at the first batch.
     """
-    total = count_samples(dataset, seq_len)
+    maker = maker or NextTokens()
+    total = count_samples(dataset, seq_len, maker.lookahead)
     num_samples = min(total, max_samples)
 
     def batches() -> Iterator[Batch]:
@@ -211,47 +188,37 @@ def evaluation_batches(
             samples = np.arange(begin, begin + batch_size)
             padding = samples >= num_samples
             chosen = permute(np.where(padding, 0, samples), total, EVALUATION_SEED)
-            batch = make_batch(dataset, chosen, seq_len, borders)
+            batch = make_batch(dataset, chosen, seq_len, borders, maker)
             batch.labels[torch.from_numpy(padding)] = IGNORE_INDEX
             yield batch
 
     return batches()
 
 
-def count_samples(dataset: TokenDataset, seq_len: int) -> int:
-    """Samples of `seq_len` inputs, and one label more, in the stream. Raises DataError if there is none."""
-    num_samples = (dataset.num_tokens - 1) // seq_len
+def count_samples(dataset: TokenDataset, seq_len: int, lookahead: int = 1) -> int:
+    """Samples of `seq_len` inputs, and `lookahead` tokens more, in the stream. Raises DataError if there is none."""
+    num_samples = (dataset.num_tokens - lookahead) // seq_len
     if num_samples < 1:
         raise DataError(
             "train.seq_len",
             seq_len,
-            f"the {dataset.split} text is too short: {dataset.num_tokens} tokens of {seq_len + 1} needed",
-            f"set train.seq_len to {dataset.num_tokens - 1} or less, or give more text",
+            f"the {dataset.split} text is too short: {dataset.num_tokens} tokens of {seq_len + lookahead} needed",
+            f"set train.seq_len to {dataset.num_tokens - lookahead} or less, or give more text",
         )
     return num_samples
 
 
-def make_batch(dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders: Borders) -> Batch:
-    """The `samples` [B] of the stream as a batch.
-
-    With `Borders.none` the last token of a document is to predict the first of the next; otherwise no label
-    counts whose input is of another document.
-    """
-    shape, starts = (len(samples), seq_len), (samples * seq_len).tolist()
-    input_ids, labels = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
-    document_ids = np.empty(shape, dtype=np.int32)
+def make_batch(dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders: Borders, maker: BatchMaker) -> Batch:
+    """The `samples` [B] of the stream as a batch."""
+    length, starts = seq_len + maker.lookahead, (samples * seq_len).tolist()
+    tokens = np.empty((len(samples), length), dtype=np.int64)
+    documents = np.empty((len(samples), length), dtype=np.int32)
     for row, start in enumerate(starts):
-        tokens, documents = dataset.window(start, seq_len + 1)
-        input_ids[row] = tokens[:-1]
-        labels[row] = tokens[1:]
-        document_ids[row] = documents[:-1]
-        if borders != Borders.none:
-            labels[row, documents[1:] != documents[:-1]] = IGNORE_INDEX
-    highest = max(int(input_ids.max()), int(labels[:, -1].max()))
-    if highest > dataset.max_token_id:  # a flipped bit, which would be looked up beyond the end of the embedding
+        tokens[row], documents[row] = dataset.window(start, length)
+    if int(tokens.max()) > dataset.max_token_id:  # a flipped bit, which would be looked up beyond the embedding's end
         for start in starts:
-            dataset.check_ids(start, seq_len + 1)
-    return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(document_ids))
+            dataset.check_ids(start, length)
+    return maker.make_batch(tokens, documents, borders)
 
 
 class _Producer:

@@ -40,7 +40,7 @@ from windlass.data.outputs import refuse_inside
 from windlass.data.pool import WorkerPool, num_cores
 from windlass.data.progress import ProgressReport
 from windlass.data.shard_writer import BATCH_TOKENS, UnitResult, space_errors, token_dtype
-from windlass.data.sources import Source, source_from_config
+from windlass.data.sources import Source
 from windlass.data.tally import Tally, left_out
 from windlass.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from windlass.data.worker import Advanced, Finished, Setup, Task
@@ -72,8 +72,8 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
         folder = Path(cfg.path).expanduser()
         _say_left_out(Manifest.load(folder), progress)
         return folder
-    source = source_from_config(cfg)
-    assert isinstance(cfg, PreparedDataConfig)  # or there would be no source
+    assert isinstance(cfg, PreparedDataConfig), f"data={cfg.name} has no source"
+    source = cfg.source()
     tokenizer = load_tokenizer(cfg.tokenizer)
     settings = _settings(source, tokenizer, cfg.validation_fraction)
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

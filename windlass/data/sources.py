@@ -19,7 +19,7 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-from windlass.data.config import DataConfig, ParquetDataConfig, PreparedDataConfig, StdlibDataConfig, TextDataConfig
+from windlass.data.config import ParquetDataConfig, StdlibDataConfig, TextDataConfig
 from windlass.data.documents import SKIP, FilesUnit, RecordsUnit, Unit, unit_identity
 from windlass.data.json_rows import ArrayUnit, looks_like
 from windlass.data.parquet import cut_parquet
@@ -76,30 +76,30 @@ class Source:
         return sum(unit.num_bytes for unit in self.units)
 
 
-def source_from_config(cfg: DataConfig) -> Source:
-    """The source that `cfg` describes. Raises ConfigError and DataError."""
-    if isinstance(cfg, StdlibDataConfig):
-        return stdlib_source()
-    if isinstance(cfg, TextDataConfig):
-        return text_source(
-            [_given(cfg.path)],
-            glob=cfg.glob,
-            text_key=cfg.text_key,
-            encoding_errors=cfg.encoding_errors.value,
-            separator=cfg.separator,
-            format=cfg.format.value,
-            follow_links=cfg.follow_links,
-        )
-    if isinstance(cfg, ParquetDataConfig):
-        return parquet_source(
-            [_given(cfg.path)],
-            glob=cfg.glob,
-            text_key=cfg.text_key,
-            encoding_errors=cfg.encoding_errors.value,
-            follow_links=cfg.follow_links,
-        )
-    kind = "PreparedDataConfig" if isinstance(cfg, PreparedDataConfig) else "DataConfig"
-    raise ConfigError("data", cfg.name, f"a plain {kind} has no source", "use data=stdlib, text or parquet")
+def build_stdlib(config: StdlibDataConfig) -> Source:
+    return stdlib_source()
+
+
+def build_text(config: TextDataConfig) -> Source:
+    return text_source(
+        [_given(config.path)],
+        glob=config.glob,
+        text_key=config.text_key,
+        encoding_errors=config.encoding_errors.value,
+        separator=config.separator,
+        format=config.format.value,
+        follow_links=config.follow_links,
+    )
+
+
+def build_parquet(config: ParquetDataConfig) -> Source:
+    return parquet_source(
+        [_given(config.path)],
+        glob=config.glob,
+        text_key=config.text_key,
+        encoding_errors=config.encoding_errors.value,
+        follow_links=config.follow_links,
+    )
 
 
 def stdlib_source() -> Source:

@@ -29,7 +29,7 @@ from windlass.exchange.folder import new_folder, require_room
 from windlass.exchange.huggingface import HuggingFaceFolder, Weight
 from windlass.exchange.imported import Described, Read, write_checkpoint
 from windlass.files import atomic_file
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.huggingface import (
     EMBEDDING,
     GENERATION_CONFIG,
@@ -124,9 +124,9 @@ def _stored_config(manifest: Manifest) -> dict[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) -> ModelConfig:
+def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) -> LlamaConfig:
     try:
-        return convert(config.get("model"), ModelConfig, "model")
+        return convert(config.get("model"), LlamaConfig, "model")
     except Malformed as error:
         raise ConfigError(
             "path",

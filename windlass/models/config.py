@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from windlass.errors import require
+from windlass.registry import OTHERS, Registry
 
 if TYPE_CHECKING:
-    from windlass.models.llama import Llama
+    from windlass.models.spec import Model
+
+MODELS = Registry("model")
 
 
 @dataclass
 class ModelConfig:
-    """A Llama-style decoder (LLaMA: Open and Efficient Foundation Language Models, 2023; GQA, 2023).
-
-    `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64.
-    """
+    """What every model has. `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64."""
 
     name: str = "tiny"
     vocab_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.vocab_size is not None:
+            require(self.vocab_size >= 1, "model.vocab_size", self.vocab_size, "must be at least 1", "leave it null")
+
+    def build(self, device: str = "meta") -> Model:
+        """The model on `device`, without weights; `Model.materialize` gives one on the meta device its own."""
+        return cast("Model", MODELS.build(self, device))
+
+
+@dataclass
+class LlamaConfig(ModelConfig):
+    """A Llama-style decoder (LLaMA: Open and Efficient Foundation Language Models, 2023; GQA, 2023)."""
+
     hidden_size: int = 192
     intermediate_size: int = 512
     num_layers: int = 4
@@ -32,6 +46,7 @@ class ModelConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
             value = getattr(self, key)
             require(value >= 1, f"model.{key}", value, "must be at least 1", "give a positive number")
@@ -50,15 +65,10 @@ class ModelConfig:
             f"set model.num_kv_heads={self.num_heads} for plain multi-head attention, or another divisor",
         )
         require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)", "set model.dropout=0.0")
-        if self.vocab_size is not None:
-            require(self.vocab_size >= 1, "model.vocab_size", self.vocab_size, "must be at least 1", "leave it null")
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_heads
 
-    def build(self) -> Llama:
-        """The model on the meta device; `Llama.materialize` gives it weights."""
-        from windlass.models.llama import Llama
 
-        return Llama.on_meta(self)
+MODELS.add(OTHERS, LlamaConfig, "windlass.models.llama:build")

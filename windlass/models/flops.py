@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 
 
-def model_flops_per_token(cfg: ModelConfig, vocab_size: int, seq_len: int) -> float:
+def model_flops_per_token(cfg: LlamaConfig, vocab_size: int, seq_len: int) -> float:
     """Forward and backward FLOPs that the model needs for one token of a sequence of `seq_len` tokens.
 
     After PaLM: Scaling Language Modeling with Pathways (2022), appendix B: a weight of a matrix product

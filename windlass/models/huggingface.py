@@ -10,7 +10,7 @@ from typing import Any
 
 from windlass.checkpoint.durable.storage import Location
 from windlass.errors import ConfigError
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.text import override
 from windlass.untrusted import Malformed, convert
 
@@ -33,7 +33,7 @@ def windlass_name(name: str) -> str:
     return name if name == HEAD else name.removeprefix(PREFIX)
 
 
-def check_weights(path: Location, model: ModelConfig, found: Shapes) -> None:
+def check_weights(path: Location, model: LlamaConfig, found: Shapes) -> None:
     """Raises ConfigError unless `found` names the weights of `model`, with their shapes."""
     if model.num_layers > len(found):  # before so many are made
         raise _other_weights(path, [f"it has {len(found)} weights, fewer than the {model.num_layers} layers"])
@@ -62,7 +62,7 @@ def _other_weights(path: Location, differences: list[str]) -> ConfigError:
     )
 
 
-def to_huggingface(config: ModelConfig, seq_len: int | None, dtype: str, eos_id: int | None) -> dict[str, Any]:
+def to_huggingface(config: LlamaConfig, seq_len: int | None, dtype: str, eos_id: int | None) -> dict[str, Any]:
     """What config.json says of a model.
 
     Args:
@@ -112,7 +112,7 @@ def tokenizer_config(eos_token: str | None, seq_len: int | None) -> dict[str, An
     }
 
 
-def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
+def from_huggingface(config: Mapping[str, Any], path: Path) -> LlamaConfig:
     """The model that a config.json describes, with the defaults of transformers' LlamaConfig.
 
     Raises:
@@ -144,7 +144,7 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
             "tie_embeddings": config.get("tie_word_embeddings", False),
             "init_std": config.get("initializer_range", 0.02),
         }
-        model = convert(fields, ModelConfig)
+        model = convert(fields, LlamaConfig)
         convert(model.vocab_size, int, "vocab_size")
     except KeyError as error:
         raise _refusal(path, f"no {error.args[0]}") from None
@@ -158,7 +158,7 @@ def from_huggingface(config: Mapping[str, Any], path: Path) -> ModelConfig:
     return model
 
 
-def overrides(config: ModelConfig) -> list[str]:
+def overrides(config: LlamaConfig) -> list[str]:
     """The arguments of `windlass train` that make this model, as a shell takes them."""
     fields = asdict(config).items()
     return ["model=tiny", *(override(f"model.{key}", value) for key, value in fields if key != "name")]

@@ -10,7 +10,6 @@ a pass, so that hooks on modules gather or stream its weights once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +17,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from windlass.errors import require
-from windlass.models.config import ModelConfig
-from windlass.models.loss import cross_entropy_sum
+from windlass.models.config import LlamaConfig
+from windlass.models.flops import model_flops_per_token
 from windlass.models.micro_batch_fusion import Slices, over_slices
+from windlass.models.spec import Head, Model, Reduction
 from windlass.models.token_wise import token_wise
-from windlass.parallel.fragment import fragment_of, local_tensor
+from windlass.parallel.fragment import Fragment
 from windlass.parallel.random import fill_normal_
 from windlass.parallel.zero import Unit
 
@@ -45,11 +44,11 @@ class Embedding(nn.Embedding):
         return over_slices(F.embedding, input, self.weight if weight is None else weight)
 
 
-class Head(Linear):
+class LMHead(Linear):
     """The projection on the vocabulary, see `run_head`."""
 
-    def forward(self, input: Slices, labels: Slices | None = None, keep_logits: bool = True) -> Slices:
-        return run_head(input, self.weight, labels, keep_logits)
+    def forward(self, input: Slices, reduce: Reduction | list[Reduction] | None = None) -> Slices:
+        return run_head(input, self.weight, reduce)
 
 
 class RMSNorm(nn.Module):
@@ -70,7 +69,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions (RoFormer, 2021) and grouped queries (GQA, 2023)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
         self.dropout = config.dropout
@@ -107,7 +106,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (GLU Variants Improve Transformer, 2020)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
@@ -125,7 +124,7 @@ class Block(nn.Module):
         alpha: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.recompute = False
         self.alpha: float | None = None
@@ -170,47 +169,30 @@ class Block(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-class Llama(nn.Module):
+class Llama(Model):
     """LLaMA: Open and Efficient Foundation Language Models (2023).
 
-    Attributes:
-        compute_dtype: the dtype of the forward and backward pass.
+    Matrices begin as N(0, `init_std`^2), those that write to the residual stream smaller by sqrt(2 * layers) (Language
+    Models are Unsupervised Multitask Learners, 2019); norms begin as 1.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    fuses_micro_batches = True
+
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         assert config.vocab_size is not None, "the data's tokenizer decides a vocabulary that was left null"
         self.config = config
-        self.compute_dtype = torch.float32
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_embeddings else Head(config.hidden_size, config.vocab_size)
-
-    @staticmethod
-    def on_meta(config: ModelConfig) -> Llama:
-        """A model without storage, to be cut and then given weights by `materialize`."""
-        with torch.device("meta"):
-            return Llama(config)
+        self.lm_head = None if config.tie_embeddings else LMHead(config.hidden_size, config.vocab_size)
 
     def forward(
         self,
         input_ids: Slices,
         document_ids: Slices | None = None,
-        labels: Slices | None = None,
-        keep_logits: bool = True,
+        reduce: Reduction | list[Reduction] | None = None,
     ) -> Slices:
-        """Logits of the next token, or the summed loss. Lists of micro-batches give the list of theirs.
-
-        Args:
-            input_ids: int64 (batch, seq_len).
-            document_ids: int (batch, seq_len); a token attends only to those of its own document. None: to all before.
-            labels: int64 (batch, seq_len), `IGNORE_INDEX` does not count. Without them logits are what is wanted.
-            keep_logits: see `run_head`.
-
-        Returns:
-            (batch, seq_len, vocab_size) in `compute_dtype`; with `labels` what `cross_entropy_sum` makes of it.
-        """
         ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
         rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
         mask = None if document_ids is None else over_slices(document_mask, document_ids)
@@ -226,111 +208,50 @@ class Llama(nn.Module):
         for layer in self.layers:
             x = layer(x, rope, mask)
         x = self.norm(x)
-        if self.lm_head is None:
-            return run_head(x, weight, labels, keep_logits)
-        return self.lm_head(x, labels, keep_logits)
+        return run_head(x, weight, reduce) if self.lm_head is None else self.lm_head(x, reduce)
 
     def units(self) -> list[Unit]:
-        """What to gather and free together when the model is cut; what no unit names goes with the model itself."""
         layers = [Unit([layer]) for layer in self.layers]
         if self.lm_head is None:
             return layers  # a tied embedding is used first and last, so it stays with the model
         return [Unit([self.embed_tokens]), *layers, Unit([self.norm, self.lm_head], is_last=True)]
 
-    def prepare(self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, alpha: float | None = None) -> None:
-        """Sets how the passes run. To be called before the model is cut.
-
-        Args:
-            dtype: of the passes.
-            recompute: keep of a layer its input alone.
-            compile_blocks: with `torch.compile`.
-            alpha: keep of a layer its input, what the attention gives, and the rest for this fraction of the tokens.
-
-        Raises:
-            ConfigError: `alpha` with `recompute`, which keeps less, or with `compile_blocks`, which cannot take it.
-        """
-        for key, value in (("train.activation_checkpoint", recompute), ("train.compile", compile_blocks)):
-            require(
-                alpha is None or not value,
-                key,
-                "full" if value is recompute else value,
-                f"cannot be combined with train.activation_fraction={alpha}",
-                f"leave {key} at its default",
-            )
-        self.compute_dtype = dtype
-        self.save_activations(recompute, alpha)
-        if compile_blocks:
-            for layer in self.layers:
-                layer.compile()
-
-    def save_activations(self, recompute: bool, alpha: float | None) -> None:
-        """Sets what backward keeps, as `prepare` does; between steps, and whether the model is cut or not."""
+    def save_activations(self, recompute: bool, saved_fraction: float | None) -> None:
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.recompute, layer.alpha = recompute, alpha
+            layer.recompute, layer.alpha = recompute, saved_fraction
 
-    @torch.no_grad()
-    def materialize(
-        self, device: torch.device, seed: int, filled: Callable[[list[nn.Parameter]], None] | None = None
-    ) -> None:
-        """Gives a model on the meta device, whole or cut, its first weights.
+    def compile_blocks(self) -> None:
+        for layer in self.layers:
+            layer.compile()
 
-        Matrices are N(0, `init_std`^2), those that write to the residual stream smaller by sqrt(2 * layers)
-        (Language Models are Unsupervised Multitask Learners, 2019); norms are 1. They depend on `seed` and the
-        parameters' names alone, so every cut starts from the same model.
+    def fill(self, name: str, local: torch.Tensor, fragment: Fragment, seed: int) -> None:
+        if len(fragment.global_shape) < 2:
+            local.fill_(1.0)
+            return
+        writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+        std = self.config.init_std * ((2 * self.config.num_layers) ** -0.5 if writes_residual else 1)
+        fill_normal_(local, fragment, seed=seed, std=std)
 
-        Args:
-            filled: called with a unit's parameters as soon as they have their weights, last with those of no unit; it
-                may take their memory away before the next unit gets any.
-        """
-        residual_scale = (2 * self.config.num_layers) ** -0.5
-        name_of_module = {module: name for name, module in self.named_modules()}
-        modules = [[module for part in unit.modules for module in part.modules()] for unit in self.units()]
-        in_units = {module for unit in modules for module in unit}
-        for unit in (*modules, [module for module in self.modules() if module not in in_units]):
-            for module in unit:
-                module.to_empty(device=device, recurse=False)
-            parameters = {
-                f"{name_of_module[module]}.{name}": parameter
-                for module in unit
-                for name, parameter in module.named_parameters(recurse=False)
-            }
-            for name, parameter in parameters.items():
-                local = local_tensor(parameter)
-                if parameter.ndim < 2:
-                    local.fill_(1.0)
-                    continue
-                writes_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                std = self.config.init_std * (residual_scale if writes_residual else 1)
-                fill_normal_(local, fragment_of(name, parameter), seed=seed, std=std)
-            if filled is not None:
-                filled(list(parameters.values()))
+    def flops_per_token(self, seq_len: int) -> float:
+        assert self.config.vocab_size is not None
+        return model_flops_per_token(self.config, self.config.vocab_size, seq_len)
 
 
-def run_head(x: Slices, weight: Any, labels: Slices | None, keep_logits: bool) -> Slices:
-    """Logits of `x`; or, with `labels`, their summed cross-entropy.
+def build(config: LlamaConfig, device: str) -> Llama:
+    with torch.device(device):
+        return Llama(config)
+
+
+def run_head(x: Slices, weight: Any, reduce: Reduction | list[Reduction] | None) -> Slices:
+    """Logits of `x`; or, with `reduce`, what it makes of `x` and the head.
 
     Args:
-        weight: one, or a list of as many as there are slices.
-        keep_logits: until backward, where there are `labels`; of several micro-batches those of the first, which is the
-            last to run forward and the first backward. The others' are computed again.
+        weight: one, or a list of as many as there are slices; so with `reduce`.
     """
-    if labels is None:
-        return over_slices(lambda part, own: F.linear(part, own.to(part.dtype)), x, weight)
-    recompute = not keep_logits if isinstance(x, torch.Tensor) else [not keep_logits, *(True for _ in x[1:])]
-    return over_slices(_loss_sum_or_checkpoint, x, weight, labels, recompute)
-
-
-def _loss_sum_or_checkpoint(
-    x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, recompute: bool
-) -> torch.Tensor:
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(_loss_sum, x, weight, labels, use_reentrant=False, preserve_rng_state=False)
-    return _loss_sum(x, weight, labels)
-
-
-def _loss_sum(x: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    return cross_entropy_sum(F.linear(x, weight.to(x.dtype)), labels)
+    if reduce is None:
+        return over_slices(lambda part, own: Head(own).logits(part), x, weight)
+    return over_slices(lambda part, own, make: make(part, Head(own)), x, weight, reduce)
 
 
 def rope_angles(seq_len: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:
@@ -351,7 +272,3 @@ def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
     """Which token may attend to which: bool (batch, 1, seq_len, seq_len), the same document and not later."""
     same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
     return same.tril()
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

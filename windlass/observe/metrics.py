@@ -283,11 +283,11 @@ class Metrics:
             return None
         return tokens_per_s * self._flops_per_token / self._peak_flops
 
-    def evaluated(self, step: int, val_loss: float, seconds: float, num_tokens: int) -> dict[str, Any]:
+    def evaluated(self, step: int, means: Mapping[str, float], seconds: float, num_tokens: int) -> dict[str, Any]:
         """Write the line, and the event `eval`, of an evaluation after `step`; return the line.
 
         Args:
-            val_loss: mean cross-entropy over the validation tokens of all ranks, nats a token.
+            means: over the validation tokens of all ranks, by what the objective calls them; `loss` in nats a token.
             seconds: what the evaluation took; taken out of the window's wall time.
             num_tokens: validation tokens, over all ranks.
         """
@@ -297,12 +297,12 @@ class Metrics:
             "step": step,
             "tokens": self.tokens,
             "time": time.time(),
-            "val/loss": val_loss,
+            **{f"val/{name}": value for name, value in means.items()},
             "eval/seconds": seconds,
             "eval/tokens": num_tokens,
         }
         self._write(record)
-        self.event("eval", step, **{"val/loss": val_loss, "seconds": seconds})
+        self.event("eval", step, **{"val/loss": means["loss"], "seconds": seconds})
         return record
 
     def count_skipped_step(self, step: int, **fields: Any) -> None:

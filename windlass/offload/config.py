@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from windlass.errors import ConfigError, require
+from windlass.registry import resolve
 
 if TYPE_CHECKING:
     import torch
@@ -115,9 +116,7 @@ class OffloadConfig:
                 "with offload=cpu on a CPU would take memory for weights twice: the device's memory is the host's",
                 "choose offload=ssd, or offload.weights=memory",
             )
-        from windlass.offload.tiers import Tiers
-
-        return Tiers(
+        return resolve("windlass.offload.tiers:Tiers")(
             self,
             self.folder(run_dir),
             rank,

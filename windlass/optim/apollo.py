@@ -8,12 +8,12 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch, matrix_squares, row_squares
-from windlass.optim.config import Granularity
+from windlass.optim.config import ApolloConfig, Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
     LowRankOptimizer,
@@ -23,6 +23,7 @@ from windlass.optim.low_rank import (
     sum_columns,
     to_columns,
 )
+from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.random import fill_normal_
 
@@ -173,3 +174,8 @@ def _norm(rows: Tensor) -> Tensor:
 def _sums(matrices: Tensor) -> Tensor:
     """Of the elements of each of [k, rows, columns]: [k]. One by one, as threads share a sum that is alone."""
     return torch.stack([matrix.sum() for matrix in matrices.unbind(0)])
+
+
+def build(config: ApolloConfig, model: nn.Module) -> Apollo:
+    groups = groups_of_low_rank(config, model, granularity=config.granularity.value)
+    return Apollo(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

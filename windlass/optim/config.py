@@ -6,17 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-from windlass.errors import ConfigError, require
+from windlass.errors import require
+from windlass.registry import Registry
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
     from torch import nn
 
-    from windlass.optim.in_backward import StepInBackward
-    from windlass.optim.scheduler import WarmupScheduler
+OPTIMIZERS = Registry("optim")
 
 
 class Schedule(StrEnum):
@@ -64,54 +63,7 @@ class OptimConfig:
             require(0 <= value <= 1, f"optim.{key}", value, "must be in [0, 1]", f"set optim.{key}=0.1")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        raise NotImplementedError(f"{type(self).__name__} does not say which optimizer it builds")
-
-    def build_in_backward(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_norm: float | None,
-        group: dist.ProcessGroup | None,
-        buckets: Sequence[Sequence[torch.Tensor]] = (),
-    ) -> StepInBackward | None:
-        """Hooks that run `optimizer` in the backward pass, if that is configured.
-
-        Args:
-            buckets: parameters that are best updated together.
-
-        Raises:
-            ConfigError: gradients cannot be clipped as `max_norm` says.
-        """
-        if self.in_backward == InBackward.none:
-            return None
-        require(
-            max_norm is None or self.in_backward == InBackward.previous_norm,
-            "train.max_norm",
-            max_norm,
-            "cannot be kept with optim.in_backward=unclipped, which uses gradients before their norm is known",
-            "set train.max_norm=null, or optim.in_backward=previous_norm to clip by the norm of the step before",
-        )
-        require(
-            max_norm is not None or self.in_backward == InBackward.unclipped,
-            "optim.in_backward",
-            self.in_backward.value,
-            "needs train.max_norm",
-            "set train.max_norm=1.0, or optim.in_backward=unclipped",
-        )
-        from windlass.optim.in_backward import StepInBackward
-
-        return StepInBackward(optimizer, self.in_backward, max_norm, group, buckets=buckets)
-
-    def build_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
-        from windlass.optim.scheduler import WarmupScheduler
-
-        return WarmupScheduler(
-            optimizer,
-            schedule=self.schedule,
-            num_steps=num_steps,
-            warmup_steps=self.warmup_steps,
-            decay_fraction=self.decay_fraction,
-            min_lr_ratio=self.min_lr_ratio,
-        )
+        return cast("torch.optim.Optimizer", OPTIMIZERS.build(self, model))
 
 
 @dataclass
@@ -125,11 +77,6 @@ class AdamWConfig(OptimConfig):
         super().__post_init__()
         self.betas = checked_betas(self.betas)
         require(self.eps > 0, "optim.eps", self.eps, "must be above 0", "set optim.eps=1e-8")
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.adamw import build_adamw
-
-        return build_adamw(self, model)
 
 
 class Granularity(StrEnum):
@@ -179,26 +126,6 @@ class LowRankConfig(MatrixConfig):
             value = getattr(self, key)
             require(value is None or value >= 1, f"optim.{key}", value, "must be at least 1", "leave it out")
 
-    def param_groups(self, model: nn.Module, **keys: Any) -> list[dict[str, Any]]:
-        """`low_rank_param_groups`, with `keys` for the matrices.
-
-        Raises:
-            ConfigError: no matrix is larger than the rank.
-        """
-        from windlass.optim.param_groups import low_rank_param_groups
-
-        try:
-            groups = low_rank_param_groups(
-                model, self.rank, update_interval=self.update_interval, scale=self.scale, **keys
-            )
-        except ValueError as error:
-            fix = "lower it, leave it out, or choose optim=adamw"
-            raise ConfigError("optim.rank", self.rank, str(error), fix) from error
-        for group in groups:
-            if "rank" not in group:
-                group["lr"] = self.adamw_lr or self.lr
-        return groups
-
 
 @dataclass
 class ApolloConfig(LowRankConfig):
@@ -206,12 +133,6 @@ class ApolloConfig(LowRankConfig):
 
     name: str = "apollo"
     granularity: Granularity = Granularity.channel
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.apollo import Apollo
-
-        groups = self.param_groups(model, granularity=self.granularity.value)
-        return Apollo(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -222,12 +143,6 @@ class GaLoreConfig(LowRankConfig):
     scale: float = 0.25
     shard_projector: bool = False
     """Cut the projectors over the ranks as the rest of the state is, for an all-gather of them a step."""
-
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.galore import GaLore
-
-        groups = self.param_groups(model, shard_projector=self.shard_projector)
-        return GaLore(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
 
 
 @dataclass
@@ -244,23 +159,6 @@ class NaturalGaLoreConfig(GaLoreConfig):
         require(self.history >= 1, "optim.history", self.history, "must be at least 1", "leave it out")
         require(0 < self.damping < math.inf, "optim.damping", self.damping, "must be above 0", "leave it out")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.natural_galore import NaturalGaLore
-
-        keys = {key: getattr(self, key) for key in ("shard_projector", "history", "damping")}
-        groups = self.param_groups(model, **keys)
-        return NaturalGaLore(groups, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay)
-
-
-@dataclass
-class WholeMatrixConfig(MatrixConfig):
-    """What optimizers of whole matrices have."""
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        from windlass.optim.param_groups import matrix_param_groups
-
-        return matrix_param_groups(model, lr=self.adamw_lr or self.lr)
-
 
 class LRAdjustment(StrEnum):
     """Muon: what the learning rate of an (a, b) matrix is multiplied by."""
@@ -272,7 +170,7 @@ class LRAdjustment(StrEnum):
 
 
 @dataclass
-class MuonConfig(WholeMatrixConfig):
+class MuonConfig(MatrixConfig):
     """Muon: An optimizer for hidden layers in neural networks (Jordan, 2024); see `windlass.optim.Muon`."""
 
     name: str = "muon"
@@ -286,15 +184,9 @@ class MuonConfig(WholeMatrixConfig):
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.95")
         require(1 <= self.ns_steps < 100, "optim.ns_steps", self.ns_steps, "must be in [1, 99]", "set optim.ns_steps=5")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.muon import Muon
-
-        keys = {key: getattr(self, key) for key in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps")}
-        return Muon(self.param_groups(model), adjust_lr_fn=self.adjust_lr_fn.value, **keys)
-
 
 @dataclass
-class CosmosConfig(WholeMatrixConfig):
+class CosmosConfig(MatrixConfig):
     """COSMOS: A Hybrid Adaptive Optimizer for Memory-Efficient Training of LLMs (2025); see `windlass.optim.Cosmos`.
 
     `betas` and `ratio` as the authors set them for language models.
@@ -318,12 +210,6 @@ class CosmosConfig(WholeMatrixConfig):
         require(self.rank >= 1, "optim.rank", self.rank, "must be at least 1", "set optim.rank=64")
         require(0 <= self.gamma < math.inf, "optim.gamma", self.gamma, "must not be negative", "set optim.gamma=0.2")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.cosmos import Cosmos
-
-        keys = {key: getattr(self, key) for key in ("lr", "betas", "eps", "rank", "gamma", "ratio", "weight_decay")}
-        return Cosmos(self.param_groups(model), **keys)
-
 
 @dataclass
 class SGDSaIConfig(OptimConfig):
@@ -340,13 +226,6 @@ class SGDSaIConfig(OptimConfig):
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.9")
         require(0 < self.eps < math.inf, "optim.eps", self.eps, "must be above 0 and finite", "set optim.eps=1e-8")
 
-    def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        from windlass.optim.param_groups import decay_param_groups
-        from windlass.optim.sgd_sai import SGDSaI
-
-        groups = decay_param_groups(model.named_parameters(), self.weight_decay)
-        return SGDSaI(groups, lr=self.lr, momentum=self.momentum, eps=self.eps, weight_decay=self.weight_decay)
-
 
 def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
     """Two decay rates of moments, as a tuple: OmegaConf gives tuples back as lists."""
@@ -354,3 +233,13 @@ def checked_betas(betas: Sequence[float]) -> tuple[float, float]:
     require(len(betas) == 2, "optim.betas", betas, "must be two numbers", fix)
     require(all(0 <= beta < 1 for beta in betas), "optim.betas", betas, "both must be in [0, 1)", fix)
     return float(betas[0]), float(betas[1])
+
+
+OPTIMIZERS.add("adamw", AdamWConfig, "windlass.optim.adamw:build")
+OPTIMIZERS.add("apollo", ApolloConfig, "windlass.optim.apollo:build")
+OPTIMIZERS.add("apollo_mini", ApolloConfig, "windlass.optim.apollo:build")
+OPTIMIZERS.add("galore", GaLoreConfig, "windlass.optim.galore:build")
+OPTIMIZERS.add("natural_galore", NaturalGaLoreConfig, "windlass.optim.natural_galore:build")
+OPTIMIZERS.add("muon", MuonConfig, "windlass.optim.muon:build")
+OPTIMIZERS.add("cosmos", CosmosConfig, "windlass.optim.cosmos:build")
+OPTIMIZERS.add("sgd_sai", SGDSaIConfig, "windlass.optim.sgd_sai:build")

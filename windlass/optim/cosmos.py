@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch, aligned, join, one_by_one
+from windlass.optim.config import CosmosConfig
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import newton_schulz
+from windlass.optim.param_groups import matrix_param_groups
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
 
 MIN_RESIDUAL = 1e-5
@@ -196,3 +198,8 @@ def _scale_to(length: float, matrices: Tensor) -> Tensor:
     """Factors [k, 1, 1] that give matrices [k, a, b] the Frobenius norm `length`. Finite: a matrix of zeros stays one,
     and one next to zero becomes shorter than `length`."""
     return (length / _norm(matrices).clamp_(min=4 * length * torch.finfo(torch.float32).tiny)).float()
+
+
+def build(config: CosmosConfig, model: nn.Module) -> Cosmos:
+    keys = {key: getattr(config, key) for key in ("lr", "betas", "eps", "rank", "gamma", "ratio", "weight_decay")}
+    return Cosmos(matrix_param_groups(model, lr=config.adamw_lr or config.lr), **keys)

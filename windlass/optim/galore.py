@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch
+from windlass.optim.config import GaLoreConfig
 from windlass.optim.lockstep import Gathered, Reply, Update, all_gather, gather_to_owners, scatter_from_owners
 from windlass.optim.low_rank import (
     LowRankOptimizer,
@@ -20,6 +21,7 @@ from windlass.optim.low_rank import (
     sum_columns,
     to_columns,
 )
+from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.layout import Layout
 
 GRAM_NUMEL = 1 << 20
@@ -159,3 +161,8 @@ def aligned(directions: Tensor, before: Tensor) -> Tensor:
 def _projector_layout(batch: Batch) -> Layout:
     shape = (min(batch.layout.shape), batch.group["rank"])
     return batch.layout.of(shape, 0 if batch.group["shard_projector"] else None)
+
+
+def build(config: GaLoreConfig, model: nn.Module) -> GaLore:
+    groups = groups_of_low_rank(config, model, shard_projector=config.shard_projector)
+    return GaLore(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from windlass.optim.config import InBackward
+from windlass.errors import require
+from windlass.optim.config import InBackward, OptimConfig
 from windlass.parallel.clip_grad import each_norm
 from windlass.parallel.collectives import all_reduce
 from windlass.parallel.fragment import local_tensor
@@ -182,3 +183,37 @@ class StepInBackward:
             parameter.grad = None
         for parameter, gradient in others:
             parameter.grad = gradient
+
+
+def build_in_backward(
+    config: OptimConfig,
+    optimizer: torch.optim.Optimizer,
+    max_norm: float | None,
+    group: dist.ProcessGroup | None,
+    buckets: Sequence[Sequence[Tensor]] = (),
+) -> StepInBackward | None:
+    """Hooks that run `optimizer` in the backward pass, if that is configured.
+
+    Args:
+        buckets: parameters that are best updated together.
+
+    Raises:
+        ConfigError: gradients cannot be clipped as `max_norm` says.
+    """
+    if config.in_backward == InBackward.none:
+        return None
+    require(
+        max_norm is None or config.in_backward == InBackward.previous_norm,
+        "train.max_norm",
+        max_norm,
+        "cannot be kept with optim.in_backward=unclipped, which uses gradients before their norm is known",
+        "set train.max_norm=null, or optim.in_backward=previous_norm to clip by the norm of the step before",
+    )
+    require(
+        max_norm is not None or config.in_backward == InBackward.unclipped,
+        "optim.in_backward",
+        config.in_backward.value,
+        "needs train.max_norm",
+        "set train.max_norm=1.0, or optim.in_backward=unclipped",
+    )
+    return StepInBackward(optimizer, config.in_backward, max_norm, group, buckets=buckets)

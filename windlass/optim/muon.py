@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch
-from windlass.optim.config import LRAdjustment
+from windlass.optim.config import LRAdjustment, MuonConfig
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
 from windlass.optim.newton_schulz import COEFFICIENTS, newton_schulz
+from windlass.optim.param_groups import matrix_param_groups
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
 
 
@@ -104,3 +105,9 @@ def lr_ratio(adjustment: str | None, shape: tuple[int, ...]) -> float:
     if adjustment == LRAdjustment.match_rms_adamw:
         return 0.2 * math.sqrt(max(rows, columns))
     return math.sqrt(max(1, rows / columns))
+
+
+def build(config: MuonConfig, model: nn.Module) -> Muon:
+    keys = {key: getattr(config, key) for key in ("lr", "weight_decay", "momentum", "nesterov", "ns_steps")}
+    groups = matrix_param_groups(model, lr=config.adamw_lr or config.lr)
+    return Muon(groups, adjust_lr_fn=config.adjust_lr_fn.value, **keys)

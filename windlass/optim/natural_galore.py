@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from windlass.optim.base import StateSpec, require_key
 from windlass.optim.batch import Batch, aligned, of_each
+from windlass.optim.config import NaturalGaLoreConfig
 from windlass.optim.galore import GaLore
 from windlass.optim.lockstep import Reply, sum_over_ranks
+from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.fragment import local_tensor
 
 BLOCK_NUMEL = {"cpu": 1 << 13, "cuda": 1 << 20}
@@ -116,3 +118,9 @@ def combination(history: Tensor, weights: Tensor) -> Tensor:
 def _blocks(history: Tensor) -> tuple[Tensor, ...]:
     """Views (n, m) of a bounded number of elements of each of the n tensors in `history`, which together are all."""
     return history.flatten(1).split(BLOCK_NUMEL.get(history.device.type, 1 << 20), dim=1)
+
+
+def build(config: NaturalGaLoreConfig, model: nn.Module) -> NaturalGaLore:
+    keys = {key: getattr(config, key) for key in ("shard_projector", "history", "damping")}
+    groups = groups_of_low_rank(config, model, **keys)
+    return NaturalGaLore(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay)

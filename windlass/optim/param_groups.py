@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from windlass.errors import ConfigError
+from windlass.optim.config import LowRankConfig
+
 LARGE_MODEL_PARAMETERS = 1_000_000_000
 LARGE_MODEL_RANK = 256
 HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier")
@@ -122,3 +125,22 @@ def default_rank(model: nn.Module) -> int:
     if not numel_of_width:
         raise ValueError("the model has no linear layers to project: give low_rank_param_groups a rank, or use AdamW")
     return max(1, max(numel_of_width, key=lambda width: (numel_of_width[width], width)) // 4)
+
+
+def groups_of_low_rank(config: LowRankConfig, model: nn.Module, **keys: Any) -> list[dict[str, Any]]:
+    """`low_rank_param_groups` as configured, with `keys` for the matrices.
+
+    Raises:
+        ConfigError: no matrix is larger than the rank.
+    """
+    try:
+        groups = low_rank_param_groups(
+            model, config.rank, update_interval=config.update_interval, scale=config.scale, **keys
+        )
+    except ValueError as error:
+        fix = "lower it, leave it out, or choose optim=adamw"
+        raise ConfigError("optim.rank", config.rank, str(error), fix) from error
+    for group in groups:
+        if "rank" not in group:
+            group["lr"] = config.adamw_lr or config.lr
+    return groups

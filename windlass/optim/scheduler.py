@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from windlass.optim.config import Schedule
+from windlass.optim.config import OptimConfig, Schedule
 
 
 class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
@@ -89,3 +89,15 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
         if rates is not None and not (isinstance(rates, list) and all(type(rate) is float for rate in rates)):
             raise ValueError(f"{rates!r} are no rates")
         self.rates_before = rates
+
+
+def build_scheduler(config: OptimConfig, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
+    """The schedule of a run of `num_steps`."""
+    return WarmupScheduler(
+        optimizer,
+        schedule=config.schedule,
+        num_steps=num_steps,
+        warmup_steps=config.warmup_steps,
+        decay_fraction=config.decay_fraction,
+        min_lr_ratio=config.min_lr_ratio,
+    )

@@ -8,12 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import MatrixOptimizer, StateSpec, require_key
 from windlass.optim.batch import Batch, local_gradient
+from windlass.optim.config import SGDSaIConfig
 from windlass.optim.lockstep import Reply, Update, sum_over_ranks
+from windlass.optim.param_groups import decay_param_groups
 from windlass.parallel.fragment import local_tensor
 
 MIN_VARIANCE = 1e-12
@@ -108,3 +110,8 @@ def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
     ratio = torch.where(variance * numel > MIN_VARIANCE * square, ratio, math.sqrt(numel))
     is_small = square <= numel * batch.group["eps"] ** 2
     return torch.where(square > 0, torch.where(is_small, -ratio, ratio), 0.0).float()
+
+
+def build(config: SGDSaIConfig, model: nn.Module) -> SGDSaI:
+    groups = decay_param_groups(model.named_parameters(), config.weight_decay)
+    return SGDSaI(groups, lr=config.lr, momentum=config.momentum, eps=config.eps, weight_decay=config.weight_decay)

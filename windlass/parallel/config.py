@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from windlass.errors import ConfigError, require
+from windlass.registry import OTHERS, Registry, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from windlass.parallel.mesh import Mesh
+
+ENGINES = Registry("parallel")
 
 
 class Cut(StrEnum):
@@ -99,6 +102,7 @@ class ParallelConfig:
     def build(self, device: torch.device, connect: Callable[[float], Store] | None = None) -> Mesh:
         """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank. `connect`: see
         `Mesh.start`."""
-        from windlass.parallel.mesh import Mesh
+        return cast("Mesh", resolve("windlass.parallel.mesh:Mesh.start")(self, device, connect))
 
-        return Mesh.start(self, device, connect)
+
+ENGINES.add(OTHERS, ParallelConfig, "windlass.parallel.fsdp2:FSDP2Engine")

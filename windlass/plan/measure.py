@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from windlass.errors import DoesNotFit
 from windlass.machine.measure import measure_speed
 from windlass.machine.speeds import Machine, process_kind, save_machine
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.observe.metrics import METRICS_FILE
 from windlass.train.config import DType
@@ -101,7 +101,7 @@ class _Calls(TorchDispatchMode):
 
 def _op_overhead_s() -> float:
     """Seconds that a call of an operator takes in a training step when its tensors are next to nothing."""
-    model = Llama(ModelConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_layers=4, num_heads=2))
+    model = Llama(LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_layers=4, num_heads=2))
     ids, counter = torch.zeros(1, 4, dtype=torch.int64), _Calls()
     with counter:
         model(ids).sum().backward()

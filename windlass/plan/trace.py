@@ -8,8 +8,9 @@ optimizer or torch changes. Nothing is allocated, whatever the size, and no othe
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,23 +20,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from windlass.data.loader import Batch
+from windlass.data.batch import Batch
 from windlass.errors import ConfigError
-from windlass.models.llama import Llama, count_parameters
+from windlass.models.spec import Model, count_parameters
 from windlass.offload.config import OffloadKind, WeightsPlace
-from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.offload.passes import parameters_by_unit
+from windlass.offload.weights import Weights
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import Sharding
 from windlass.parallel.fragment import local_tensor
+from windlass.parallel.fsdp2 import FSDP2Engine
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.random import CHUNK_ELEMENTS
-from windlass.parallel.zero import Sharder
 from windlass.plan.offload import PlannedTiers
 from windlass.plan.recorder import Recorder, Trace
-from windlass.train.build import StepParts, build_optimizer, choose_device, modules_of_units
-from windlass.train.config import ActivationCheckpoint, DType
-from windlass.train.loss import forward_loss_sums
+from windlass.train.build import StepParts, build_parts, choose_device
+from windlass.train.config import DType
+from windlass.train.step import Around, forward_backward, made_up_batch, run_step
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
@@ -71,7 +72,8 @@ def _trace(config: Config, mesh: Mesh) -> Trace:
     recorder.pass_by(START_BYTES)
     tiers = _tiers(config, recorder)
     try:
-        parts, batch = _build(config, mesh, tiers, recorder), _batch(config)
+        parts = _build(config, mesh, tiers, recorder)
+        batch = made_up_batch(parts.objective, train.batch_size, train.seq_len)
         with recorder:
             if train.mock_step:
                 _mock_step(parts, batch, recorder)
@@ -82,7 +84,7 @@ def _trace(config: Config, mesh: Mesh) -> Trace:
                 trace.timeline.clear()
                 trace.fresh_bytes = 0
                 comm_bytes = COMM.total_bytes
-                _step(parts, batch, recorder)
+                run_step(parts, *_traced(parts, batch), around=_standing_for_others(parts, recorder))
                 trace.comm_bytes = COMM.total_bytes - comm_bytes
         trace.optimizer_bytes = state_bytes(parts.optimizer)
         trace.buffer_bytes = 0 if tiers is None else tiers.buffer_bytes
@@ -90,6 +92,22 @@ def _trace(config: Config, mesh: Mesh) -> Trace:
         if tiers is not None:
             tiers.close()
     return trace
+
+
+class _TracedEngine(FSDP2Engine):
+    """The engine of the run, where no gradient has a value."""
+
+    def __init__(self, config: Config, mesh: Mesh, trace: Trace) -> None:
+        super().__init__(config.parallel, mesh, config.train.max_norm)
+        self._trace = trace
+
+    def grad_norm(self) -> torch.Tensor:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self._trace.gradient_bytes = sum(local_tensor(gradient).nbytes for gradient in gradients)
+        return super().grad_norm()
+
+    def all_ranks_finite(self, grad_norm: torch.Tensor) -> bool:
+        return True
 
 
 def _tiers(config: Config, recorder: Recorder) -> PlannedTiers | None:
@@ -104,36 +122,26 @@ def _tiers(config: Config, recorder: Recorder) -> PlannedTiers | None:
 
 
 def _build(config: Config, mesh: Mesh, tiers: PlannedTiers | None, recorder: Recorder) -> StepParts:
-    """The parts of a run as `windlass.train.session` builds them, with weights that nobody has drawn."""
-    train, trace = config.train, recorder.trace
-    dtype = getattr(torch, train.dtype.value)
-    with mesh.device:
-        model = Llama(config.model)
-    trace.num_parameters = count_parameters(model)
-    recompute = train.activation_checkpoint in (ActivationCheckpoint.full, ActivationCheckpoint.auto)
-    model.prepare(dtype, recompute, compile_blocks=False, alpha=train.activation_fraction)
-    sharder = Sharder(config.parallel, mesh)
-    sharder.shard(model, model.units(), dtype)
-    trace.weights_bytes = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
-    weights = None if tiers is None else tiers.stream_weights(model, modules_of_units(model))
-    with recorder:
-        for parameters in _in_order(model):
-            _materialize(parameters, recorder)
-            if weights is not None:
-                weights.add(parameters)
-    optimizer = build_optimizer(config, model, tiers)
-    buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
-    in_backward = config.optim.build_in_backward(optimizer, train.max_norm, mesh.shard_group, buckets)
-    if tiers is not None:
-        tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
-    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
+    """The parts of a run, with weights that nobody has drawn."""
+    trace = recorder.trace
+
+    def give_weights(model: Model, weights: Weights | None) -> None:
+        trace.num_parameters = count_parameters(model)
+        trace.weights_bytes = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
+        with recorder:
+            for parameters in _in_order(model):
+                _materialize(parameters, recorder)
+                if weights is not None:
+                    weights.add(parameters)
+
+    as_traced = replace(config, train=replace(config.train, compile=False))
+    engine = _TracedEngine(config, mesh, trace)
+    return build_parts(as_traced, mesh, tiers, engine=engine, device=mesh.device.type, give_weights=give_weights)
 
 
-def _in_order(model: Llama) -> Iterator[list[torch.nn.Parameter]]:
-    """Parameters unit by unit, last those of no unit: the order in which `Llama.materialize` fills them."""
-    units = [[p for module in modules for p in module.parameters()] for modules in modules_of_units(model)]
-    named = {parameter for unit in units for parameter in unit}
-    yield from (*units, [parameter for parameter in model.parameters() if parameter not in named])
+def _in_order(model: Model) -> Iterator[list[torch.nn.Parameter]]:
+    """Parameters unit by unit, last those of no unit: the order in which `Model.materialize` fills them."""
+    yield from parameters_by_unit(model, [unit.modules for unit in model.units()])
 
 
 def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -> None:
@@ -145,51 +153,34 @@ def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -
         recorder.pass_by(*(NORMALS_BYTES * min(CHUNK_ELEMENTS, weight.numel()) for _ in range(NUM_NORMALS_PIECES)))
 
 
-def _batch(config: Config) -> Batch:
-    ids = torch.zeros((config.train.batch_size, config.train.seq_len), dtype=torch.int64)
-    return Batch(ids, ids.clone(), torch.zeros(ids.shape, dtype=torch.int32))
-
-
 def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
     """What `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
+    traced, around = _traced(parts, batch), _standing_for_others(parts, recorder)
     if parts.tiers is None:
-        _step(parts, batch, recorder)
+        run_step(parts, *traced, around=around)
         parts.optimizer.state.clear()
         return
-    with nullcontext() if parts.in_backward is None else parts.in_backward.discarding():
-        _passes(parts, batch, recorder)
-    parts.optimizer.zero_grad(set_to_none=True)
+    in_backward = parts.engine.in_backward
+    with nullcontext() if in_backward is None else in_backward.discarding():
+        forward_backward(parts, *traced, around=around)
+    parts.engine.zero_grad()
 
 
-def _step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
-    """What `windlass.train.loop.train` computes in a step."""
-    _passes(parts, batch, recorder)
-    recorder.trace.gradient_bytes = sum(
-        local_tensor(parameter.grad).nbytes for parameter in parts.model.parameters() if parameter.grad is not None
-    )
-    if parts.in_backward is None:
-        clip_grad_norm_(parts.model.parameters(), parts.config.train.max_norm, parts.mesh)
-    else:
-        parts.in_backward.finish()
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
-
-
-def _passes(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
-    """Forward and backward of a step's micro-batches."""
+def _traced(parts: StepParts, batch: Batch) -> tuple[list[Batch], Callable[[], int]]:
+    """The micro-batches of a step that are traced, and what the loss is divided by."""
     num_micro_steps = parts.config.train.grad_accum_steps
     num_traced = num_micro_steps if parts.is_layer_major else min(num_micro_steps, MAX_MICRO_STEPS)
-    passes = parts.passes([batch] * num_traced)
-    for i, batches in enumerate(passes):
-        is_last = i == len(passes) - 1
-        parts.sharder.begin_micro_step(parts.model, is_last)
-        if parts.in_backward is not None:
-            parts.in_backward.begin_micro_step(is_last)
-        stands_for = num_micro_steps - num_traced + 1 if 0 < i < len(passes) - 1 else 1
-        with recorder.repeated(stands_for):
-            loss_sums = forward_loss_sums(parts.model, batches, parts.mask_documents)
-            torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
-        del loss_sums
+    return [batch] * num_traced, batch.labels.numel
+
+
+def _standing_for_others(parts: StepParts, recorder: Recorder) -> Around:
+    """The passes in the middle, of which one is traced, stand for all of them."""
+    num_left_out = max(0, parts.config.train.grad_accum_steps - MAX_MICRO_STEPS)
+
+    def around(number: int, num_passes: int) -> AbstractContextManager[None]:
+        return recorder.repeated(num_left_out + 1 if 0 < number < num_passes - 1 else 1)
+
+    return around
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -18,10 +18,12 @@ import torch
 
 from windlass.checkpoint.config import COPIES_IN_MEMORY
 from windlass.conf.dotted_keys import flatten
+from windlass.errors import ConfigError
 from windlass.machine.measure import measure_speed
 from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
 from windlass.machine.peak_flops import measured_matmul_flops
 from windlass.machine.speeds import Machine, existing_folder, load_machine, save_machine, ssd_key
+from windlass.models.config import LlamaConfig
 from windlass.offload.alpha import Activations, Choice, LayerCosts, Rates, choose_alpha
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
@@ -91,16 +93,20 @@ def decide(parts: StepParts, say: Callable[[str], None]) -> Decision:
         DoesNotFit: not even a step that saves the layers' inputs alone has room.
         OffloadError: the disk could not be measured.
     """
-    mesh = parts.mesh
-    costs = _costs(parts)
-    room = min(all_gather_object(_room(parts, mock_step(parts), costs), mesh.group))
-    return mesh.decide(lambda: _decide(parts, costs, room, say))
+    mesh, model = parts.mesh, parts.config.model
+    if not isinstance(model, LlamaConfig):
+        rule = f"cannot be had with model={model.name}, of whose layers the costs are not known"
+        raise ConfigError("train.activation_checkpoint", "auto", rule, "set train.activation_checkpoint=none or full")
+    costs = _costs(parts, model)
+    room = min(all_gather_object(_room(parts, mock_step(parts), costs, model.num_layers), mesh.group))
+    return mesh.decide(lambda: _decide(parts, costs, model.num_layers, room, say))
 
 
-def _costs(parts: StepParts) -> LayerCosts:
+def _costs(parts: StepParts, model: LlamaConfig) -> LayerCosts:
+    """Costs of all layers."""
     train = parts.config.train
     return layer_costs(
-        parts.config.model,
+        model,
         getattr(torch, train.dtype.value),
         train.batch_size,
         train.seq_len,
@@ -109,7 +115,7 @@ def _costs(parts: StepParts) -> LayerCosts:
     )
 
 
-def _room(parts: StepParts, trial: StepMemory, costs: LayerCosts) -> int:
+def _room(parts: StepParts, trial: StepMemory, costs: LayerCosts, num_layers: int) -> int:
     """Bytes that this rank's activations may take where they are made, the inputs that the trial saved included."""
 
     config, mesh, free = parts.config, parts.mesh, trial.free_bytes
@@ -121,17 +127,17 @@ def _room(parts: StepParts, trial: StepMemory, costs: LayerCosts) -> int:
         if config.offload.name == OffloadKind.ssd and parts.tiers is not None:
             free -= parts.tiers.activation_buffer_bytes
     free -= trial.optimizer_bytes  # the trial makes it after its passes; later steps find it there
-    room = max(0, int((1 - MARGIN) * free)) + config.model.num_layers * costs.input_bytes
+    room = max(0, int((1 - MARGIN) * free)) + num_layers * costs.input_bytes
     limit = config.offload.max_activation_bytes
     return room if limit is None else min(room, limit)
 
 
-def _decide(parts: StepParts, costs: LayerCosts, room: int, say: Callable[[str], None]) -> Decision:
+def _decide(parts: StepParts, costs: LayerCosts, num_layers: int, room: int, say: Callable[[str], None]) -> Decision:
     config, on_gpu = parts.config, parts.mesh.device.type == "cuda"
     rates = _rates(parts, _measured_machine(config, say))
     # On a GPU what has left it and is not on the disk yet lies in the buffers.
     host_bytes = parts.tiers.activation_buffer_bytes if on_gpu and rates.write_bytes_per_s and parts.tiers else 0
-    choice = choose_alpha(costs, config.model.num_layers, rates, room, host_bytes)
+    choice = choose_alpha(costs, num_layers, rates, room, host_bytes)
     kind = {
         Activations.recompute: ActivationCheckpoint.full,
         Activations.alpha: ActivationCheckpoint.fraction,
@@ -209,6 +215,6 @@ def _disk_busy_s(parts: StepParts, write_bytes_per_s: float, read_bytes_per_s: f
     update_s = (state + 4 * numel - in_pass) / read_bytes_per_s + (state + 4 * numel) / write_bytes_per_s
     update_s /= 1 if parts.is_layer_major else config.train.grad_accum_steps  # one update to so many passes
     pass_s = in_pass / read_bytes_per_s
-    if parts.in_backward is not None:
+    if parts.engine.in_backward is not None:
         return pass_s, pass_s + update_s
     return pass_s + update_s, pass_s

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Block, rope_angles
 from windlass.offload.alpha import LayerCosts
 
 
 def layer_costs(
-    config: ModelConfig,
+    config: LlamaConfig,
     dtype: torch.dtype,
     batch_size: int,
     seq_len: int,
@@ -56,7 +56,7 @@ def layer_costs(
     )
 
 
-def _touched_bytes(config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device) -> int:
+def _touched_bytes(config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device) -> int:
     """What a layer's forward reads and writes besides its products and the attention."""
     counter = _Touched()
     with FakeTensorMode(), device:
@@ -90,7 +90,7 @@ def _tensors(tree: Any) -> dict[int, Tensor]:
 
 
 def _saved_bytes(
-    config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, alpha: float
+    config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, alpha: float
 ) -> int:
     """Of the storages that autograd saves of a layer, but for its weights and their copies in `dtype`."""
     saved: dict[int, torch.UntypedStorage] = {}
@@ -111,7 +111,7 @@ def _saved_bytes(
 
 
 def _layer(
-    config: ModelConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device
+    config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device
 ) -> tuple[Block, Tensor, Tensor]:
     """A layer, its input and its rotations, in the fake tensors and on the device that are entered."""
     # Weights of the pass's dtype: copies in it are not kept (see `windlass.offload.saved.Cast`).

@@ -7,17 +7,14 @@ every rank decides the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import StrEnum
 from functools import cached_property
 
 import torch
 
-from windlass.data.loader import Batch
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
 from windlass.parallel.collectives import all_reduce_async, finish
 from windlass.parallel.mesh import Mesh
-from windlass.train.loss import count_tokens
 from windlass.train.signals import Request, StopRequest
 
 _TOKENS, _STOP, _RESTART, _LEAVE = range(4)
@@ -44,16 +41,17 @@ class StepAgreement:
     """What all ranks must know of a step. Begun by the constructor; each property waits for what it needs.
 
     Args:
+        num_targets: what the loss of this rank's batches is a sum over.
         fewest_nodes: a job that would be left with fewer stops as a whole instead.
         work_s: what this rank did not wait of the step before; None on all ranks where there was none.
     """
 
     def __init__(
-        self, batches: Sequence[Batch], stop: StopRequest, mesh: Mesh, fewest_nodes: int, work_s: float | None
+        self, num_targets: int, stop: StopRequest, mesh: Mesh, fewest_nodes: int, work_s: float | None
     ) -> None:
         self._mesh, self._fewest_nodes, self._has_work = mesh, fewest_nodes, work_s is not None
         mine = [0.0] * (_LEAVE + mesh.num_nodes + mesh.world_size)
-        mine[_TOKENS] = count_tokens(batches)
+        mine[_TOKENS] = num_targets
         mine[_STOP] = stop.asked == Request.stop
         mine[_RESTART] = stop.asked == Request.restart
         mine[_LEAVE + mesh.node] = stop.asked == Request.leave
@@ -67,9 +65,12 @@ class StepAgreement:
         finish(self._pending)
         return self._vector.tolist()
 
+    def wait_num_targets(self) -> int:
+        return self.num_targets
+
     @property
-    def num_tokens(self) -> int:
-        """Labels that count, of all ranks' batches; at least 1, as it divides."""
+    def num_targets(self) -> int:
+        """Targets of all ranks' batches; at least 1, as it divides."""
         return max(1, int(self._sums[_TOKENS]))
 
     @property

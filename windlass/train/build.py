@@ -14,34 +14,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.storage import Location, as_location
 from windlass.checkpoint.manager import Checkpointer, Restored
+from windlass.data.batch import Batch
 from windlass.data.config import Borders
 from windlass.data.kept_tokenizer import KEY, KeptTokenizer
-from windlass.data.loader import Batch, Loader, evaluation_batches
+from windlass.data.loader import Loader, evaluation_batches
 from windlass.data.shards import TokenDataset
 from windlass.errors import ConfigError, require
 from windlass.machine.peak_flops import peak_device_flops
-from windlass.models.llama import Llama
+from windlass.models.spec import Model
 from windlass.observe.console import Console
 from windlass.observe.metrics import Metrics
+from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.offload.tiers import OffloadFigures, Tiers
+from windlass.offload.weights import Weights
 from windlass.optim.config import InBackward
+from windlass.optim.in_backward import build_in_backward
 from windlass.parallel.collectives import all_reduce
+from windlass.parallel.config import ENGINES
+from windlass.parallel.engine import Engine
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh
-from windlass.parallel.zero import Sharder
 from windlass.train.config import ActivationCheckpoint, Device, DType
 from windlass.train.evaluate import Evaluation, evaluate
+from windlass.train.objectives.objective import Objective
 from windlass.untrusted import Malformed, convert
 
 if TYPE_CHECKING:
     from windlass.conf.schema import Config
-    from windlass.optim.in_backward import StepInBackward
     from windlass.optim.scheduler import WarmupScheduler
 
 VOCAB_MULTIPLE = 64
@@ -76,11 +80,14 @@ class StepParts:
 
     config: Config
     mesh: Mesh
-    model: Llama
-    sharder: Sharder
-    optimizer: torch.optim.Optimizer
-    in_backward: StepInBackward | None
+    model: Model
+    objective: Objective
+    engine: Engine
     tiers: Tiers | None
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.engine.optimizer
 
     @property
     def mask_documents(self) -> bool:
@@ -88,11 +95,11 @@ class StepParts:
 
     @property
     def is_layer_major(self) -> bool:
-        """All micro-batches of a step share one pass, layer by layer.
+        """All micro-batches of a step share one pass, layer by layer, if the model can.
 
         So it is where weights are streamed: a step reads them twice and not twice each.
         """
-        return self.tiers is not None and self.tiers.weights is not None
+        return self.model.fuses_micro_batches and self.tiers is not None and self.tiers.weights is not None
 
     def passes(self, batches: list[Batch]) -> list[list[Batch]]:
         """The micro-batches of a step by the forward and backward pass that they share."""
@@ -183,9 +190,11 @@ class Run(StepParts):
             rank=self.mesh.rank,
             world_size=self.mesh.world_size,
             borders=self.config.data.borders,
+            maker=self.objective,
         )
-        result = evaluate(self.model, self.sharder, batches, self.mask_documents, self.mesh, goes_on)
-        self.console.update(self.metrics.evaluated(self.state.step, result.loss, result.seconds, result.num_tokens))
+        result = evaluate(self.model, self.objective, batches, self.mask_documents, self.mesh, goes_on)
+        self.engine.free_gathered()
+        self.console.update(self.metrics.evaluated(self.state.step, result.metrics, result.seconds, result.num_targets))
         self.last_evaluation = result
 
 
@@ -221,21 +230,22 @@ def require_compiler(device: torch.device) -> None:
     )
 
 
-def resolve_vocabulary(config: Config, dataset: TokenDataset) -> None:
-    """Sets a `model.vocab_size` that was left null; refuses one that the data's tokens do not fit.
-
-    Raises:
-        ConfigError: the vocabulary is smaller than a token id of the data.
-    """
+def resolve_vocabulary(config: Config, vocab_size: int) -> None:
+    """Sets a `model.vocab_size` that was left null to that of the tokenizer, rounded up."""
     if config.model.vocab_size is None:
-        config.model.vocab_size = math.ceil(dataset.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-    if config.model.vocab_size <= dataset.max_token_id:
-        raise ConfigError(
-            "model.vocab_size",
-            config.model.vocab_size,
-            f"must be above the data's largest token id, {dataset.max_token_id}",
-            "set model.vocab_size=null to take the tokenizer's",
-        )
+        config.model.vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def check_vocabulary(config: Config, dataset: TokenDataset) -> None:
+    """Raises ConfigError if the vocabulary is smaller than a token id of the data."""
+    vocab_size = config.model.vocab_size
+    require(
+        vocab_size is not None and vocab_size > dataset.max_token_id,
+        "model.vocab_size",
+        vocab_size,
+        f"must be above the data's largest token id, {dataset.max_token_id}",
+        "set model.vocab_size=null to take the tokenizer's",
+    )
 
 
 def build_tiers(config: Config, mesh: Mesh) -> Tiers | None:
@@ -248,34 +258,54 @@ def build_tiers(config: Config, mesh: Mesh) -> Tiers | None:
     )
 
 
-def build_model(config: Config, mesh: Mesh, tiers: Tiers | None = None) -> tuple[Llama, Sharder]:
-    """The model, cut over the ranks, with its first weights, which may be elsewhere already."""
-    train = config.train
+def build_parts(
+    config: Config,
+    mesh: Mesh,
+    tiers: Tiers | None,
+    *,
+    engine: Engine | None = None,
+    device: str = "meta",
+    give_weights: Callable[[Model, Weights | None], None] | None = None,
+) -> StepParts:
+    """Builds what a step is made with: the model, sharded and with its first weights, and what updates it.
+
+    Args:
+        engine: None: the one that is configured.
+        device: where the model is built; on any but meta `give_weights` is needed.
+        give_weights: gives the sharded model its weights, and those that do not stay to what takes them; None:
+            `Model.materialize`.
+
+    Raises:
+        ConfigError: such a run cannot be built.
+    """
+    train, optim = config.train, config.optim
     dtype = getattr(torch, train.dtype.value)
-    model = config.model.build()
+    objective = config.objective.build()
+    model = config.model.build(device)
     # `auto` is decided once a step has been tried with the least memory.
     recompute = train.activation_checkpoint in (ActivationCheckpoint.full, ActivationCheckpoint.auto)
     model.prepare(dtype, recompute, train.compile, train.activation_fraction)
-    sharder = Sharder(config.parallel, mesh)
-    sharder.shard(model, model.units(), dtype)
-    weights = None if tiers is None else tiers.stream_weights(model, modules_of_units(model))
-    model.materialize(mesh.device, train.seed, None if weights is None else weights.add)
-    return model, sharder
+    engine = ENGINES.build(config.parallel, mesh, train.max_norm) if engine is None else engine
+    assert engine is not None
+    units = model.units()
+    modules = [list(unit.modules) for unit in units]
+    engine.shard(model, units, dtype)
+    weights = None if tiers is None else tiers.stream_weights(model, modules)
+    if give_weights is None:
+        model.materialize(mesh.device, train.seed, None if weights is None else weights.add)
+    else:
+        give_weights(model, weights)
+    optimizer = optim.build(model)
+    if tiers is not None:
+        optimizer = tiers.take_optimizer(optimizer, modules, optim.in_backward != InBackward.none)
+    buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
+    engine.take_optimizer(optimizer, build_in_backward(optim, optimizer, train.max_norm, mesh.shard_group, buckets))
+    if tiers is not None:
+        tiers.attend(model, modules, is_cut=mesh.device_mesh is not None)
+    return StepParts(config, mesh, model, objective, engine, tiers)
 
 
-def modules_of_units(model: Llama) -> list[list[nn.Module]]:
-    return [list(unit.modules) for unit in model.units()]
-
-
-def build_optimizer(config: Config, model: Llama, tiers: Tiers | None) -> torch.optim.Optimizer:
-    """The optimizer, with its state elsewhere if that is configured."""
-    optimizer = config.optim.build(model)
-    if tiers is None:
-        return optimizer
-    return tiers.take_optimizer(optimizer, modules_of_units(model), config.optim.in_backward != InBackward.none)
-
-
-def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh) -> Loader:
+def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh, objective: Objective) -> Loader:
     train = config.train
     return Loader(
         dataset,
@@ -288,6 +318,7 @@ def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh) -> Loader:
         borders=config.data.borders,
         prefetch=config.data.prefetch,
         pin_memory=mesh.device.type == "cuda",
+        maker=objective,
     )
 
 
@@ -295,25 +326,15 @@ def build_checkpointer(
     config: Config,
     plain_config: dict[str, Any],
     mesh: Mesh,
-    model: Llama,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     scheduler: WarmupScheduler,
-    in_backward: StepInBackward | None,
     data: Loader,
     state: TrainState,
     tokenizer: KeptTokenizer,
 ) -> Checkpointer | None:
     if config.checkpoint.name == CheckpointKind.none:
         return None
-    objects: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer,
-        "scheduler": scheduler,
-        "data": data,
-        "train": state,
-    }
-    if in_backward is not None:
-        objects["in_backward"] = in_backward
+    objects = {**engine.checkpointed(), "scheduler": scheduler, "data": data, "train": state}
     return Checkpointer(
         objects,
         checkpoint_dir(config),

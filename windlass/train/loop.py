@@ -9,21 +9,20 @@ import torch
 from windlass.observe.stragglers import StepClock, StragglerWatch
 from windlass.observe.watchdog import Heartbeat
 from windlass.offload.tiers import OffloadFigures
-from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM, all_reduce
-from windlass.parallel.mesh import Mesh, all_ranks_finite
+from windlass.parallel.mesh import Mesh
 from windlass.train.agreement import Ending, StepAgreement
 from windlass.train.build import Run
-from windlass.train.loss import forward_loss_sums
 from windlass.train.signals import Request, StopRequest
 from windlass.train.skipped_steps import divergence, has_diverged
+from windlass.train.step import run_step
 
 
 def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     """Trains from `run.state.step` to the last step, or to the checkpoint after what a signal asked of any rank."""
     cfg, mesh, state = run.config.train, run.mesh, run.state
     fewest_nodes = run.config.launch.min_nodes if run.config.launch.is_elastic else mesh.num_nodes
-    model, optimizer, scheduler, data = run.model, run.optimizer, run.scheduler, run.data
+    objective, scheduler, data = run.objective, run.scheduler, run.data
     clock, stragglers = StepClock(), StragglerWatch(mesh, run.metrics, run.console)
     stall_s = 0.0  # of the snapshot after the step before
     first_step = state.step
@@ -33,26 +32,13 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         comm_bytes, offload = COMM.total_bytes, run.offload_figures
         batches = [next(data) for _ in range(cfg.grad_accum_steps)]
         # It comes in while the first forward runs.
-        agreement = StepAgreement(batches, stop, mesh, fewest_nodes, clock.work_s)
+        agreement = StepAgreement(sum(map(objective.num_targets, batches)), stop, mesh, fewest_nodes, clock.work_s)
         batches = [batch.to(mesh.device) for batch in batches]
-        loss_sum = torch.zeros((), device=mesh.device)
-        passes = run.passes(batches)
-        for i, micro_batches in enumerate(passes):
-            run.sharder.begin_micro_step(model, is_last=i == len(passes) - 1)
-            if run.in_backward is not None:
-                run.in_backward.begin_micro_step(is_last=i == len(passes) - 1)
-            with run.activations_offloaded():
-                loss_sums = forward_loss_sums(model, micro_batches, run.mask_documents)
-            torch.autograd.backward([micro_loss_sum / agreement.num_tokens for micro_loss_sum in loss_sums])
-            loss_sum += sum(micro_loss_sum.detach() for micro_loss_sum in loss_sums)
-        if run.in_backward is None:
-            grad_norm = clip_grad_norm_(model.parameters(), cfg.max_norm, mesh)
-        else:
-            grad_norm = run.in_backward.finish()  # the weights are updated, and no gradients are left
-        lr = optimizer.param_groups[0]["lr"]
-        stall_s += run.wait_staged()  # the lazy copy ends before weights move
-        if all_ranks_finite(grad_norm, mesh):  # one host sync
-            optimizer.step()  # brings state that is elsewhere, or leaves a layer's update to its next forward
+        lr = run.optimizer.param_groups[0]["lr"]
+        # A lazy copy of the weights ends before they move.
+        stepped = run_step(run, batches, agreement.wait_num_targets, before_update=run.wait_staged)
+        stall_s += stepped.stall_s
+        if stepped.is_finite:
             scheduler.step()
             state.skipped_in_a_row = 0
         else:
@@ -60,16 +46,15 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
             state.skipped_in_a_row += 1
             run.metrics.count_skipped_step(state.step + 1)
             run.console.message(f"step {state.step + 1} skipped: its gradients are not finite")
-        optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.tokens += agreement.num_tokens
+        state.tokens += agreement.num_targets
 
         logged = run.metrics.step(
             state.step,
-            loss=mean_loss(loss_sum, agreement.num_tokens, mesh) if run.metrics.due(state.step) else None,
-            grad_norm=float(grad_norm) if run.metrics.due(state.step) else None,
+            loss=mean_loss(stepped.loss_sum, agreement.num_targets, mesh) if run.metrics.due(state.step) else None,
+            grad_norm=float(stepped.grad_norm) if run.metrics.due(state.step) else None,
             lr=lr,
-            num_tokens=agreement.num_tokens,
+            num_tokens=agreement.num_targets,
             step_s=clock.end(),
             **step_figures(mesh, stall_s, COMM.total_bytes - comm_bytes),
             **offload_figures(run, offload),

@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from windlass.data.loader import Batch
 from windlass.errors import EXIT_USER_ERROR, DoesNotFit
 from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.outcome import report_outcome
 from windlass.parallel.fragment import Tier, local_tensor
-from windlass.train.loss import forward_loss_sums
+from windlass.train.step import forward_backward, made_up_batch
 
 if TYPE_CHECKING:
     from windlass.train.build import StepParts
@@ -48,24 +47,18 @@ def mock_step(run: StepParts) -> StepMemory:
             exits: Linux gives no error to catch.)
     """
     train = run.config.train
-    shape = (train.batch_size, train.seq_len)
-    ids = torch.zeros(shape, dtype=torch.int64)
-    batch = Batch(ids, ids.clone(), torch.zeros(shape, dtype=torch.int32)).to(run.mesh.device)
+    batch = made_up_batch(run.objective, train.batch_size, train.seq_len).to(run.mesh.device)
     rng_state = torch.get_rng_state()
     device_rng_state = torch.cuda.get_rng_state() if run.mesh.device.type == "cuda" else None
-    discarding = nullcontext() if run.in_backward is None else run.in_backward.discarding()
+    in_backward = run.engine.in_backward
+    discarding = nullcontext() if in_backward is None else in_backward.discarding()
     # From the second pass on gradients are there, and more are like it.
     num_micro_batches = train.grad_accum_steps if run.is_layer_major else min(2, train.grad_accum_steps)
     if device_rng_state is not None:
         torch.cuda.reset_peak_memory_stats()
     try:
         with _host_memory_watched() as watch, discarding:
-            passes = run.passes([batch] * num_micro_batches)
-            for i, batches in enumerate(passes):
-                run.sharder.begin_micro_step(run.model, is_last=i == len(passes) - 1)
-                with run.activations_offloaded():
-                    loss_sums = forward_loss_sums(run.model, batches, run.mask_documents)
-                torch.autograd.backward([loss_sum / batch.labels.numel() for loss_sum in loss_sums])
+            forward_backward(run, [batch] * num_micro_batches, batch.labels.numel)
             optimizer_bytes = _step_without_effect(run.optimizer)
         return StepMemory(optimizer_bytes, watch.free_bytes if device_rng_state is None else _free_device_bytes())
     except torch.OutOfMemoryError as error:

@@ -21,7 +21,16 @@ LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 10.0
 """A restarted worker may find the lock held for a moment by the dying one before it."""
 
-FIXED_KEYS = ("model.", "optim.", "data.borders", "train.seed", "train.seq_len", "train.dtype", "train.max_norm")
+FIXED_KEYS = (
+    "model.",
+    "objective.",
+    "optim.",
+    "data.borders",
+    "train.seed",
+    "train.seq_len",
+    "train.dtype",
+    "train.max_norm",
+)
 """What a run keeps from its first step to its last: another value would be another run. (The text, too: the loader
 compares its fingerprint, so that the same text may move to another path.)"""
 

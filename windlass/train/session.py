@@ -27,14 +27,13 @@ from windlass.data.kept_tokenizer import keep, tokenizer_of
 from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_FAILURE, CorruptCheckpoint, RunFolderError, WindlassError
 from windlass.files import make_folder, open_growing, refuse_links
-from windlass.models.flops import model_flops_per_token
-from windlass.models.llama import count_parameters
+from windlass.models.spec import count_parameters
 from windlass.observe.console import open_console
 from windlass.observe.metrics import Metrics
 from windlass.observe.report import write_report
 from windlass.observe.watchdog import stacks_on_signal, watch_for_hangs
 from windlass.offload.config import OffloadKind
-from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.optim.scheduler import build_scheduler
 from windlass.parallel.mesh import Mesh
 from windlass.streams import goes_on_in
 from windlass.text import command, override, printable
@@ -46,11 +45,10 @@ from windlass.train.build import (
     TrainState,
     build_checkpointer,
     build_loader,
-    build_model,
-    build_optimizer,
+    build_parts,
     build_tiers,
+    check_vocabulary,
     checkpoint_dir,
-    modules_of_units,
     num_parity_shards,
     resolve_vocabulary,
     restore,
@@ -93,7 +91,8 @@ def run_session(config: Config, mesh: Mesh, tokens: Path, stop: StopRequest) -> 
     """
     restart_count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     datasets = mesh.agree(lambda: (TokenDataset(tokens, "train"), TokenDataset(tokens, "validation")))
-    mesh.agree(lambda: resolve_vocabulary(config, datasets[0]))
+    resolve_vocabulary(config, datasets[0].vocab_size)
+    mesh.agree(lambda: check_vocabulary(config, datasets[0]))
     with ExitStack() as stack:
         is_auto = config.train.activation_checkpoint == ActivationCheckpoint.auto
         changes, kept = mesh.agree(lambda: _open_folder(config, mesh, stack, is_restart=restart_count > 0))
@@ -217,13 +216,7 @@ def _build_parts(config: Config, mesh: Mesh, stack: ExitStack) -> StepParts:
     tiers = mesh.agree(lambda: build_tiers(config, mesh))
     if tiers is not None:
         stack.callback(tiers.close)
-    model, sharder = build_model(config, mesh, tiers)
-    optimizer = build_optimizer(config, model, tiers)
-    buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
-    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group, buckets)
-    if tiers is not None:
-        tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
-    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
+    return build_parts(config, mesh, tiers)
 
 
 def _decide_activations(parts: StepParts) -> Decision | None:
@@ -245,23 +238,21 @@ def _say_at_once(text: str) -> None:
 def _build_run(
     parts: StepParts, datasets: tuple[TokenDataset, TokenDataset], stack: ExitStack, is_restart: bool
 ) -> tuple[Run, Restored | None]:
-    config, mesh, optimizer, in_backward = parts.config, parts.mesh, parts.optimizer, parts.in_backward
-    scheduler = config.optim.build_scheduler(optimizer, config.train.steps)
+    config, mesh, engine = parts.config, parts.mesh, parts.engine
+    scheduler = build_scheduler(config.optim, engine.optimizer, config.train.steps)
     state = TrainState()
-    data = mesh.agree(lambda: build_loader(config, datasets[0], mesh))
+    data = mesh.agree(lambda: build_loader(config, datasets[0], mesh, parts.objective))
     stack.callback(data.close)
     plain_config = to_plain(config)
     tokenizer, content = mesh.agree(lambda: tokenizer_of(datasets[0]))
-    checkpoint = build_checkpointer(
-        config, plain_config, mesh, parts.model, optimizer, scheduler, in_backward, data, state, tokenizer
-    )
+    checkpoint = build_checkpointer(config, plain_config, mesh, engine, scheduler, data, state, tokenizer)
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
         mesh.agree(lambda: keep(checkpoint.store.storage, tokenizer, content) if mesh.rank == 0 else None)
-        if in_backward is not None:
-            in_backward.before_update = checkpoint.wait_staged
+        if engine.in_backward is not None:
+            engine.in_backward.before_update = checkpoint.wait_staged
     peak_flops = total_peak_flops(config, mesh)
-    metrics = mesh.agree(lambda: _open_metrics(config, plain_config, mesh.rank, peak_flops))
+    metrics = mesh.agree(lambda: _open_metrics(parts, plain_config, peak_flops))
     stack.enter_context(metrics)
     console = open_console(
         config.metrics.console, rank=mesh.rank, total_steps=config.train.steps, title=str(config.run_dir)
@@ -270,11 +261,10 @@ def _build_run(
         config=config,
         mesh=mesh,
         model=parts.model,
-        sharder=parts.sharder,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        in_backward=in_backward,
+        objective=parts.objective,
+        engine=engine,
         tiers=parts.tiers,
+        scheduler=scheduler,
         data=data,
         validation=datasets[1],
         state=state,
@@ -303,14 +293,15 @@ def _build_run(
     return run, restored
 
 
-def _open_metrics(config: Config, plain_config: dict[str, Any], rank: int, peak_flops: float) -> Metrics:
+def _open_metrics(parts: StepParts, plain_config: dict[str, Any], peak_flops: float) -> Metrics:
+    config = parts.config
     return Metrics(
         Path(config.run_dir),
         config.metrics,
-        rank=rank,
+        rank=parts.mesh.rank,
         total_steps=config.train.steps,
         log_every=config.train.log_every,
-        flops_per_token=model_flops_per_token(config.model, config.model.vocab_size or 0, config.train.seq_len),
+        flops_per_token=parts.model.flops_per_token(config.train.seq_len),
         peak_flops=peak_flops,
         run_config=plain_config,
     )

@@ -227,6 +227,7 @@ def test_it_is_known_of_each_key_of_text_whether_it_is_a_path() -> None:
         "launch.nnodes",
         "metrics.wandb_project",
         "model.name",
+        "objective.name",
         "optim.name",
     }
     assert text_keys().keys() == others | set(PATH_KEYS)

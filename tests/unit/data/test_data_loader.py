@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from windlass.data import loader as loader_module
+from windlass.data.batch import IGNORE_INDEX, Batch
 from windlass.data.config import Borders
-from windlass.data.loader import IGNORE_INDEX, Batch, Loader, evaluation_batches
+from windlass.data.loader import Loader, evaluation_batches
 from windlass.data.shards import TokenDataset
 from windlass.errors import DataError, IncompatibleCheckpoint
 

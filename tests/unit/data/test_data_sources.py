@@ -10,13 +10,12 @@ import pytest
 from data_helpers import without_privileges
 
 from windlass.data import sources as sources_module
-from windlass.data.config import DataConfig, EncodingErrors, ParquetDataConfig, StdlibDataConfig, TextDataConfig
+from windlass.data.config import EncodingErrors, ParquetDataConfig, StdlibDataConfig, TextDataConfig
 from windlass.data.documents import FilesUnit, ParquetUnit, RecordsUnit
 from windlass.data.sources import (
     Source,
     list_files,
     parquet_source,
-    source_from_config,
     stdlib_source,
     text_source,
 )
@@ -210,17 +209,15 @@ def test_stdlib_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         stdlib_source()
 
 
-def test_source_from_config(tmp_path: Path) -> None:
+def test_the_source_of_a_configuration(tmp_path: Path) -> None:
     tree(tmp_path, "a.txt", "b.md")
     cfg = TextDataConfig(path=str(tmp_path), glob="*.txt", encoding_errors=EncodingErrors.replace)
     expected = text_source([tmp_path], glob="*.txt", encoding_errors="replace")
-    assert source_from_config(cfg).fingerprint == expected.fingerprint
+    assert cfg.source().fingerprint == expected.fingerprint
     pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
-    assert texts(source_from_config(ParquetDataConfig(path=str(tmp_path), text_key="body"))) == ["x"]
-    assert source_from_config(StdlibDataConfig()).name == "stdlib"
+    assert texts(ParquetDataConfig(path=str(tmp_path), text_key="body").source()) == ["x"]
+    assert StdlibDataConfig().source().name == "stdlib"
     with pytest.raises(ConfigError, match=r"data\.path=\?\?\?: must name the file or folder"):
-        source_from_config(TextDataConfig())
-    with pytest.raises(ConfigError, match=r"a plain DataConfig has no source"):
-        source_from_config(DataConfig())
+        TextDataConfig().source()
     with pytest.raises(ConfigError, match=r"data\.separator"):
         TextDataConfig(separator="")

@@ -24,7 +24,7 @@ from windlass.data.shards import TokenDataset
 from windlass.data.tokenizer import HuggingFaceTokenizer
 from windlass.errors import CorruptCheckpoint, DataError
 from windlass.exchange.huggingface import CONFIG, INDEX, SINGLE
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.huggingface import from_huggingface, overrides, to_huggingface
 from windlass.models.llama import Llama
 from windlass.parallel.mesh import Mesh
@@ -41,9 +41,9 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def config(**changes: Any) -> ModelConfig:
+def config(**changes: Any) -> LlamaConfig:
     small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
-    return ModelConfig(**{**small, "num_kv_heads": 2, "init_std": 0.3, **changes})
+    return LlamaConfig(**{**small, "num_kv_heads": 2, "init_std": 0.3, **changes})
 
 
 def llama(seed: int = 0, **changes: Any) -> Llama:

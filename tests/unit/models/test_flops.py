@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.flops import model_flops_per_token
 
 
-def counted_flops(cfg: ModelConfig, vocab_size: int, seq_len: int) -> int:
+def counted_flops(cfg: LlamaConfig, vocab_size: int, seq_len: int) -> int:
     """Forward and backward FLOPs of one sequence as torch counts them, attention whole."""
     kv_width = cfg.num_kv_heads * cfg.head_dim
 
@@ -37,7 +37,7 @@ def counted_flops(cfg: ModelConfig, vocab_size: int, seq_len: int) -> int:
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
 def test_the_formula_is_what_torch_counts_less_half_the_attention(num_kv_heads: int) -> None:
-    cfg = ModelConfig(hidden_size=96, intermediate_size=256, num_layers=3, num_heads=6, num_kv_heads=num_kv_heads)
+    cfg = LlamaConfig(hidden_size=96, intermediate_size=256, num_layers=3, num_heads=6, num_kv_heads=num_kv_heads)
     seq_len, vocab_size = 64, 320
     half_attention = 6 * cfg.num_layers * cfg.hidden_size * seq_len * seq_len
     counted = counted_flops(cfg, vocab_size, seq_len)

@@ -8,23 +8,23 @@ import torch
 from torch import nn
 
 from windlass.conf.compose import compose
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import (
     Llama,
     RMSNorm,
-    count_parameters,
     document_mask,
     rope_angles,
     rotate,
 )
+from windlass.models.spec import count_parameters
 
 CPU = torch.device("cpu")
 VOCAB = 61
 
 
-def config(**changes: object) -> ModelConfig:
+def config(**changes: object) -> LlamaConfig:
     small = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 4}
-    return ModelConfig(**{**small, "num_kv_heads": 2, "init_std": 0.3, **changes})  # type: ignore[arg-type]
+    return LlamaConfig(**{**small, "num_kv_heads": 2, "init_std": 0.3, **changes})  # type: ignore[arg-type]
 
 
 def build(

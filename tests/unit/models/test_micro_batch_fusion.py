@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.losses import count_tokens, forward_loss_sum, forward_loss_sums
 
-from windlass.data.loader import IGNORE_INDEX, Batch
-from windlass.models.config import ModelConfig
+from windlass.data.batch import IGNORE_INDEX, Batch
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.models.micro_batch_fusion import over_slices
-from windlass.train.loss import count_tokens, forward_loss_sum, forward_loss_sums
 
 VOCAB = 67
 SEQ_LEN = 24
@@ -20,7 +20,7 @@ Gradients = dict[str, torch.Tensor]
 def build(
     dtype: torch.dtype = torch.float32, recompute: bool = False, tied: bool = False, compile_blocks: bool = False
 ) -> Llama:
-    config = ModelConfig(
+    config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=48,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from windlass.errors import ConfigError
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.offload.activations import ActivationOffload
 from windlass.offload.arena import Arena
@@ -20,7 +20,7 @@ Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
 def build(alpha: float | None, dtype: torch.dtype = torch.float32, dropout: float = 0.0, layers: int = 2) -> Llama:
-    config = ModelConfig(
+    config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
         intermediate_size=INNER,
@@ -31,7 +31,7 @@ def build(alpha: float | None, dtype: torch.dtype = torch.float32, dropout: floa
         dropout=dropout,
     )
     model = config.build()
-    model.prepare(dtype, recompute=False, compile_blocks=False, alpha=alpha)
+    model.prepare(dtype, recompute=False, compile_blocks=False, saved_fraction=alpha)
     model.materialize(torch.device("cpu"), seed=0)
     return model
 
@@ -195,6 +195,6 @@ def test_a_second_backward_pass_finds_what_it_needs() -> None:
 @pytest.mark.parametrize(("recompute", "compile_blocks"), [(True, False), (False, True)])
 def test_it_is_not_combined_with_what_it_replaces(recompute: bool, compile_blocks: bool) -> None:
     model = build(None)
-    prepare: Callable[[], None] = lambda: model.prepare(torch.float32, recompute, compile_blocks, alpha=0.5)  # noqa: E731
+    prepare: Callable[[], None] = lambda: model.prepare(torch.float32, recompute, compile_blocks, saved_fraction=0.5)  # noqa: E731
     with pytest.raises(ConfigError, match="train.compile" if compile_blocks else "train.activation_checkpoint"):
         prepare()

@@ -7,6 +7,7 @@ from torch import nn
 from windlass.errors import ConfigError
 from windlass.optim.config import AdamWConfig, OptimConfig, Schedule
 from windlass.optim.param_groups import decay_param_groups
+from windlass.optim.scheduler import build_scheduler
 
 
 def model() -> nn.Module:
@@ -41,14 +42,14 @@ def test_the_optimizer_is_built_as_configured() -> None:
 def test_the_scheduler_is_built_as_configured() -> None:
     config = AdamWConfig(schedule=Schedule.wsd, warmup_steps=4, decay_fraction=0.5, min_lr_ratio=0.25, lr=1.0)
     optimizer = config.build(model())
-    scheduler = config.build_scheduler(optimizer, num_steps=20)
+    scheduler = build_scheduler(config, optimizer, num_steps=20)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(1 / 5)
     assert [scheduler.factor(step) for step in (4, 9, 19)] == [1.0, 1.0, pytest.approx(0.25)]
 
 
 def test_a_warmup_longer_than_the_run_ends_with_it() -> None:
     config = AdamWConfig(warmup_steps=1000)
-    scheduler = config.build_scheduler(config.build(model()), num_steps=4)
+    scheduler = build_scheduler(config, config.build(model()), num_steps=4)
     assert [scheduler.factor(step) for step in range(4)] == pytest.approx([0.2, 0.4, 0.6, 0.8])
 
 

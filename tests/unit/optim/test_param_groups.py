@@ -9,7 +9,7 @@ from torch import nn
 import windlass.optim
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.optim import low_rank_param_groups, matrix_param_groups
 from windlass.optim.config import ApolloConfig, CosmosConfig, GaLoreConfig, MuonConfig
 from windlass.optim.param_groups import default_rank, sort_parameters
@@ -18,7 +18,7 @@ OPTIMIZERS = ("apollo", "apollo_mini", "galore", "natural_galore", "muon", "cosm
 
 
 def llama(tie_embeddings: bool = False) -> nn.Module:
-    return ModelConfig(
+    return LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=80,

@@ -11,11 +11,9 @@ from support.tiered import await_transfers
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
-from windlass.data.loader import Batch
 from windlass.errors import ConfigError
 from windlass.machine.speeds import Machine, machine_key, process_kind, ssd_key
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.plan import forecast as module
 from windlass.plan.disk import DiskSpeed, DiskUse, play
 from windlass.plan.fixes import cheapest_fix
@@ -23,8 +21,8 @@ from windlass.plan.forecast import forecast
 from windlass.plan.memory import live_peak
 from windlass.plan.recorder import Calls, DiskTransfer, DiskWait, Trace
 from windlass.plan.trace import NUM_STEPS, trace_step
-from windlass.train.build import StepParts, build_model, build_optimizer, build_tiers, modules_of_units
-from windlass.train.loss import forward_loss_sums
+from windlass.train.build import StepParts, build_parts, build_tiers
+from windlass.train.step import made_up_batch, run_step
 
 SMALL = ["model.vocab_size=2048", "model.num_layers=3", "train.batch_size=2", "train.seq_len=32", "parallel=none"]
 SMALL += ["checkpoint=none", "offload.buffer_bytes=3000000", "train.device=cpu"]
@@ -70,32 +68,16 @@ def real_parts(config: Config) -> StepParts:
     mesh = config.parallel.build(torch.device("cpu"))
     tiers = build_tiers(config, mesh)
     assert tiers is not None
-    model, sharder = build_model(config, mesh, tiers)
-    optimizer = build_optimizer(config, model, tiers)
-    assert isinstance(optimizer, OffloadedOptimizer)
-    buckets = optimizer.bucket_parameters()
-    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, None, buckets)
-    tiers.attend(model, modules_of_units(model), is_cut=False)
-    optimizer.reserve()
-    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
+    parts = build_parts(config, mesh, tiers)
+    assert isinstance(parts.optimizer, OffloadedOptimizer)
+    parts.optimizer.reserve()
+    return parts
 
 
 def real_step(parts: StepParts) -> None:
     train = parts.config.train
-    ids = torch.zeros(train.batch_size, train.seq_len, dtype=torch.int64)
-    batch = Batch(ids, ids.clone(), torch.zeros(ids.shape, dtype=torch.int32))
-    passes = parts.passes([batch] * train.grad_accum_steps)
-    for i, batches in enumerate(passes):
-        parts.sharder.begin_micro_step(parts.model, i == len(passes) - 1)
-        if parts.in_backward is not None:
-            parts.in_backward.begin_micro_step(i == len(passes) - 1)
-        torch.autograd.backward(forward_loss_sums(parts.model, batches, mask_documents=False))
-    if parts.in_backward is None:
-        clip_grad_norm_(parts.model.parameters(), train.max_norm, parts.mesh)
-    else:
-        parts.in_backward.finish()
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
+    batch = made_up_batch(parts.objective, train.batch_size, train.seq_len)
+    run_step(parts, [batch] * train.grad_accum_steps, batch.labels.numel)
 
 
 @pytest.mark.slow

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
-from windlass.data.loader import Batch
 from windlass.errors import ConfigError
 from windlass.models.llama import Llama
-from windlass.parallel.clip_grad import clip_grad_norm_
+from windlass.parallel.fsdp2 import FSDP2Engine
 from windlass.plan.memory import live_peak
 from windlass.plan.recorder import MMAP_THRESHOLD_MAX, MemoryKind, Recorder, Trace
 from windlass.plan.trace import NUM_STEPS, state_bytes, trace_step
-from windlass.train.loss import forward_loss_sums
+from windlass.train.build import build_parts
+from windlass.train.step import made_up_batch, run_step
 
 SMALL = ("model.vocab_size=256", "model.num_layers=2", "train.batch_size=2", "train.seq_len=32", "parallel=none")
 
@@ -47,24 +47,22 @@ def calls_of(trace: Trace) -> Counter[str]:
     return calls
 
 
+class Unasked(FSDP2Engine):
+    """Takes gradients to be finite, as the trace must."""
+
+    def all_ranks_finite(self, grad_norm: torch.Tensor) -> bool:
+        return True
+
+
 def real_step(config: Config) -> tuple[Counter[str], int]:
     """The operators of the second step of a real model, and the bytes of its optimizer's state."""
-    train = config.train
-    model = Llama(config.model)
-    model.prepare(getattr(torch, train.dtype.value), train.activation_checkpoint == "full", compile_blocks=False)
-    optimizer = config.optim.build(model)
-    ids = torch.zeros(train.batch_size, train.seq_len, dtype=torch.int64)
-    batch = Batch(ids, ids.clone(), torch.zeros(ids.shape, dtype=torch.int32))
     mesh = config.parallel.build(torch.device("cpu"))
+    parts = build_parts(config, mesh, None, engine=Unasked(config.parallel, mesh, config.train.max_norm))
+    batch = made_up_batch(parts.objective, config.train.batch_size, config.train.seq_len)
     for _ in range(NUM_STEPS):
         with RealCalls() as recorder:
-            for _ in range(train.grad_accum_steps):
-                loss_sums = forward_loss_sums(model, [batch], mask_documents=False)
-                torch.autograd.backward([loss_sum / ids.numel() for loss_sum in loss_sums])
-            clip_grad_norm_(model.parameters(), train.max_norm, mesh)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-    return recorder.calls, state_bytes(optimizer)
+            run_step(parts, [batch] * config.train.grad_accum_steps, batch.labels.numel)
+    return recorder.calls, state_bytes(parts.optimizer)
 
 
 @pytest.mark.slow

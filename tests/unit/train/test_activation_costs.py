@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.models.llama import Block, rope_angles
 from windlass.train.activation_costs import layer_costs
 
@@ -16,8 +16,8 @@ CPU = torch.device("cpu")
 SEQ_LEN = 40
 
 
-def config() -> ModelConfig:
-    return ModelConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
+def config() -> LlamaConfig:
+    return LlamaConfig(vocab_size=61, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2)
 
 
 class Products(TorchDispatchMode):

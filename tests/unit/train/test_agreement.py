@@ -6,7 +6,6 @@ import pytest
 import torch
 from support.ranks import run_ranks
 
-from windlass.data.loader import IGNORE_INDEX, Batch
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, EXIT_STOPPED
 from windlass.parallel.config import ParallelConfig
 from windlass.train.agreement import Ending, StepAgreement
@@ -22,19 +21,13 @@ class Asked(StopRequest):
         self._asked = request
 
 
-def batch(num_labels: int) -> Batch:
-    labels = torch.full((1, 8), IGNORE_INDEX)
-    labels[0, :num_labels] = 1
-    return Batch(torch.zeros(1, 8, dtype=torch.int64), labels, torch.zeros(1, 8, dtype=torch.int64))
-
-
 def agreed(cases: list[tuple[list[Request], int]]) -> list[tuple[int, Request, list[int], Ending | None]]:
     """On each rank, for each case of what ranks were asked and of how many nodes must stay."""
     mesh = ParallelConfig().build(torch.device("cpu"))
     found = []
     for requests, fewest_nodes in cases:
-        agreement = StepAgreement([batch(mesh.rank + 1)] * 2, Asked(requests[mesh.rank]), mesh, fewest_nodes, None)
-        found.append((agreement.num_tokens, agreement.request, agreement.leaving_nodes, agreement.ending))
+        agreement = StepAgreement(2 * (mesh.rank + 1), Asked(requests[mesh.rank]), mesh, fewest_nodes, None)
+        found.append((agreement.num_targets, agreement.request, agreement.leaving_nodes, agreement.ending))
     mesh.stop()
     return found
 
@@ -61,15 +54,15 @@ def test_all_ranks_decide_the_same_for_all_that_may_be_asked() -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     mesh = ParallelConfig().build(torch.device("cpu"))
-    assert StepAgreement([batch(0)], Asked(Request.nothing), mesh, 1, None).num_tokens == 1, "it divides"
-    assert StepAgreement([batch(3)], Asked(Request.leave), mesh, 1, None).ending == Ending.stopped
-    assert StepAgreement([batch(3)], Asked(Request.restart), mesh, 1, None).ending == Ending.restarting
+    assert StepAgreement(0, Asked(Request.nothing), mesh, 1, None).num_targets == 1, "it divides"
+    assert StepAgreement(3, Asked(Request.leave), mesh, 1, None).ending == Ending.stopped
+    assert StepAgreement(3, Asked(Request.restart), mesh, 1, None).ending == Ending.restarting
 
 
 def work_of_all() -> list[list[float] | None]:
     mesh = ParallelConfig().build(torch.device("cpu"))
     mine = (None, 0.1 + mesh.rank)
-    found = [StepAgreement([batch(1)], Asked(Request.nothing), mesh, 1, work_s).work_s for work_s in mine]
+    found = [StepAgreement(1, Asked(Request.nothing), mesh, 1, work_s).work_s for work_s in mine]
     mesh.stop()
     return found
 

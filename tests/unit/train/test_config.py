@@ -4,7 +4,7 @@ import pytest
 
 from windlass.data.config import DataConfig, StdlibDataConfig, TextDataConfig
 from windlass.errors import ConfigError
-from windlass.models.config import ModelConfig
+from windlass.models.config import LlamaConfig
 from windlass.train.config import ActivationCheckpoint, TrainConfig
 
 
@@ -56,7 +56,7 @@ def test_the_least_that_makes_sense_is_accepted() -> None:
     for fraction in (0.0, 1.0):
         TrainConfig(activation_checkpoint=ActivationCheckpoint.fraction, activation_fraction=fraction)
     TrainConfig(activation_checkpoint=ActivationCheckpoint.full, compile=True)
-    ModelConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1)
+    LlamaConfig(vocab_size=1, hidden_size=2, intermediate_size=1, num_layers=1, num_heads=1, num_kv_heads=1)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +78,11 @@ def test_the_least_that_makes_sense_is_accepted() -> None:
 )
 def test_models_that_cannot_be_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        ModelConfig(**settings)
+        LlamaConfig(**settings)
 
 
 def test_a_heads_width_divides_the_models() -> None:
-    assert ModelConfig(hidden_size=192, num_heads=6).head_dim == 32
+    assert LlamaConfig(hidden_size=192, num_heads=6).head_dim == 32
 
 
 @pytest.mark.parametrize(

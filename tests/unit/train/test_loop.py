@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from support import nodes, runs
+from support.losses import count_tokens
 from support.ranks import run_ranks
 
 from windlass.checkpoint.manager import Checkpointer
-from windlass.data.loader import IGNORE_INDEX, Batch, Loader
+from windlass.data.batch import IGNORE_INDEX, Batch
+from windlass.data.loader import Loader
 from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
 from windlass.parallel.fragment import local_tensor
 from windlass.train import loop
-from windlass.train.loss import count_tokens
 
 NUM_STEPS, BROKEN_STEP = 4, 2
 

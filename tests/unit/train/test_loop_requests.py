@@ -11,7 +11,8 @@ import pytest
 from support import nodes, runs
 from support.ranks import run_ranks
 
-from windlass.data.loader import Batch, Loader
+from windlass.data.batch import Batch
+from windlass.data.loader import Loader
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
 from windlass.launch.worker import run_worker
 from windlass.outcome import OUTCOME_FILE

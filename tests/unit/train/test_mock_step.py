@@ -22,10 +22,10 @@ from windlass.conf.compose import compose
 from windlass.conf.schema import GROUPS, Config
 from windlass.errors import DoesNotFit
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.optim.scheduler import WarmupScheduler
+from windlass.optim.scheduler import WarmupScheduler, build_scheduler
 from windlass.outcome import OUTCOME_FILE
 from windlass.train import mock_step as module
-from windlass.train.build import StepParts, build_model, build_optimizer, build_tiers, modules_of_units
+from windlass.train.build import StepParts, build_parts, build_tiers
 from windlass.train.mock_step import mock_step
 
 TINY = (
@@ -55,13 +55,8 @@ def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
     config = copy.deepcopy(composed(overrides))
     mesh = config.parallel.build(torch.device("cpu"))
     tiers = build_tiers(config, mesh)
-    model, sharder = build_model(config, mesh, tiers)
-    optimizer = build_optimizer(config, model, tiers)
-    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, mesh.shard_group, ())
-    if tiers is not None:
-        tiers.attend(model, modules_of_units(model), is_cut=False)
-    scheduler = config.optim.build_scheduler(optimizer, 10)
-    return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers), scheduler
+    parts = build_parts(config, mesh, tiers)
+    return parts, build_scheduler(config.optim, parts.optimizer, 10)
 
 
 def all_of(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
@@ -79,7 +74,7 @@ def all_in_memory(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
         "gradients": [parameter.grad for parameter in run.model.parameters()],
         "state": {i: {key: torch.as_tensor(x).tolist() for key, x in s.items()} for i, s in state.items()},
         "groups": run.optimizer.state_dict()["param_groups"],
-        "in_backward": None if run.in_backward is None else run.in_backward.state_dict(),
+        "in_backward": None if run.engine.in_backward is None else run.engine.in_backward.state_dict(),
         "scheduler": (scheduler.state_dict(), scheduler.get_last_lr()),
         "torch": torch.get_rng_state().tolist(),
         "python": random.getstate(),
@@ -141,15 +136,12 @@ def trained(run: StepParts, scheduler: WarmupScheduler) -> dict[str, Any]:
     """All there is after two steps on the same tokens, which have changed the weights."""
     ids, losses, before = torch.arange(16).view(2, 8), [], weights_of(all_of(run, scheduler))
     for _ in range(2):
-        run.sharder.begin_micro_step(run.model, is_last=True)
-        if run.in_backward is not None:
-            run.in_backward.begin_micro_step(is_last=True)
+        run.engine.begin_micro_step(is_last=True)
         with run.activations_offloaded():
             loss = run.model(ids).square().mean()
         losses.append(loss.item())
         loss.backward()
-        if run.in_backward is not None:
-            assert run.in_backward.finish() > 0
+        assert run.engine.grad_norm() > 0
         run.optimizer.step()
         run.optimizer.zero_grad()
         scheduler.step()

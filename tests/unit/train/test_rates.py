@@ -12,13 +12,14 @@ from support import runs
 
 from windlass.errors import EXIT_DONE, ConfigError
 from windlass.optim.config import AdamWConfig, MuonConfig, OptimConfig, Schedule
+from windlass.optim.scheduler import build_scheduler
 from windlass.train import rates
 
 
 def make_run(optim: OptimConfig, steps: int, step: int, state: dict[str, Any] | None = None) -> Any:
     """What is used of a `Run`."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=optim.lr)
-    scheduler = optim.build_scheduler(optimizer, steps)
+    scheduler = build_scheduler(optim, optimizer, steps)
     scheduler.load_state_dict({"step": step} if state is None else state)
     events: list[tuple] = []
     return SimpleNamespace(

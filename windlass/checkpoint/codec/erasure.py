@@ -286,7 +286,7 @@ def _engine(name: str | None) -> _Engine:
     # Late: agents, which have ISA-L, do not wait for torch, nor hold its memory.
     from windlass.checkpoint.codec.erasure_torch import TorchEngine
 
-    return TorchEngine()
+    return TorchEngine(POLYNOMIAL)
 
 
 class _IsalEngine:

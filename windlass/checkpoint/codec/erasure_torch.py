@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from windlass.checkpoint.codec.erasure import POLYNOMIAL
-
 _BLOCK_BYTES = 32 << 10
 
 
@@ -18,6 +16,9 @@ class TorchEngine:
     """
 
     name = "torch"
+
+    def __init__(self, polynomial: int) -> None:
+        self._reduction = polynomial & 0xFF
 
     def multiply(self, coefficients: np.ndarray, sources: list[np.ndarray], targets: list[np.ndarray]) -> None:
         self._run(coefficients, sources, targets, accumulate=False)
@@ -38,7 +39,7 @@ class TorchEngine:
             for stage, source in zip(staging, sources, strict=False):
                 stage[:size] = source[part]
             for row, target in zip(coefficients.tolist(), targets, strict=True):
-                _horner(row, inputs, total, high, low)
+                _horner(row, inputs, total, high, low, self._reduction)
                 if accumulate:
                     np.bitwise_xor(target[part], result[:size], out=target[part])
                 else:
@@ -46,15 +47,24 @@ class TorchEngine:
 
 
 def _horner(
-    row: list[int], inputs: list[torch.Tensor], total: torch.Tensor, high: torch.Tensor, low: torch.Tensor
+    row: list[int],
+    inputs: list[torch.Tensor],
+    total: torch.Tensor,
+    high: torch.Tensor,
+    low: torch.Tensor,
+    reduction: int,
 ) -> None:
-    """total = the sum of the products of `row` and `inputs`, words of 8 bytes; `high` and `low` are room to work in."""
+    """total = the sum of the products of `row` and `inputs`, words of 8 bytes; `high` and `low` are room to work in.
+
+    Args:
+        reduction: the polynomial of the field without its highest bit.
+    """
     total.zero_()
     top = max(row).bit_length() - 1
     for bit in range(top, -1, -1):
         if bit != top:  # doubles each byte: shifts it, and subtracts the polynomial where a bit fell out
             torch.bitwise_right_shift(total, 7, out=high)
-            high.bitwise_and_(0x0101010101010101).mul_(POLYNOMIAL & 0xFF)
+            high.bitwise_and_(0x0101010101010101).mul_(reduction)
             torch.bitwise_and(total, 0x7F7F7F7F7F7F7F7F, out=low)
             torch.bitwise_left_shift(low, 1, out=low)
             torch.bitwise_xor(low, high, out=total)

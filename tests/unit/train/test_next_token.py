@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.losses import count_tokens, forward_loss_sum
 
-from windlass.data.loader import IGNORE_INDEX, Batch
-from windlass.models.loss import cross_entropy_sum
-from windlass.train.loss import count_tokens, forward_loss_sum
+from windlass.data.batch import IGNORE_INDEX, Batch
+from windlass.models.spec import Head, Reduction
+from windlass.train.objectives.next_token import cross_entropy_sum
 
 
 def example(batch: int = 2, seq_len: int = 5, vocab_size: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,9 +69,11 @@ def test_documents_are_masked_only_where_wanted(mask_documents: bool) -> None:
     seen = []
 
     class Model(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, document_ids: torch.Tensor | None) -> torch.Tensor:
+        def forward(
+            self, input_ids: torch.Tensor, document_ids: torch.Tensor | None, reduce: Reduction
+        ) -> torch.Tensor:
             seen.append(document_ids)
-            return logits
+            return reduce(logits, Head(torch.eye(logits.shape[-1])))
 
     loss = forward_loss_sum(Model(), Batch(labels, labels, documents), mask_documents)
     assert seen[0] is (documents if mask_documents else None)
