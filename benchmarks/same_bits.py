@@ -32,10 +32,11 @@ BASE = (
     f"checkpoint.persist_every={HALF}",
     f"train.steps={STEPS}",
 )
+ERASURE = ("checkpoint=erasure", "checkpoint.failure_domain=rank")
 STREAMED = ("offload=ssd", "offload.weights=streamed")
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "one rank, AdamW": (1, ("optim=adamw",)),
-    "zero3, APOLLO, erasure": (2, ("parallel=zero3", "optim=apollo", "optim.rank=16", "checkpoint=erasure")),
+    "zero3, APOLLO, erasure": (2, ("parallel=zero3", "optim=apollo", "optim.rank=16", *ERASURE)),
     "zero2, GaLore, lazy, bfloat16": (
         2,
         ("parallel=zero2", "optim=galore", "optim.rank=16", "checkpoint=lazy", "train.dtype=bfloat16"),

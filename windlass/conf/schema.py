@@ -18,7 +18,7 @@ from windlass.optim.config import OPTIMIZERS, OptimConfig
 from windlass.parallel.config import ENGINES, ParallelConfig
 from windlass.registry import OTHERS, Registry
 from windlass.train.config import TrainConfig
-from windlass.train.objectives.config import OBJECTIVES, NextTokenConfig, ObjectiveConfig
+from windlass.train.objectives.config import OBJECTIVES, ObjectiveConfig
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Config:
     offload: OffloadConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     launch: LaunchConfig = MISSING
-    objective: ObjectiveConfig = field(default_factory=NextTokenConfig)
+    objective: ObjectiveConfig = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     run_dir: str = "runs/${model.name}"
@@ -61,6 +61,10 @@ GROUPS: dict[str, Registry] = {
     )
 }
 """The groups that have presets, by name."""
+
+
+ADDED_LATER = {"objective": {"name": "next_token"}}
+"""What files of runs that do not have these groups mean by it."""
 
 
 PATH_KEYS = (

@@ -15,7 +15,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from windlass.conf.plugins import load_plugins
-from windlass.conf.schema import GROUPS, PATH_KEYS, Config, schema_of
+from windlass.conf.schema import ADDED_LATER, GROUPS, PATH_KEYS, Config, schema_of
 from windlass.conf.text_values import home_expanded
 from windlass.errors import ConfigError
 from windlass.files import atomic_file, sync_folder
@@ -125,7 +125,7 @@ def _from_plain(plain: Any) -> Config:
         ConfigError: a value breaks a rule of its dataclass.
     """
     given = {}
-    for key, value in convert(plain, dict[str, Any]).items():
+    for key, value in {**ADDED_LATER, **convert(plain, dict[str, Any])}.items():
         if key not in _kinds():
             raise Malformed(f"`{key}` is not known")
         kind = _schema_of(key, convert(value, dict[str, Any], key)) if key in GROUPS else _kinds()[key]

@@ -93,6 +93,17 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
     return folder
 
 
+def vocab_size_of(cfg: DataConfig) -> int:
+    """The vocabulary of the tokens that `cfg` describes, whether they are prepared or not.
+
+    Raises:
+        ConfigError, DataError: the tokenizer, or the prepared folder, is not there.
+    """
+    if isinstance(cfg, PreparedDataConfig):
+        return load_tokenizer(cfg.tokenizer).vocab_size
+    return Manifest.load(prepared_folder(cfg)).tokenizer["vocab_size"]
+
+
 def _say_left_out(manifest: Manifest, progress: bool) -> None:
     for clause in left_out(manifest.tally) if progress else ():
         sys.stderr.write(f"windlass: warning: data: {clause}\n")

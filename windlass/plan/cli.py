@@ -31,12 +31,15 @@ def add_parser(verbs: SubParsers) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """Prints the plan of `config`."""
+    from windlass.data.prepare import vocab_size_of
     from windlass.machine.speeds import existing_folder, load_machine, save_machine
     from windlass.plan.fixes import cheapest_fix
-    from windlass.plan.forecast import forecast, resolve_vocabulary
+    from windlass.plan.forecast import forecast
     from windlass.plan.measure import measure_machine
+    from windlass.train.build import resolve_vocabulary
 
-    resolve_vocabulary(config)
+    if config.model.vocab_size is None:
+        resolve_vocabulary(config, vocab_size_of(config.data))
     num_ranks = _num_ranks(options, config)
     machine = load_machine()
     measure_machine(

@@ -7,7 +7,6 @@ holds for that (`plan_memory`), how long it takes on this machine (`plan_time`),
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -18,11 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from windlass.checkpoint.config import COPIES_IN_MEMORY, CheckpointKind
-from windlass.data.config import PreparedDataConfig, TokensDataConfig
-from windlass.data.manifest import Manifest
-from windlass.data.prepare import prepared_folder
-from windlass.data.tokenizer import load_tokenizer
-from windlass.errors import ConfigError
 from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
 from windlass.machine.speeds import Machine, existing_folder, process_kind, ssd_key
 from windlass.observe.console import size
@@ -31,7 +25,6 @@ from windlass.plan.memory import SMALL_OBJECTS, STREAMED_SMALL_OBJECTS, live_pea
 from windlass.plan.recorder import Trace
 from windlass.plan.step_time import Range, StepTime, step_time
 from windlass.plan.trace import trace_step
-from windlass.train.build import VOCAB_MULTIPLE
 from windlass.train.config import ActivationCheckpoint, Device
 
 if TYPE_CHECKING:
@@ -286,20 +279,3 @@ def threads_of_rank(num_ranks: int) -> int:
     if "OMP_NUM_THREADS" in os.environ:
         return int(os.environ["OMP_NUM_THREADS"])
     return torch.get_num_threads() if num_ranks == 1 else max(1, len(os.sched_getaffinity(0)) // num_ranks)
-
-
-def resolve_vocabulary(config: Config) -> None:
-    """Sets a `model.vocab_size` that was left null to what the run will set it to.
-
-    Raises:
-        ConfigError: the data says nothing about it.
-    """
-    if config.model.vocab_size is not None:
-        return
-    if isinstance(config.data, TokensDataConfig):
-        vocab_size = Manifest.load(prepared_folder(config.data)).tokenizer["vocab_size"]
-    elif isinstance(config.data, PreparedDataConfig):
-        vocab_size = load_tokenizer(config.data.tokenizer).vocab_size
-    else:
-        raise ConfigError("model.vocab_size", None, "is not known without data", "set model.vocab_size=32000")
-    config.model.vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE

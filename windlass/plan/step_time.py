@@ -216,7 +216,9 @@ def _cut_product(op: Op) -> tuple[Any, Any, float]:
         dims[longest] = max(MIN_PRODUCT_DIM, dims[longest] // 2)
     operands = _with_shape(left, (*batch, *dims[:2])), _with_shape(right, (*batch, *dims[1:]))
     share = 2 * math.prod(batch) * math.prod(dims) / whole
-    return (*(_with_shape(leaf, (dims[0], dims[2])) for leaf in op.args[:-2]), *operands), op.kwargs, share
+    # What is added has the product's shape, or is a bias of its columns.
+    added = [_with_shape(leaf, (dims[0], dims[2])[-len(leaf.shape) :]) for leaf in op.args[:-2]]
+    return (*added, *operands), op.kwargs, share
 
 
 def _first_of_batch(leaf: Any) -> Any:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from windlass.cli import main
 from windlass.conf.compose import compose
+from windlass.data.prepare import vocab_size_of
 from windlass.errors import ConfigError
 from windlass.machine.speeds import (
     Machine,
@@ -21,9 +23,11 @@ from windlass.machine.speeds import (
 )
 from windlass.plan import forecast as module
 from windlass.plan.fixes import cheapest_fix
-from windlass.plan.forecast import Plan, forecast, resolve_vocabulary
-from windlass.plan.step_time import MAX_REPLAY_FLOPS, measure, step_time
+from windlass.plan.forecast import Plan, forecast
+from windlass.plan.recorder import Op, TensorSpec
+from windlass.plan.step_time import MAX_REPLAY_FLOPS, _cut, measure, step_time
 from windlass.plan.trace import trace_step
+from windlass.train.build import resolve_vocabulary
 
 SMALL = ["model.vocab_size=256", "model.num_layers=2", "train.batch_size=4", "train.seq_len=128"]
 SMALL += ["parallel=none", "checkpoint=none", "train.mock_step=false"]
@@ -83,6 +87,15 @@ def test_a_product_that_is_cut_is_priced_whole() -> None:
     largest, smallest = max(seconds), min(seconds)
     assert largest > 50 * smallest
     assert seconds[largest] > 5 * seconds[smallest]
+
+
+def test_a_product_with_a_bias_is_cut_with_it() -> None:
+    layouts = (((4096,), (1,)), ((2048, 512), (512, 1)), ((512, 4096), (1, 512)))  # bias, inputs, weight transposed
+    specs = tuple(TensorSpec(shape, stride, torch.float32) for shape, stride in layouts)
+    op = Op("aten.addmm.default", specs, {}, 0, 2 * 2048 * 512 * 4096, is_view=False)
+    (added, left, right), _, share = _cut(op)
+    assert 0 < share < 1 and left.shape[1] == right.shape[0]
+    assert added.shape == (right.shape[1],) and added.stride == (1,)
 
 
 @pytest.mark.slow
@@ -157,10 +170,10 @@ def test_what_is_assumed_is_said(machine: Machine) -> None:
 def test_the_vocabulary_is_that_of_the_tokenizer() -> None:
     config = compose(["model=tiny"])
     assert config.model.vocab_size is None
-    resolve_vocabulary(config)
+    resolve_vocabulary(config, vocab_size_of(config.data))
     assert config.model.vocab_size == 320
     with pytest.raises(ConfigError, match=r"data\.path"):
-        resolve_vocabulary(compose(["model=tiny", "data=tokens", "data.path=''"]))
+        vocab_size_of(compose(["data=tokens", "data.path=''"]).data)
 
 
 def test_figures_are_kept_by_machine(machine: Machine) -> None:
