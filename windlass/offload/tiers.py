@@ -15,13 +15,13 @@ from windlass.offload.activations import ActivationOffload
 from windlass.offload.arena import Arena
 from windlass.offload.config import OffloadConfig, WeightsPlace
 from windlass.offload.conveyor import Conveyor
-from windlass.offload.cut_passes import CutPasses
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import free_to_system, give_back_free_memory
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import Passes, parameters_by_unit
+from windlass.offload.sharded_unit_hooks import ShardedUnitHooks
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
+from windlass.offload.unit_hooks import UnshardedUnitHooks, parameters_by_unit
 from windlass.offload.weights import Weights, most_bytes
 
 STREAMED_MIN_BYTES = 8 << 20
@@ -147,8 +147,8 @@ class Tiers:
             is_cut: by FSDP2.
         """
         assert self.optimizer is not None
-        passes = CutPasses if is_cut else Passes
-        passes(model, units, self.optimizer, self.weights)
+        hooks = ShardedUnitHooks if is_cut else UnshardedUnitHooks
+        hooks(model, units, self.optimizer, self.weights)
         if self.weights is not None:
             self.give_back_free_memory()  # all weights have been drawn in it, a unit at a time
 

@@ -17,10 +17,10 @@ from windlass.offload.arena import Arena
 from windlass.offload.config import OffloadConfig, OffloadKind, WeightsPlace
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Transfer, round_to_pages
-from windlass.offload.passes import parameters_by_unit
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder, file_bytes
 from windlass.offload.tiers import STREAMED_MIN_BYTES, Tiers
+from windlass.offload.unit_hooks import parameters_by_unit
 from windlass.offload.weights import Weights, most_bytes
 from windlass.plan.recorder import Recorder
 

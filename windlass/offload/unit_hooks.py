@@ -27,7 +27,7 @@ def parameters_by_unit(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -
     return [*found, [parameter for parameter in model.parameters() if id(parameter) not in of_units]]
 
 
-class UnitWeights:
+class UnitHooks:
     """Which units' weights are in memory, and which come next; the base of what hooks on passes.
 
     Args:
@@ -82,10 +82,10 @@ class UnitWeights:
         self._optimizer.look_ahead()
 
 
-class Passes(UnitWeights):
+class UnshardedUnitHooks(UnitHooks):
     """Hooks on a model that is not cut over ranks. What no unit names is there from forward to the end of backward.
 
-    Args: as `UnitWeights`.
+    Args: as `UnitHooks`.
     """
 
     def __init__(
