@@ -122,13 +122,13 @@ class Block(nn.Module):
 
     Attributes:
         recompute: backward runs the layer's forward again instead of keeping its activations.
-        alpha: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
+        saved_fraction: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.recompute = False
-        self.alpha: float | None = None
+        self.saved_fraction: float | None = None
         self.dropout = config.dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
@@ -144,8 +144,8 @@ class Block(nn.Module):
         return self.layer(x, rope, mask)
 
     def layer(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if self.alpha is not None and torch.is_grad_enabled():
-            return token_wise(self, x, rope, mask, self.alpha)
+        if self.saved_fraction is not None and torch.is_grad_enabled():
+            return token_wise(self, x, rope, mask, self.saved_fraction)
         return self.after_attention(x, self.attention(*self.before_attention(x, rope), mask))
 
     def before_attention(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -237,37 +237,41 @@ class Llama(nn.Module):
             return layers  # a tied embedding is used first and last, so it stays with the model
         return [Unit([self.embed_tokens]), *layers, Unit([self.norm, self.lm_head], is_last=True)]
 
-    def prepare(self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, alpha: float | None = None) -> None:
+    def prepare(
+        self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, saved_fraction: float | None = None
+    ) -> None:
         """Sets how the passes run. To be called before the model is cut.
 
         Args:
             dtype: of the passes.
             recompute: keep of a layer its input alone.
             compile_blocks: with `torch.compile`.
-            alpha: keep of a layer its input, what the attention gives, and the rest for this fraction of the tokens.
+            saved_fraction: keep of a layer its input, what the attention gives, and the rest for this fraction of the
+                tokens.
 
         Raises:
-            ConfigError: `alpha` with `recompute`, which keeps less, or with `compile_blocks`, which cannot take it.
+            ConfigError: `saved_fraction` with `recompute`, which keeps less, or with `compile_blocks`, which cannot
+                take it.
         """
         for key, value in (("train.activation_checkpoint", recompute), ("train.compile", compile_blocks)):
             require(
-                alpha is None or not value,
+                saved_fraction is None or not value,
                 key,
                 "full" if value is recompute else value,
-                f"cannot be combined with train.activation_fraction={alpha}",
+                f"cannot be combined with train.activation_fraction={saved_fraction}",
                 f"leave {key} at its default",
             )
         self.compute_dtype = dtype
-        self.save_activations(recompute, alpha)
+        self.save_activations(recompute, saved_fraction)
         if compile_blocks:
             for layer in self.layers:
                 layer.compile()
 
-    def save_activations(self, recompute: bool, alpha: float | None) -> None:
+    def save_activations(self, recompute: bool, saved_fraction: float | None) -> None:
         """Sets what backward keeps, as `prepare` does; between steps, and whether the model is cut or not."""
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.recompute, layer.alpha = recompute, alpha
+            layer.recompute, layer.saved_fraction = recompute, saved_fraction
 
     @torch.no_grad()
     def materialize(

@@ -111,7 +111,7 @@ def _build(config: Config, mesh: Mesh, tiers: PlannedTiers | None, recorder: Rec
         model = Llama(config.model)
     trace.num_parameters = count_parameters(model)
     recompute = train.activation_checkpoint in (ActivationCheckpoint.full, ActivationCheckpoint.auto)
-    model.prepare(dtype, recompute, compile_blocks=False, alpha=train.activation_fraction)
+    model.prepare(dtype, recompute, compile_blocks=False, saved_fraction=train.activation_fraction)
     sharder = Sharder(config.parallel, mesh)
     sharder.shard(model, model.units(), dtype)
     trace.weights_bytes = sum(local_tensor(parameter).nbytes for parameter in model.parameters())
