@@ -849,10 +849,10 @@ ELSEWHERE = [
     Fault(
         "ties_of_halves_lost",
         "The two halves of a weight give it back to the bit.",
-        "windlass/offload/hilo.py",
+        "windlass/offload/split_bf16.py",
         "    bits[lowered] += 1 << 16\n",
         "",
-        (f"{OFFLOAD}/test_hilo.py::test_every_upper_half_comes_back",),
+        (f"{OFFLOAD}/test_split_bf16.py::test_every_upper_half_comes_back",),
     ),
     Fault(
         "damaged_tier_file_not_noticed",
@@ -881,7 +881,7 @@ ELSEWHERE = [
     Fault(
         "folders_of_the_dead_stay",
         "What a killed process has left on the disk is removed by the next.",
-        "windlass/offload/own_folder.py",
+        "windlass/offload/process_scratch.py",
         "                _remove_and_unlock(path, lock)\n",
         "                os.close(lock)\n",
         (f"{OFFLOAD}/test_tier_file.py::test_folders_of_the_dead_are_removed",),

@@ -20,9 +20,9 @@ from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_stowed, 
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import give_back_free_memory
+from windlass.offload.state_shapes import state_shapes
 from windlass.offload.state_store import Bucket, StateStore
 from windlass.offload.tier_file import TierFolder
-from windlass.offload.trial import trial_state
 from windlass.parallel.fragment import Tier, local_tensor
 from windlass.parallel.out_of_core import StateAtRest
 
@@ -185,7 +185,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         """The state of the bucket, or one like that which it will have."""
         self.give_back_free_memory()  # the trials before have left holes, and the largest needs more than a step
         with self.weights_loaded(bucket.parameters):
-            states = trial_state(self.inner, bucket.parameters)
+            states = state_shapes(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.
         return [
             (parameter, self.state.get(parameter) or {key: _shape_of(value) for key, value in state.items()})

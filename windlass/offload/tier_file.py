@@ -31,7 +31,7 @@ from windlass.offload.direct_io import (
     round_to_pages,
     why_not_direct,
 )
-from windlass.offload.own_folder import OwnFolder, remove_leftovers
+from windlass.offload.process_scratch import ProcessScratch, remove_leftovers
 
 BLOCK_BYTES = 4 << 20
 """What a thread moves at a time, and what a checksum is of."""
@@ -65,11 +65,11 @@ class TierFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            self._own = OwnFolder(folder, name)
+            self._scratch = ProcessScratch(folder, name)
         except OSError as error:
             fix = "set offload.dir to a folder on a local disk" if error.errno in _NO_FOLDER else None
             raise disk_error(folder, "cannot be used", error, fix) from error
-        self.path, self.engine = self._own.path, engine
+        self.path, self.engine = self._scratch.path, engine
         self._files: list[TierFile] = []
         self._numbers = itertools.count()
         self.reason_not_direct = why_not_direct(self.path)
@@ -100,10 +100,10 @@ class TierFolder:
 
     def close(self) -> None:
         """Removes the files and the folder, when what is under way has ended."""
-        if self._own.is_held:
+        if self._scratch.is_held:
             for file in self._files:
                 file._close()
-            self._own.remove()
+            self._scratch.remove()
 
     def _make_file(self, num_bytes: int) -> DirectFile:
         length = file_bytes(num_bytes)

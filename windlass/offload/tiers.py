@@ -46,7 +46,7 @@ class OffloadFigures:
 class Tiers:
     """Args:
     folder: below which the rank's files go; None keeps everything in host memory.
-    computes_in_bfloat16: streamed weights are kept in halves then (`windlass.offload.hilo`).
+    computes_in_bfloat16: streamed weights are kept in halves then (`windlass.offload.split_bf16`).
     is_checkpointed: checkpoints will pin files while steps write others.
     """
 

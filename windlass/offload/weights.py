@@ -16,7 +16,7 @@ from torch import Tensor
 from windlass.offload.buckets import RESIDENT_NUMEL, divide
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import round_to_pages
-from windlass.offload.hilo import add_rest, split
+from windlass.offload.split_bf16 import add_rest, split
 from windlass.offload.tier_file import TierFile
 from windlass.parallel.autograd_shim import preserving_version
 from windlass.parallel.fragment import local_tensor
@@ -33,7 +33,7 @@ class _Group:
     rest: Load | None = None
     """The lower halves."""
     lowered: list[Tensor] = field(default_factory=list)
-    """A parameter: see `windlass.offload.hilo`."""
+    """A parameter: see `windlass.offload.split_bf16`."""
     num_users: int = 0
     is_whole: bool = False
     """Whether what is in memory is the weights, and not their upper halves."""

@@ -24,7 +24,7 @@ MMAP_THRESHOLD_MAX = 32 << 20
 _COPIED_BY_GLOO = frozenset({"c10d._allgather_base_", "c10d._reduce_scatter_base_"})
 """Collectives of gloo that copy the longer one of their two tensors; the others work in place. Measured."""
 _SELDOM = 1 << 16
-"""One element in so many is found where a step looks for some: 16-bit rests that are ties (`windlass.offload.hilo`)."""
+"""A step finds one element in so many where it looks for some: 16-bit rests that are ties (`offload.split_bf16`)."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _NAME = re.compile(r".+\.[0-9a-f]{16}")
 logger = logging.getLogger(__name__)
 
 
-class OwnFolder:
+class ProcessScratch:
     """A new folder `parent`/`name`.<random> that only this user can open, for files.
 
     It is removed at the end of the program at the latest, unless the process is killed.
@@ -51,7 +51,7 @@ class OwnFolder:
             os.close(self._lock)
 
 
-_held: weakref.WeakSet[OwnFolder] = weakref.WeakSet()
+_held: weakref.WeakSet[ProcessScratch] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
