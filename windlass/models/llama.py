@@ -4,8 +4,8 @@ Weights may be float32 while the pass runs in bfloat16: a module casts its weigh
 uses it. Under FSDP2's mixed precision the gathered weight has that dtype already and the cast does nothing, so one
 rank and many compute alike.
 
-What `Llama.forward` calls takes a batch or a list of micro-batches, see `layer_major`. Each such module is called once
-a pass, so that hooks on modules gather or stream its weights once.
+What `Llama.forward` calls takes a batch or a list of micro-batches, see `micro_batch_fusion`. Each such module is
+called once a pass, so that hooks on modules gather or stream its weights once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from windlass.errors import require
 from windlass.models.config import ModelConfig
 from windlass.models.loss import cross_entropy_sum
-from windlass.models.micro_batch_fusion import Slices, over_slices
+from windlass.models.micro_batch_fusion import MicroBatches, over_micro_batches
 from windlass.models.token_wise import token_wise
 from windlass.parallel.fragment import fragment_of, local_tensor
 from windlass.parallel.random import fill_normal_
@@ -39,16 +39,18 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, slice by slice, of `weight` where one is given in place of its own."""
+    """`nn.Embedding`, micro-batch by micro-batch, of `weight` where one is given in place of its own."""
 
-    def forward(self, input: Slices, weight: Slices | None = None) -> Slices:
-        return over_slices(F.embedding, input, self.weight if weight is None else weight)
+    def forward(self, input: MicroBatches, weight: MicroBatches | None = None) -> MicroBatches:
+        return over_micro_batches(F.embedding, input, self.weight if weight is None else weight)
 
 
 class Head(Linear):
     """The projection on the vocabulary, see `run_head`."""
 
-    def forward(self, input: Slices, labels: Slices | None = None, keep_logits: bool = True) -> Slices:
+    def forward(
+        self, input: MicroBatches, labels: MicroBatches | None = None, keep_logits: bool = True
+    ) -> MicroBatches:
         return run_head(input, self.weight, labels, keep_logits)
 
 
@@ -60,8 +62,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Slices) -> Slices:
-        return over_slices(self._normalize, x)
+    def forward(self, x: MicroBatches) -> MicroBatches:
+        return over_micro_batches(self._normalize, x)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -135,8 +137,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Slices, rope: torch.Tensor, mask: Slices | None) -> Slices:
-        return over_slices(self._forward, x, rope, mask)
+    def forward(self, x: MicroBatches, rope: torch.Tensor, mask: MicroBatches | None) -> MicroBatches:
+        return over_micro_batches(self._forward, x, rope, mask)
 
     def _forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -195,11 +197,11 @@ class Llama(nn.Module):
 
     def forward(
         self,
-        input_ids: Slices,
-        document_ids: Slices | None = None,
-        labels: Slices | None = None,
+        input_ids: MicroBatches,
+        document_ids: MicroBatches | None = None,
+        labels: MicroBatches | None = None,
         keep_logits: bool = True,
-    ) -> Slices:
+    ) -> MicroBatches:
         """Logits of the next token, or the summed loss. Lists of micro-batches give the list of theirs.
 
         Args:
@@ -213,16 +215,16 @@ class Llama(nn.Module):
         """
         ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
         rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
-        mask = None if document_ids is None else over_slices(document_mask, document_ids)
-        # A tied weight is used first and last. Under a name of its own each slice adds up both gradients before they
-        # join the other slices', as they do when a slice is a pass of its own.
+        mask = None if document_ids is None else over_micro_batches(document_mask, document_ids)
+        # A tied weight is used first and last. Under a name of its own each micro-batch adds up both gradients before
+        # they join the other micro-batches', as they do when a micro-batch is a pass of its own.
         weight = (
-            over_slices(lambda _: self.embed_tokens.weight.view_as(self.embed_tokens.weight), input_ids)
+            over_micro_batches(lambda _: self.embed_tokens.weight.view_as(self.embed_tokens.weight), input_ids)
             if self.lm_head is None
             else None
         )
         x = self.embed_tokens(input_ids, weight)
-        x = over_slices(lambda part: part.to(self.compute_dtype), x)
+        x = over_micro_batches(lambda part: part.to(self.compute_dtype), x)
         for layer in self.layers:
             x = layer(x, rope, mask)
         x = self.norm(x)
@@ -311,18 +313,18 @@ class Llama(nn.Module):
                 filled(list(parameters.values()))
 
 
-def run_head(x: Slices, weight: Any, labels: Slices | None, keep_logits: bool) -> Slices:
+def run_head(x: MicroBatches, weight: Any, labels: MicroBatches | None, keep_logits: bool) -> MicroBatches:
     """Logits of `x`; or, with `labels`, their summed cross-entropy.
 
     Args:
-        weight: one, or a list of as many as there are slices.
+        weight: one, or a list of as many as there are micro-batches.
         keep_logits: until backward, where there are `labels`; of several micro-batches those of the first, which is the
             last to run forward and the first backward. The others' are computed again.
     """
     if labels is None:
-        return over_slices(lambda part, own: F.linear(part, own.to(part.dtype)), x, weight)
+        return over_micro_batches(lambda part, own: F.linear(part, own.to(part.dtype)), x, weight)
     recompute = not keep_logits if isinstance(x, torch.Tensor) else [not keep_logits, *(True for _ in x[1:])]
-    return over_slices(_loss_sum_or_checkpoint, x, weight, labels, recompute)
+    return over_micro_batches(_loss_sum_or_checkpoint, x, weight, labels, recompute)
 
 
 def _loss_sum_or_checkpoint(

@@ -37,7 +37,7 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Of one layer in one forward pass of this rank; in all micro-batches of a step, where passes are layer-major."""
+    """Of one layer in one forward pass of this rank; in all micro-batches of a step, where micro-batches are fused."""
 
     input_bytes: int
     attention_bytes: int
