@@ -15,7 +15,6 @@ from torch import nn
 
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.listing import job_name
-from windlass.checkpoint.behind import SavesBehind
 from windlass.checkpoint.config import CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
@@ -28,6 +27,7 @@ from windlass.checkpoint.memory.snapshots import LazySnapshots
 from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.pieces import put_groups
+from windlass.checkpoint.pinned_saver import PinnedSaver
 from windlass.errors import ConfigError, CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -127,11 +127,11 @@ class Checkpointer:
                 "keeps snapshots in memory, and state that is offloaded to a disk does not fit there",
                 "set checkpoint=durable or lazy: they pin the files that the state is in instead of copying them",
             )
-        self.behind: SavesBehind | None = None
+        self.pinned_saver: PinnedSaver | None = None
         """Where state is on a disk: what writes checkpoints then, of `durable` as of `lazy`."""
         if uses_disk:
             is_lazy = self.kind == CheckpointKind.lazy
-            self.behind = SavesBehind(self.store, self.objects, mesh, is_lazy)
+            self.pinned_saver = PinnedSaver(self.store, self.objects, mesh, is_lazy)
         self.snapshots: LazySnapshots | None = None
         """The tier in memory, once `open` was called; None without one."""
         self.agents: AgentGroup | None = None
@@ -148,11 +148,11 @@ class Checkpointer:
     @property
     def is_durable_only(self) -> bool:
         """Whether a checkpoint is committed when `snapshot` returns."""
-        return self.kind == CheckpointKind.durable and self.behind is None
+        return self.kind == CheckpointKind.durable and self.pinned_saver is None
 
     @property
     def _has_memory_tier(self) -> bool:
-        return self.kind != CheckpointKind.durable and self.behind is None
+        return self.kind != CheckpointKind.durable and self.pinned_saver is None
 
     def open(self) -> None:
         """Makes the folder, and finds or starts the snapshot agents. Collective; others call it when they need it.
@@ -212,8 +212,8 @@ class Checkpointer:
         persist = step % self.persist_every == 0 or self._is_persist_put_off
         self._is_put_off = self._is_persist_put_off = False
         self.objects.info.pop(KEEP_ALL, None)
-        if self.behind is not None:
-            return self.behind.take(step, self.generation, self.keep)
+        if self.pinned_saver is not None:
+            return self.pinned_saver.take(step, self.generation, self.keep)
         assert self.snapshots is not None
         return self.snapshots.take(step, persist) or self._go_on_without_memory(step)
 
@@ -237,8 +237,8 @@ class Checkpointer:
         Args:
             parameters: those that are about to change; None: all.
         """
-        if self.behind is not None:
-            self.behind.wait_staged()
+        if self.pinned_saver is not None:
+            self.pinned_saver.wait_staged()
         if self.snapshots is not None:
             self.snapshots.wait_staged(parameters)
         if parameters is None and self._resumed is not None and self.agents is not None:
@@ -256,7 +256,7 @@ class Checkpointer:
         checkpoints are written while training waits.
         """
         events, self._last_events = self._last_events, []
-        source = self.snapshots or self.behind
+        source = self.snapshots or self.pinned_saver
         return events + ([] if source is None else source.poll())
 
     def save(self, step: int, *, keep_all: bool = False) -> Location:
@@ -279,9 +279,9 @@ class Checkpointer:
             self.objects.info[KEEP_ALL] = True  # for the agents, which delete by what the checkpoint says
         exists = self.mesh.decide(lambda: step in self.store.steps())
         is_done = exists and step == self.current_step
-        if self.behind is not None:
+        if self.pinned_saver is not None:
             if not is_done:
-                self.behind.save(step, self.generation, 0 if keep_all else self.keep)
+                self.pinned_saver.save(step, self.generation, 0 if keep_all else self.keep)
         elif not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
             self._save_now(step, 0 if keep_all else self.keep)
         self.current_step = step
@@ -314,8 +314,8 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
-        if self.behind is not None:
-            self.behind.close()
+        if self.pinned_saver is not None:
+            self.pinned_saver.close()
         if self.snapshots is not None:
             self.snapshots.close()
             self.snapshots = self.agents = None
@@ -430,14 +430,14 @@ class Checkpointer:
 
     def _finish_saves(self) -> None:
         """Before something else is done to the folder or the objects."""
-        if self.behind is not None:
-            self.behind.finish()
+        if self.pinned_saver is not None:
+            self.pinned_saver.finish()
 
     def _restore_all(self, reader: CheckpointReader) -> None:
         self.wait_staged()
         self.objects.settle()
-        if self.behind is not None:
-            self.behind.forget()
+        if self.pinned_saver is not None:
+            self.pinned_saver.forget()
         try:
             self.mesh.agree(lambda: self.objects.check_compatible(reader))
             self.mesh.agree(lambda: self.objects.read(reader))

@@ -119,7 +119,7 @@ class CheckpointedObjects:
         for name, state in self.optimizers.items():
             objects[name]["numbers"] = state.numbers()
 
-    def that_anything_changes(self) -> dict[str, torch.Tensor]:
+    def clone_ownerless(self) -> dict[str, torch.Tensor]:
         """Copies, by name, of what not only the optimizer's step changes."""
         return {
             piece.fragment.name: piece.tensor.clone()
