@@ -482,7 +482,7 @@ MEMORY = [
     Fault(
         "fence_of_the_lazy_copy_skipped",
         "A snapshot is of one moment: weights wait for its copy.",
-        "windlass/checkpoint/memory/lazy_copy.py",
+        "windlass/checkpoint/snapshot/lazy_copy.py",
         "self._progress.wait_for(lambda: self._is_done)",
         "self._progress.wait_for(lambda: self._copied > 0 or self._is_done)",
         (f"{CHECKPOINT}/test_lazy_copy.py::test_the_snapshots_of_a_training_are_whole[after the backward]",),
@@ -523,7 +523,7 @@ MEMORY = [
     Fault(
         "damaged_memory_not_noticed",
         "A flipped bit in a snapshot is found before it is restored.",
-        "windlass/checkpoint/memory/reader.py",
+        "windlass/checkpoint/snapshot/reader.py",
         "if crc32c(self.files.blocks(number)) != int(self.files.table[number]):",
         "if not self.files.blocks(number):",
         (f"{FAULT}/test_slot_damage.py::test_a_restore_takes_no_damaged_block[3 nodes, 1 parity]",),
@@ -563,7 +563,7 @@ MEMORY = [
     Fault(
         "recovery_chooses_the_oldest",
         "The run goes on from the newest snapshot, never from before the newest commit.",
-        "windlass/checkpoint/memory/plan.py",
+        "windlass/checkpoint/snapshot/plan.py",
         "best = max(usable)",
         "best = min(usable)",
         (f"{CHECKPOINT}/test_recovery_plan.py::test_nothing_newer_would_do",),
@@ -571,7 +571,7 @@ MEMORY = [
     Fault(
         "recovery_mixes_cuts",
         "Parts of a snapshot that were cut otherwise are never put together.",
-        "windlass/checkpoint/memory/plan.py",
+        "windlass/checkpoint/snapshot/plan.py",
         "return _Cut(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)",
         'return _Cut(self.snapshot, self.step, "", self.num_nodes, self.num_parity_shards)',
         (f"{CHECKPOINT}/test_recovery_plan.py::test_parts_that_differ_are_not_put_together",),
@@ -579,7 +579,7 @@ MEMORY = [
     Fault(
         "recovery_accepts_too_few",
         "With more than m nodes lost the run goes on from disk.",
-        "windlass/checkpoint/memory/plan.py",
+        "windlass/checkpoint/snapshot/plan.py",
         "if len(holders) >= cut.num_nodes - cut.num_parity_shards",
         "if len(holders) >= cut.num_nodes - cut.num_parity_shards - 1",
         (f"{CHECKPOINT}/test_recovery_plan.py::test_one_more_is_too_many",),
@@ -603,8 +603,8 @@ MEMORY = [
     Fault(
         "agents_left_behind",
         "A run that ends leaves no snapshot agent and nothing in shared memory.",
-        "windlass/checkpoint/memory/snapshots.py",
-        "        self.memory.end()\n",
+        "windlass/checkpoint/snapshot/saver.py",
+        "        self.coordinator.end()\n",
         "",
         (f"{TRAIN}/test_loop.py::test_weights_wait_for_the_copy_of_a_snapshot",),
     ),
@@ -963,7 +963,7 @@ ELSEWHERE = [
         "full_memory_ends_checkpoints",
         "Where snapshots in memory cannot be taken any more, checkpoints are written as with checkpoint=durable.",
         "windlass/checkpoint/manager.py",
-        "        why = self.snapshots.memory.why_given_up\n",
+        "        why = self.snapshots.coordinator.why_given_up\n",
         "        why = None\n",
         (f"{CHECKPOINT}/test_memory_full.py::test_without_memory_a_run_goes_on_as_durable",),
     ),

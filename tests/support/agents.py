@@ -29,8 +29,8 @@ from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.image import Block, Description, image_bytes, lay_out
-from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
-from windlass.checkpoint.memory.reader import SlotSource, manifest_of, read_parts
+from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.snapshot.reader import SlotSource, manifest_of, read_parts
 from windlass.checksum import crc32c
 
 HEAD_BYTES = 64 << 10

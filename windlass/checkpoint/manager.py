@@ -20,14 +20,14 @@ from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
 from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChunk
-from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
-from windlass.checkpoint.memory.plan import RecoveryPlan
-from windlass.checkpoint.memory.restore import open_snapshot, plan_restore
-from windlass.checkpoint.memory.snapshots import LazySnapshots
-from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.pieces import put_groups
 from windlass.checkpoint.pinned_saver import PinnedSaver
+from windlass.checkpoint.snapshot.agent_clients import AgentClients, MemorySettings
+from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
+from windlass.checkpoint.snapshot.plan import RecoveryPlan
+from windlass.checkpoint.snapshot.restore import open_snapshot, plan_restore
+from windlass.checkpoint.snapshot.saver import SnapshotSaver
 from windlass.errors import ConfigError, CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -132,9 +132,9 @@ class Checkpointer:
         if uses_disk:
             is_lazy = self.kind == CheckpointKind.lazy
             self.pinned_saver = PinnedSaver(self.store, self.objects, mesh, is_lazy)
-        self.snapshots: LazySnapshots | None = None
+        self.snapshots: SnapshotSaver | None = None
         """The tier in memory, once `open` was called; None without one."""
-        self.agents: AgentGroup | None = None
+        self.agents: AgentClients | None = None
         self._last_events: list[dict[str, Any]] = []
         """Of a tier in memory that was given up."""
         self._resumed: SnapshotId | None = None
@@ -151,7 +151,7 @@ class Checkpointer:
         return self.kind == CheckpointKind.durable and self.pinned_saver is None
 
     @property
-    def _has_memory_tier(self) -> bool:
+    def _keeps_snapshots(self) -> bool:
         return self.kind != CheckpointKind.durable and self.pinned_saver is None
 
     def open(self) -> None:
@@ -161,14 +161,14 @@ class Checkpointer:
             RunFolderError: the folder cannot be used, or an agent does not start.
             ConfigError: the ranks cannot keep so much parity.
         """
-        if not self._has_memory_tier or self.snapshots is not None:
+        if not self._keeps_snapshots or self.snapshots is not None:
             return
         self.mesh.decide(self.store.open_for_writing)
         location = resolved(self.store.location)
         job = job_name(location, self.mesh.decide(self.store.job_id))
-        self.agents = AgentGroup(self.mesh, job, self.settings, location, self.keep)
+        self.agents = AgentClients(self.mesh, job, self.settings, location, self.keep)
         self.agents.open()
-        self.snapshots = LazySnapshots(MemoryTier(self.agents), self.objects)
+        self.snapshots = SnapshotSaver(SnapshotCoordinator(self.agents), self.objects)
 
     def due(self, step: int) -> bool:
         is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
@@ -188,7 +188,7 @@ class Checkpointer:
         Raises:
             DoesNotFit: there is not enough on some node.
         """
-        if self._has_memory_tier:
+        if self._keeps_snapshots:
             self._begin_if_new()
             assert self.snapshots is not None
             self.snapshots.reserve(num_more_bytes)
@@ -220,11 +220,11 @@ class Checkpointer:
     def _go_on_without_memory(self, step: int) -> bool:
         """Where the tier in memory is of no use any more: the run goes on as `durable`, from this step. Collective."""
         assert self.snapshots is not None
-        why = self.snapshots.memory.why_given_up
+        why = self.snapshots.coordinator.why_given_up
         if why is None:
             return False
         self._last_events = [*self.snapshots.poll(), {"kind": "memory_given_up", "step": step, "reason": why}]
-        self.snapshots.memory.end()
+        self.snapshots.coordinator.end()
         self.snapshots = self.agents = self._resumed = None
         self.kind = CheckpointKind.durable
         self.save(step)

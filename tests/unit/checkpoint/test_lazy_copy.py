@@ -20,9 +20,9 @@ from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.image import Block, image_bytes, lay_out
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.memory import lazy_copy
-from windlass.checkpoint.memory.lazy_copy import Copy, Piece, pieces_of
-from windlass.checkpoint.memory.reader import CheckedBlocks, read_parts
+from windlass.checkpoint.snapshot import lazy_copy
+from windlass.checkpoint.snapshot.lazy_copy import Copy, Piece, pieces_of
+from windlass.checkpoint.snapshot.reader import CheckedBlocks, read_parts
 from windlass.checksum import crc32c
 from windlass.optim.in_backward import StepInBackward
 from windlass.parallel.mesh import Mesh
@@ -249,7 +249,7 @@ def named_state(training: Training) -> dict[str, torch.Tensor]:
 def snapshot_content(checkpointer: Checkpointer, step: int) -> dict[str, torch.Tensor]:
     """What the slot of a committed step holds, its checksums compared."""
     assert checkpointer.snapshots is not None
-    folder = checkpointer.snapshots.memory.group.folder.path
+    folder = checkpointer.snapshots.coordinator.agents.folder.path
     for path in sorted(folder.glob("*.head")):
         files = SlotFiles(folder, int(path.stem))
         files.open()

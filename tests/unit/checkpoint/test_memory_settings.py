@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from windlass.checkpoint.config import FailureDomain
-from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
+from windlass.checkpoint.snapshot.agent_clients import AgentClients, MemorySettings
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch.main import _end_agents
@@ -43,7 +43,7 @@ def test_more_parity_than_nodes_is_refused_with_what_is_possible(
 ) -> None:
     settings = MemorySettings(num_parity_shards=3, failure_domain=domain, shm_dir=tmp_path)
     with pytest.raises(ConfigError) as raised:
-        AgentGroup(mesh_of(num_ranks, ranks_per_node), "a job", settings, tmp_path, keep=1)
+        AgentClients(mesh_of(num_ranks, ranks_per_node), "a job", settings, tmp_path, keep=1)
     assert f"Fix: {fix}" in str(raised.value)
 
 

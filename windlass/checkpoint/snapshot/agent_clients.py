@@ -23,7 +23,7 @@ from windlass.checkpoint.agent.folder import START_S, AgentFolder
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.config import FailureDomain
 from windlass.checkpoint.durable.storage import Location
-from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, plan_recovery
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -58,7 +58,7 @@ class MemorySettings:
     max_send_bytes_per_s: float | None = None
 
 
-class AgentGroup:
+class AgentClients:
     """Collective unless said otherwise.
 
     Args:

@@ -1,4 +1,4 @@
-"""Snapshots of a run's objects into memory: what is copied, when, and what has come of it."""
+"""Takes snapshots of a run's objects into memory, and hears what has come of them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.durable.stage import block_of
 from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_bytes, lay_out, round_up
-from windlass.checkpoint.memory.lazy_copy import Copy, pieces_of
-from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects
 from windlass.checkpoint.pieces import Piece as ObjectPiece
+from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
+from windlass.checkpoint.snapshot.lazy_copy import Copy, pieces_of
 from windlass.errors import ConfigError
 
 HEAD_BYTES = 64 << 10
@@ -39,11 +39,14 @@ class _Layout:
     """The chunks as JSON."""
 
 
-class LazySnapshots:
-    """One snapshot at a time, of what `objects` hold, into what `memory` gives. Collective unless said otherwise."""
+class SnapshotSaver:
+    """Copies what `objects` hold into the slots that `coordinator` gets, one snapshot at a time.
 
-    def __init__(self, memory: MemoryTier, objects: CheckpointedObjects) -> None:
-        self.memory, self.objects = memory, objects
+    Collective unless said otherwise.
+    """
+
+    def __init__(self, coordinator: SnapshotCoordinator, objects: CheckpointedObjects) -> None:
+        self.coordinator, self.objects, self.mesh = coordinator, objects, coordinator.agents.mesh
         self._copy: Copy | None = None
         self._head_bytes = HEAD_BYTES
         self._layout = _Layout([], [], "[]")
@@ -54,13 +57,14 @@ class LazySnapshots:
         self._persisting: set[int] = set()
         self._outcomes: dict[int, str] = {}  # of those that were last to be made durable
         self._events: list[dict[str, Any]] = []
-        before = memory.group.statuses[memory.group.node]["events"]  # told to trainers that are no more
+        before = coordinator.agents.statuses[coordinator.agents.node]["events"]  # told to trainers that are no more
         self._newest_event = before[-1]["number"] if before else 0
 
     def reserve(self, num_more_bytes: int) -> None:
         pieces, chunks, head = self._describe()
         del pieces
-        self.memory.reserve(self._head_bytes + image_bytes(chunks) + round_up(num_more_bytes, HEAD_BYTES) + len(head))
+        more_bytes = round_up(num_more_bytes, HEAD_BYTES)
+        self.coordinator.reserve(self._head_bytes + image_bytes(chunks) + more_bytes + len(head))
 
     def take(self, step: int, persist: bool) -> bool:
         """Begins a snapshot of `step`; False if the one before is not done.
@@ -78,7 +82,7 @@ class LazySnapshots:
         self.wait_staged()
         self.objects.settle()
         pieces, chunks, head = self._describe()
-        target = self.memory.begin(step, self._head_bytes + image_bytes(chunks), persist)
+        target = self.coordinator.begin(step, self._head_bytes + image_bytes(chunks), persist)
         if target is None:
             return False
         self._taken, self._is_in_flight, self._owes_persist = (step, target.persist), True, False
@@ -108,7 +112,7 @@ class LazySnapshots:
         if self._layout.shape != shape:
             chunks = lay_out(block_of(part) for part in fragments)
             self._layout = _Layout(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
-        rank = self.memory.group.mesh.rank
+        rank = self.mesh.rank
         objects = self.objects.json_state() if rank == 0 else {}
         head = describe(rank, self._layout.text, objects)
         while len(head) > self._head_bytes:
@@ -129,9 +133,9 @@ class LazySnapshots:
     def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
         """In the copying thread."""
         if error is None:
-            self.memory.copied(snapshot, checksums)
+            self.coordinator.copied(snapshot, checksums)
         else:
-            self.memory.give_up(snapshot, f"{type(error).__name__}: {error}")
+            self.coordinator.give_up(snapshot, f"{type(error).__name__}: {error}")
 
     def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Returns when `parameters` and their state may change; all for None. Not collective."""
@@ -150,11 +154,11 @@ class LazySnapshots:
         """Asks the agent, if there is something to be heard."""
         if not (self._is_in_flight or self._persisting):
             return
-        for event in self.memory.events(self._newest_event):
+        for event in self.coordinator.events(self._newest_event):
             self._newest_event = event.pop("number")
             kind = event["kind"]
             if kind in ("snapshot_committed", "snapshot_given_up"):
-                self.memory.count(is_failure=kind == "snapshot_given_up")
+                self.coordinator.count(is_failure=kind == "snapshot_given_up")
                 if event["step"] == self._newest_step:
                     self._is_in_flight = False
             if kind == "snapshot_given_up":
@@ -173,12 +177,12 @@ class LazySnapshots:
         if self._taken != (step, True):
             deadline = time.monotonic() + FREE_S
             while not self._begin(step, persist=True):
-                if self.memory.why_given_up or self.memory.group.mesh.decide(lambda: time.monotonic() > deadline):
+                if self.coordinator.why_given_up or self.mesh.decide(lambda: time.monotonic() > deadline):
                     return False
                 time.sleep(POLL_S)
         while True:
-            outcome = self.memory.group.mesh.decide(lambda: self._wait_for(step))
-            if outcome is not None or self.memory.reopen_if_lost():
+            outcome = self.mesh.decide(lambda: self._wait_for(step))
+            if outcome is not None or self.coordinator.reopen_if_lost():
                 self._taken = None
                 return outcome == "persisted"
 
@@ -196,17 +200,17 @@ class LazySnapshots:
         """Waits for what is under way, and ends the agents."""
         self.wait_staged()
         deadline = time.monotonic() + FREE_S
-        while not self.memory.group.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
-            self.memory.reopen_if_lost()
-            if self.memory.why_given_up:
+        while not self.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
+            self.coordinator.reopen_if_lost()
+            if self.coordinator.why_given_up:
                 break
-        self.memory.group.mesh.barrier()
-        self.memory.end()
+        self.mesh.barrier()
+        self.coordinator.end()
 
     def _is_idle(self) -> bool:
         deadline = time.monotonic() + DECIDE_S
         while time.monotonic() < deadline:
-            if self.memory.is_idle():
+            if self.coordinator.is_idle():
                 return True
             time.sleep(POLL_S)
         return False
