@@ -97,7 +97,7 @@ EXACTNESS = [
         "windlass/models/llama.py",
         "return same.tril()",
         "return (same | True).tril()",
-        (f"{TRAIN}/test_model.py::test_a_masked_document_is_as_if_alone",),
+        (f"{UNIT}/models/test_llama.py::test_a_masked_document_is_as_if_alone",),
     ),
     Fault(
         "labels_across_documents",
@@ -105,7 +105,7 @@ EXACTNESS = [
         "windlass/data/loader.py",
         "if borders != Borders.none:",
         "if borders == Borders.attention:",
-        (f"{TRAIN}/data/test_data_loader.py::test_labels_across_borders",),
+        (f"{UNIT}/data/test_data_loader.py::test_labels_across_borders",),
     ),
 ]
 
@@ -234,7 +234,7 @@ DATA = [
         "windlass/data/loader.py",
         "        self.close()\n        self._cursor = cursor\n",
         "        self.close()\n        self._cursor = max(self._cursor, cursor % self.num_samples)\n",
-        (f"{TRAIN}/data/test_data_loader.py::test_resuming_gives_what_would_have_come",),
+        (f"{UNIT}/data/test_data_loader.py::test_resuming_gives_what_would_have_come",),
     ),
     Fault(
         "ranks_share_samples",
@@ -242,7 +242,7 @@ DATA = [
         "windlass/data/loader.py",
         "own = self._rank * self._batch_size + np.arange",
         "own = self._rank + np.arange",
-        (f"{TRAIN}/data/test_data_loader.py::test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch",),
+        (f"{UNIT}/data/test_data_loader.py::test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch",),
     ),
     Fault(
         "order_has_a_sample_twice",
@@ -250,7 +250,7 @@ DATA = [
         "windlass/data/permutation.py",
         "        outside = outside[walked >= size]\n",
         "        values[outside] %= np.uint64(size)\n        outside = outside[:0]\n",
-        (f"{TRAIN}/data/test_data_permutation.py::test_every_position_once",),
+        (f"{UNIT}/data/test_data_permutation.py::test_every_position_once",),
     ),
     Fault(
         "preparation_resumes_with_a_torn_shard",
@@ -258,7 +258,7 @@ DATA = [
         "windlass/data/prepare.py",
         "return result if are_whole and result.unit == fingerprint else None",
         "return result if are_whole or result.unit == fingerprint else None",
-        (f"{TRAIN}/data/test_data_prepare.py::test_a_unit_whose_shard_is_cut_off_is_done_again",),
+        (f"{UNIT}/data/test_data_prepare.py::test_a_unit_whose_shard_is_cut_off_is_done_again",),
     ),
     Fault(
         "preparation_takes_anothers_unit",
@@ -266,7 +266,7 @@ DATA = [
         "windlass/data/prepare.py",
         "return result if are_whole and result.unit == fingerprint else None",
         "return result if are_whole else None",
-        (f"{TRAIN}/data/test_data_prepare.py::test_a_unit_that_is_of_other_text_is_done_again",),
+        (f"{UNIT}/data/test_data_prepare.py::test_a_unit_that_is_of_other_text_is_done_again",),
     ),
     Fault(
         "texts_of_equal_names_share_tokens",
@@ -274,7 +274,7 @@ DATA = [
         "windlass/data/sources.py",
         "status.st_mtime_ns, status.st_ino, status.st_ctime_ns)",
         "status.st_mtime_ns)",
-        (f"{TRAIN}/data/test_data_prepare.py::test_files_that_differ_in_content_alone_share_no_cache",),
+        (f"{UNIT}/data/test_data_prepare.py::test_files_that_differ_in_content_alone_share_no_cache",),
     ),
     Fault(
         "dropped_characters_unsaid",
@@ -282,7 +282,7 @@ DATA = [
         "windlass/data/tokenizer.py",
         "tally.dropped_characters += num_dropped",
         "tally.dropped_characters += 0",
-        (f"{TRAIN}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
+        (f"{UNIT}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
     ),
     Fault(
         "documents_without_tokens_kept",
@@ -290,7 +290,7 @@ DATA = [
         "windlass/data/shard_writer.py",
         "                    tally.tokenless_documents += 1\n                    continue\n",
         "                    tally.tokenless_documents += 1\n",
-        (f"{TRAIN}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
+        (f"{UNIT}/data/test_data_prepare.py::test_what_becomes_of_text_is_counted",),
     ),
     Fault(
         "windows_line_ends_taken_for_text",
@@ -298,7 +298,7 @@ DATA = [
         "windlass/data/documents.py",
         "and windows in record:",
         "and False:",
-        (f"{TRAIN}/data/test_data_packed.py::test_separators_with_the_line_ends_of_windows",),
+        (f"{UNIT}/data/test_data_packed.py::test_separators_with_the_line_ends_of_windows",),
     ),
     Fault(
         "offsets_of_a_shard_believed",
@@ -306,7 +306,7 @@ DATA = [
         "windlass/data/shards.py",
         "record_batch.validate(full=True)",
         "record_batch.validate()",
-        (f"{TRAIN}/data/test_data_shards.py::test_a_document_that_starts_elsewhere",),
+        (f"{UNIT}/data/test_data_shards.py::test_a_document_that_starts_elsewhere",),
     ),
     Fault(
         "token_of_another_vocabulary",
@@ -314,7 +314,7 @@ DATA = [
         "windlass/data/loader.py",
         "if highest > dataset.max_token_id:",
         "if highest < 0:",
-        (f"{TRAIN}/data/test_data_shards.py::test_a_flipped_bit_that_makes_a_token_of_another_vocabulary",),
+        (f"{UNIT}/data/test_data_shards.py::test_a_flipped_bit_that_makes_a_token_of_another_vocabulary",),
     ),
     Fault(
         "another_tokenizer_kept",
@@ -322,7 +322,7 @@ DATA = [
         "windlass/data/kept_tokenizer.py",
         "if fingerprint_of(content, info.eos_id) != info.fingerprint:",
         "if not content:",
-        (f"{TRAIN}/test_exchange.py::test_a_tokenizer_that_did_not_make_the_tokens_is_not_kept",),
+        (f"{UNIT}/exchange/test_convert.py::test_a_tokenizer_that_did_not_make_the_tokens_is_not_kept",),
     ),
     Fault(
         "untied_head_dropped",
@@ -330,7 +330,7 @@ DATA = [
         "windlass/exchange/convert.py",
         "        _check_head(folder, names[EMBEDDING], names.pop(HEAD))\n",
         "        names.pop(HEAD)\n",
-        (f"{TRAIN}/test_exchange.py::test_a_head_beside_a_tied_embedding",),
+        (f"{UNIT}/exchange/test_convert.py::test_a_head_beside_a_tied_embedding",),
     ),
 ]
 
@@ -769,7 +769,7 @@ RUNS = [
         "windlass/observe/watchdog.py",
         "return self._timeout_s or max(LEAST_TIMEOUT_S,",
         "return max(self._timeout_s or LEAST_TIMEOUT_S,",
-        (f"{TRAIN}/test_watchdog.py::test_how_long_a_step_may_take",),
+        (f"{UNIT}/observe/test_watchdog.py::test_how_long_a_step_may_take",),
     ),
     Fault(
         "hang_names_those_that_wait",
@@ -777,7 +777,7 @@ RUNS = [
         "windlass/observe/watchdog.py",
         "if not place.is_waiting]",
         "if place.is_waiting]",
-        (f"{TRAIN}/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
+        (f"{UNIT}/observe/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
     ),
     Fault(
         "straggler_not_named",
@@ -785,7 +785,7 @@ RUNS = [
         "windlass/observe/stragglers.py",
         "median_s = statistics.median_low(work_s)",
         "median_s = statistics.median_high(work_s)",
-        (f"{TRAIN}/test_stragglers.py",),
+        (f"{UNIT}/observe/test_stragglers.py",),
     ),
     Fault(
         "another_rank_named",
@@ -892,7 +892,7 @@ ELSEWHERE = [
         "windlass/exchange/huggingface.py",
         "tensor = weight.read().to(weight.dtype).contiguous()",
         "tensor = weight.read().to(torch.bfloat16).to(weight.dtype).contiguous()",
-        (f"{CHECKPOINT}/test_huggingface.py::test_what_is_written_is_read_back",),
+        (f"{UNIT}/exchange/test_huggingface.py::test_what_is_written_is_read_back",),
     ),
     Fault(
         "export_writes_another_tensor",
@@ -900,7 +900,7 @@ ELSEWHERE = [
         "windlass/exchange/huggingface.py",
         "        for weight in weights:\n            tensor",
         "        for weight in sorted(weights, key=lambda weight: weight.shape):\n            tensor",
-        (f"{CHECKPOINT}/test_huggingface.py::test_the_safetensors_library_reads_the_shards_to_the_bit",),
+        (f"{UNIT}/exchange/test_huggingface.py::test_the_safetensors_library_reads_the_shards_to_the_bit",),
     ),
     Fault(
         "import_looks_names_up",
@@ -909,7 +909,7 @@ ELSEWHERE = [
         "(module, name) not in self.admitted:\n",
         "(module, name) not in self.admitted:\n"
         "            return self.stack.append(getattr(__import__(module, fromlist=['x']), name))\n",
-        (f"{CHECKPOINT}/test_dcp.py::test_nothing_that_metadata_names_is_run",),
+        (f"{UNIT}/exchange/test_dcp.py::test_nothing_that_metadata_names_is_run",),
     ),
     Fault(
         "parts_may_overlap",
@@ -981,7 +981,7 @@ ELSEWHERE = [
         "windlass/exchange/dcp.py",
         "            _check_archive(stream)\n",
         "",
-        (f"{CHECKPOINT}/test_plain_pickle.py::test_streams_are_no_longer_than_they_say",),
+        (f"{UNIT}/exchange/test_plain_pickle.py::test_streams_are_no_longer_than_they_say",),
     ),
     Fault(
         "a_log_that_is_a_link_is_written",
@@ -997,7 +997,7 @@ ELSEWHERE = [
         "windlass/observe/metrics_reader.py",
         "            num_unreadable += 1\n",
         "            continue\n",
-        (f"{TRAIN}/test_metrics_reader.py::test_what_is_no_line_at_all_is_counted_too",),
+        (f"{UNIT}/observe/test_metrics_reader.py::test_what_is_no_line_at_all_is_counted_too",),
     ),
 ]
 
