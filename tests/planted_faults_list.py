@@ -631,8 +631,8 @@ RUNS = [
         "skipped_steps_not_counted_on",
         "The count of skipped steps in a row survives a stop.",
         "windlass/train/build.py",
-        'state.get("skipped_in_a_row", 0)',
-        "0",
+        "vars(self).update(vars(before))",
+        'vars(self).update(vars(before) | {"skipped_in_a_row": 0})',
         (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on",),
     ),
     Fault(

@@ -143,7 +143,7 @@ class Checkpointer:
         self.current_step: int | None = None
         """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
-        """Which life of the run this is: older ones may write no more."""
+        """Which attempt of the run this is: older ones may write no more."""
 
     @property
     def is_durable_only(self) -> bool:
@@ -320,7 +320,7 @@ class Checkpointer:
             self.snapshots.close()
             self.snapshots = self.agents = None
 
-    # --- Lives. ---
+    # --- Attempts. ---
 
     def _begin_if_new(self) -> None:
         if self.generation == 0:
@@ -328,7 +328,7 @@ class Checkpointer:
             self._begin(None)
 
     def _begin(self, plan: RecoveryPlan | None) -> None:
-        """Begins a life of the run: whoever writes for an older one is refused from now on."""
+        """Begins an attempt of the run: whoever writes for an older one is refused from now on."""
         in_memory = 0 if self.agents is None else self.agents.newest_generation()
         self.generation = 1 + max(in_memory, self.mesh.decide(self.store.generation))
         self.mesh.decide(lambda: self.store.fence(self.generation))
@@ -356,7 +356,7 @@ class Checkpointer:
         if agents is None or self.snapshots is None:
             return None
         self.snapshots.wait_staged()
-        agents.refresh()  # this life may have taken snapshots, too
+        agents.refresh()  # this attempt may have taken snapshots, too
         durable_step = self.mesh.decide(self.store.latest_step)
         while (plan := plan_restore(agents)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)

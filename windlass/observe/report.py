@@ -84,19 +84,19 @@ class Run:
         return next((event[key] for event in reversed(self.starts) if event.get(key) is not None), None)
 
     def restart_steps(self) -> list[int]:
-        """Steps at which a later life, or a recovery within one, went on."""
+        """Steps at which a later attempt, or a recovery within one, went on."""
         again = [event for event in self.starts if event.get("step")] + self.of_kind("recovered")
         return sorted({event["step"] for event in again if event.get("step") is not None})
 
     def wall_s(self) -> float | None:
-        """Seconds between the first and the last sign of each life, added up; None without any time."""
+        """Seconds between the first and the last sign of each attempt, added up; None without any time."""
         signs = [(event["time"], event.get("kind") or "") for event in self.events if "time" in event]
         signs = sorted(signs + [(record["time"], "") for record in self.records if "time" in record])
         if len(signs) < 2:
             return None
         idle = 0.0
         for i in [i for i, (_, kind) in enumerate(signs) if kind == "start"]:
-            first = i  # the events that come with a new life, some from its launcher as the old one ends
+            first = i  # the events that come with a new attempt, some from its launcher as the old one ends
             while first > 0 and signs[first - 1][1] in _BETWEEN_LIVES:
                 first -= 1
             if first > 0:

@@ -232,8 +232,8 @@ PLOTS = [
         "timeline",
         "Timeline",
         "Steps over time. Behind them the snapshots: their copy, parity and agreement, and the way to disk; faint "
-        "where they take little of the time. Bands reach from the last sign of a life to the start of the next, and "
-        "say where that went on, how many steps and nodes were lost, and how long it took.",
+        "where they take little of the time. Bands reach from the last sign of an attempt to the start of the next, "
+        "and say where that went on, how many steps and nodes were lost, and how long it took.",
         3.5,
         draw_timeline,
     ),

@@ -47,7 +47,7 @@ LONGEST_STEPS = 10
 LEAST_TIMEOUT_S = 120.0
 """but so long at least."""
 FIRST_STEP_S = 600.0
-"""The first step of a life compiles, and measures, and makes the optimizer's state."""
+"""The first step of an attempt compiles, and measures, and makes the optimizer's state."""
 LOOK_S = 1.0
 """Between two looks at the heartbeat and for an alarm, at most; a tenth of a shorter timeout."""
 LAST_WORDS_S = 1.0
@@ -138,14 +138,14 @@ class Findings:
 
 
 class AlarmBell:
-    """How the ranks of a life hear of an alarm and answer it: keys of the store on which they have met.
+    """How the ranks of an attempt hear of an alarm and answer it: keys of the store on which they have met.
 
     A connection of its own, as the process group may be waiting on its one. Making it is collective.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        life = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many lives
+        attempt = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many attempts
         self._store: dist.Store | None = None
         if mesh.world_size > 1:
             if mesh.connect is not None:
@@ -153,7 +153,7 @@ class AlarmBell:
             else:
                 host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                 store = dist.TCPStore(host, port, None, False, timedelta(seconds=STORE_S), wait_for_workers=False)
-            self._store = dist.PrefixStore(f"windlass/hang-{life}", store)
+            self._store = dist.PrefixStore(f"windlass/hang-{attempt}", store)
 
     def _try(self, ask: Callable[[dist.Store], Result], otherwise: Result) -> Result:
         """What `ask` returns; `otherwise` from when on there is no store: its node is lost, and the job soon is."""

@@ -37,7 +37,7 @@ STEP_FOLDER = re.compile(r"step-([0-9]{8,16})")
 RUN = re.compile(r"[0-9a-f]{16}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_COUNT = 10**15
-"""Of steps, lives, ranks and bytes of a chunk."""
+"""Of steps, attempts, ranks and bytes of a chunk."""
 MAX_TIME = 250_000_000_000.0
 """Unix seconds of the year 9892: `time.localtime` takes no year of five digits."""
 

@@ -339,7 +339,7 @@ class DurableStore:
             return False
 
     def generation(self) -> int:
-        """The newest life of the run that has begun; 0 before the first."""
+        """The newest attempt of the run that has begun; 0 before the first."""
         with self._disk_errors():
             return self._fenced_generation()
 

@@ -62,7 +62,7 @@ class AgentClients:
     """Collective unless said otherwise.
 
     Args:
-        job: what names the job, alike on all nodes and in every life of it.
+        job: what names the job, alike on all nodes and in every attempt of it.
         store: where agents write what is to be durable, and `keep` of how many checkpoints.
     """
 

@@ -1,4 +1,4 @@
-"""What each rank of `recovery.py` runs: a life from its start, over the restore and its parts, to the kill."""
+"""What each rank of `recovery.py` runs: an attempt from its start, over the restore and its parts, to the kill."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass
 class Recovery:
-    """How one rank of a new life went on."""
+    """How one rank of a new attempt went on."""
 
     source: str | None
     """None: there was nothing to go on from."""
