@@ -775,8 +775,8 @@ RUNS = [
         "hang_names_those_that_wait",
         "Of ranks that make no step any more those are named that hang, and not those that wait for them.",
         "windlass/observe/watchdog.py",
-        "if not place.is_waiting]",
-        "if place.is_waiting]",
+        "if not status.is_waiting]",
+        "if status.is_waiting]",
         (f"{UNIT}/observe/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
     ),
     Fault(

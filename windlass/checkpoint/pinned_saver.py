@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from windlass.checkpoint.durable.chunk_file import preamble_of_length
-from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.durable.stage import spec_of
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import Entry
 from windlass.checkpoint.objects import CheckpointedObjects
@@ -264,7 +264,7 @@ def pinned(group: PieceGroup) -> tuple[Pin, tuple[Entry, ...]] | None:
         return None
     file = group.in_file.file
     found = zip(group.pieces, group.in_file.begins, strict=True)
-    entries = sorted((Entry(block_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
+    entries = sorted((Entry(spec_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
     header = preamble_of_length(entries, file.file_bytes - file.header_bytes, file.header_bytes)
     if header is None:
         return None  # so many small tensors that their names do not fit

@@ -131,7 +131,7 @@ class DcpFolder:
         whole = empty_on_host(stored.shape, stored.dtype, name)
         for part in stored.parts:
             num_bytes = math.prod(part.shape) * stored.dtype.itemsize
-            loaded = self._load(name, part.place, 2 * num_bytes + MORE_BYTES)
+            loaded = self._load(name, part.byte_range, 2 * num_bytes + MORE_BYTES)
             if not _is_plain_tensor(loaded) or loaded.shape != part.shape or loaded.dtype != stored.dtype:
                 raise damaged(self.folder, f"a part of {name} is not what the table of contents says")
             block = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))

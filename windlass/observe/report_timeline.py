@@ -19,7 +19,7 @@ from windlass.observe.console import duration
 from windlass.text import printable
 
 if TYPE_CHECKING:
-    from windlass.observe.report import Run
+    from windlass.observe.report import RunHistory
     from windlass.observe.report_plots import Theme
 
 NUM_BINS = 400
@@ -82,7 +82,7 @@ class _Sign:
     event: dict[str, Any]
 
 
-def attempts(run: Run) -> tuple[list[Attempt], list[Pause]]:
+def attempts(run: RunHistory) -> tuple[list[Attempt], list[Pause]]:
     """The attempts of a run and what was between them."""
     signs = sorted(
         [_Sign(time, _LINE, step, {}) for time, step in run.progress]
@@ -135,7 +135,7 @@ def _count(lost_nodes: Any) -> int:
     return len(lost_nodes) if isinstance(lost_nodes, list) else int(lost_nodes or 0)
 
 
-def lanes(run: Run) -> dict[str, list[Bar]]:
+def lanes(run: RunHistory) -> dict[str, list[Bar]]:
     """What snapshots took: the copy, then parity and agreement, and the way to disk; those of which there is any."""
     found: dict[str, list[Bar]] = {lane: [] for lane in _LANES}
     for event in run.of_kind("snapshot_committed", "persisted"):
@@ -188,7 +188,7 @@ def without_long_pauses(pauses: Sequence[Pause], begin: float, end: float) -> tu
 # --- Drawing. ---
 
 
-def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
+def draw_timeline(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     times = [event["time"] for event in run.events if "time" in event and "kind" in event]
     if not times:
         return False
@@ -226,7 +226,7 @@ def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
     return True
 
 
-def _marks(run: Run) -> dict[str, list[dict[str, Any]]]:
+def _marks(run: RunHistory) -> dict[str, list[dict[str, Any]]]:
     """By kind, the events that are moments, known ones first."""
     others = {event["kind"] for event in run.events if "kind" in event}
     drawn = {*BOUNDARY_KINDS, "snapshot_committed", "persisted", *_MARKS}

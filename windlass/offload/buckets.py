@@ -52,7 +52,7 @@ class Slot:
         return with_local(self.like, local)
 
 
-class Layout:
+class SlotTable:
     """Where the state tensors of a bucket lie: wide dtypes first, so that all are aligned without a gap between them;
     then by key, so that what several parameters have of one kind is one piece of memory.
 
@@ -73,14 +73,14 @@ class Layout:
                 self.slots.append(Slot(parameter, key, on_meta(value), end))
                 end = self.slots[-1].end
         self.num_bytes = end
-        self._by_place = {(id(slot.parameter), slot.key): slot for slot in self.slots}
+        self._by_key = {(id(slot.parameter), slot.key): slot for slot in self.slots}
 
     def slot(self, parameter: Tensor, key: str) -> Slot | None:
-        return self._by_place.get((id(parameter), key))
+        return self._by_key.get((id(parameter), key))
 
     def holds(self, state: Iterable[tuple[Tensor, dict[str, Any]]]) -> bool:
         """Whether there is a place for each tensor of `state`; some of them may be missing."""
-        for other in Layout(state).slots:
+        for other in SlotTable(state).slots:
             slot = self.slot(other.parameter, other.key)
             if slot is None or (slot.like.shape, slot.like.dtype) != (other.like.shape, other.like.dtype):
                 return False

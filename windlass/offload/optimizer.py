@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_stowed, on_meta
+from windlass.offload.buckets import RESIDENT_NUMEL, SlotTable, divide, is_stowed, on_meta
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import give_back_free_memory
@@ -170,7 +170,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if not self._is_reserved:
             states = {bucket: self._first_state(bucket) for bucket in self._buckets}
             for bucket, state in states.items():
-                bucket.layout = Layout(state)
+                bucket.slot_table = SlotTable(state)
             self.store.place(
                 self.folder, self.max_device_bytes, self.max_host_bytes, self.buffer_bytes, self._num_versions
             )
@@ -179,7 +179,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if any(parameter in self.state for parameter, _ in state):
                     self.store.stow(bucket)
             self.give_back_free_memory()
-        return sum(bucket.layout.num_bytes for bucket in self._buckets)
+        return sum(bucket.slot_table.num_bytes for bucket in self._buckets)
 
     def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""

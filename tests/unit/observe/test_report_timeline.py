@@ -10,7 +10,7 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from windlass.observe.report import Run
+from windlass.observe.report import RunHistory
 from windlass.observe.report_plots import LIGHT, _png
 from windlass.observe.report_timeline import (
     NUM_BINS,
@@ -30,12 +30,12 @@ def event(time: float, kind: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"time": T0 + time, "kind": kind, "step": step, **fields}
 
 
-def run_of(events: list[dict[str, Any]], progress: list[tuple[float, int]]) -> Run:
+def run_of(events: list[dict[str, Any]], progress: list[tuple[float, int]]) -> RunHistory:
     records = [{"step": step, "train/loss": 1.0, "time": T0 + time} for time, step in progress]
-    return Run("a run", records, events, [(T0 + time, step) for time, step in progress], [], None)
+    return RunHistory("a run", records, events, [(T0 + time, step) for time, step in progress], [], None)
 
 
-def killed_run(steps: int = 20, every: int = 2, num_kills: int = 1, log_every: int = 1) -> Run:
+def killed_run(steps: int = 20, every: int = 2, num_kills: int = 1, log_every: int = 1) -> RunHistory:
     """Attempts of `steps` steps of a second, each killed half a second after its last one; the next is up 5 s later."""
     events, progress, now, step = [event(0, "start", 0)], [], 0.0, 0
     for attempt in range(num_kills + 1):

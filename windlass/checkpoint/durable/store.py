@@ -463,9 +463,9 @@ def _index(written: Sequence[WrittenChunk]) -> tuple[dict[str, StoredTensor], di
     tensors: dict[str, StoredTensor] = {}
     for chunk in written:
         for entry in chunk.entries:
-            block = entry.block
-            tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+            spec = entry.spec
+            tensor = tensors.setdefault(spec.name, StoredTensor(spec.global_shape, spec.dtype))
             tensor.fragments.append(
-                StoredFragment(chunk.sha256, block.name, entry.begin, entry.end, block.offset, block.shape)
+                StoredFragment(chunk.sha256, spec.name, entry.begin, entry.end, spec.offset, spec.shape)
             )
     return tensors, {chunk.sha256: chunk.size for chunk in written}

@@ -152,12 +152,10 @@ def manifest_of(step: int, generation: int, world_size: int, parts: list[Part]) 
         objects |= part.objects
         for chunk in part.chunks:
             for entry in chunk.entries:
-                block = entry.block
-                tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+                spec = entry.spec
+                tensor = tensors.setdefault(spec.name, StoredTensor(spec.global_shape, spec.dtype))
                 begin = part.begin + entry.begin
                 tensor.fragments.append(
-                    StoredFragment(
-                        str(part.position), block.name, begin, begin + block.nbytes, block.offset, block.shape
-                    )
+                    StoredFragment(str(part.position), spec.name, begin, begin + spec.nbytes, spec.offset, spec.shape)
                 )
     return Manifest(step, generation, world_size, time.time(), objects, tensors, {})

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.durable.stage import spec_of
 from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_bytes, lay_out, round_up
 from windlass.checkpoint.objects import CheckpointedObjects
-from windlass.checkpoint.pieces import Piece as ObjectPiece
+from windlass.checkpoint.pieces import Piece
 from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
-from windlass.checkpoint.snapshot.lazy_copy import Copy, pieces_of
+from windlass.checkpoint.snapshot.lazy_copy import Copy, copy_items
 from windlass.errors import ConfigError
 
 HEAD_BYTES = 64 << 10
@@ -30,8 +30,8 @@ DECIDE_S = 5.0
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Of an image: the same from one snapshot to the next, until an optimizer makes its state."""
+class _ImageChunks:
+    """The chunks of an image: the same from one snapshot to the next, until an optimizer makes its state."""
 
     shape: list[tuple[Any, ...]]
     chunks: list[Chunk]
@@ -49,7 +49,7 @@ class SnapshotSaver:
         self.coordinator, self.objects, self.mesh = coordinator, objects, coordinator.agents.mesh
         self._copy: Copy | None = None
         self._head_bytes = HEAD_BYTES
-        self._layout = _Layout([], [], "[]")
+        self._image = _ImageChunks([], [], "[]")
         self._owes_persist = False
         self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
         self._is_in_flight = False
@@ -102,24 +102,24 @@ class SnapshotSaver:
             self._copied(target.snapshot, checksums, error)
 
         owners = _ends(pieces, chunks, image)
-        self._copy = Copy(target.region, head, pieces_of(chunks, image, tensors), owners, finished)
+        self._copy = Copy(target.region, head, copy_items(chunks, image, tensors), owners, finished)
         return True
 
-    def _describe(self) -> tuple[list[ObjectPiece], list[Chunk], bytes]:
+    def _describe(self) -> tuple[list[Piece], list[Chunk], bytes]:
         pieces = self._pieces()
         fragments = [piece.fragment for piece in pieces]
         shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
-        if self._layout.shape != shape:
-            chunks = lay_out(block_of(part) for part in fragments)
-            self._layout = _Layout(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
+        if self._image.shape != shape:
+            chunks = lay_out(spec_of(part) for part in fragments)
+            self._image = _ImageChunks(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
         rank = self.mesh.rank
         objects = self.objects.json_state() if rank == 0 else {}
-        head = describe(rank, self._layout.text, objects)
+        head = describe(rank, self._image.text, objects)
         while len(head) > self._head_bytes:
             self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
-        return pieces, self._layout.chunks, head
+        return pieces, self._image.chunks, head
 
-    def _pieces(self) -> list[ObjectPiece]:
+    def _pieces(self) -> list[Piece]:
         groups = list(self.objects.groups())
         if any(group.load is not None for group in groups):
             raise ConfigError(
@@ -216,9 +216,9 @@ class SnapshotSaver:
         return False
 
 
-def _ends(pieces: list[ObjectPiece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
+def _ends(pieces: list[Piece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
     """By a parameter's `id`, where in the region the last byte of it and of its state is."""
-    ends = {entry.block.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
+    ends = {entry.spec.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
     owners: dict[int, int] = {}
     for piece in pieces:
         if piece.owner is not None:
