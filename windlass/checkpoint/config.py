@@ -30,7 +30,7 @@ snapshots, and what is sent between ranks for their parity."""
 
 
 class FailureDomain(StrEnum):
-    """What is lost together: parity is kept elsewhere. `rank` protects ranks of one machine from each other."""
+    """The unit that is lost together: parity lies elsewhere. `rank` protects ranks of one machine from each other."""
 
     node = "node"
     rank = "rank"
@@ -59,7 +59,7 @@ class CheckpointConfig:
     lease_s: float = 600.0
     """How long a snapshot agent waits for trainers to come back, before it writes what it has to disk and ends."""
     max_send_bytes_per_s: float | None = None
-    """What a node sends at most to protect snapshots; null is no limit."""
+    """The most that a node sends to protect snapshots; null is no limit."""
 
     def __post_init__(self) -> None:
         for key in ("snapshot_every", "lease_s"):

@@ -46,7 +46,7 @@ class Restored:
     """`local_ram`: every node had its own; `parity`: some were made again; `durable`."""
     lost_nodes: int = 0
     decode_s: float = 0.0
-    """What it took to make the parts of lost nodes again."""
+    """Seconds to make the parts of lost nodes again."""
 
 
 class Checkpointer:
@@ -136,18 +136,18 @@ class Checkpointer:
         """The tier in memory, once `open` was called; None without one."""
         self.agents: AgentClients | None = None
         self._last_events: list[dict[str, Any]] = []
-        """Of a tier in memory that was given up."""
+        """The last events of snapshots in memory that were given up."""
         self._resumed: SnapshotId | None = None
         self._steps_since = 0
         self._is_put_off = self._is_persist_put_off = False
         self.current_step: int | None = None
         """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
-        """Which attempt of the run this is: older ones may write no more."""
+        """The number under which this attempt writes: those of older attempts are refused."""
 
     @property
     def is_durable_only(self) -> bool:
-        """Whether a checkpoint is committed when `snapshot` returns."""
+        """True if a checkpoint is committed when `snapshot` returns."""
         return self.kind == CheckpointKind.durable and self.pinned_saver is None
 
     @property
@@ -248,7 +248,7 @@ class Checkpointer:
                 self._resumed = None
 
     def poll(self) -> list[dict[str, Any]]:
-        """What has come of snapshots since the last call: dicts with `kind` and more. Not collective; costs little.
+        """Returns what has come of snapshots since the last call, as dicts with a `kind`. Not collective; costs little.
 
         Kinds: `snapshot_committed` (step; seconds, of which copy_s and encode_s; ended, in unix seconds),
         `persisted` (step, seconds, bytes, written_bytes, ended), `persist_failed` (step, reason),
@@ -445,14 +445,14 @@ class Checkpointer:
             reader.close()
 
     def has_any(self) -> bool:
-        """Whether there is something to go on from, on disk or in memory. Collective."""
+        """True if there is something to go on from, on disk or in memory. Collective."""
         self._finish_saves()
         self.open()
         in_memory = self.agents is not None and plan_restore(self.agents) is not None
         return in_memory or self.mesh.decide(lambda: bool(self.store.steps()))
 
     def owns(self, folder: Location) -> bool:
-        """Whether `folder` is a checkpoint of this run."""
+        """True if `folder` is a checkpoint of this run."""
         return is_same_place(split(resolved(folder))[0], self.store.location)
 
     def set_newer_aside(self, step: int) -> list[Location]:

@@ -48,7 +48,7 @@ class _Save:
     is_put_off: bool
     pins: list[tuple[Pin, tuple[Entry, ...]]] = field(default_factory=list)
     deferred: list[PieceGroup] = field(default_factory=list)
-    """What is in memory, and is written behind the training."""
+    """The groups in memory that are written behind the training."""
     written: list[WrittenChunk] = field(default_factory=list)
 
 
@@ -128,7 +128,7 @@ class PinnedSaver:
         return self._put_off is not None or (self._thread is not None and self._thread.is_alive())
 
     def forget(self) -> None:
-        """What was committed is not what is in memory any more: another state was restored."""
+        """Forgets what was committed: another state was restored, and is in memory now."""
         self.committed_step = None
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run trains on. Torch-free."""
+"""The settings of the data that a run trains on. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from windlass.errors import require
 
 
 class Borders(StrEnum):
-    """What respects the borders between the documents that are packed into one sequence."""
+    """The ways to respect borders between the documents that are packed into one sequence."""
 
     none = "none"
     loss = "loss"
@@ -17,7 +17,7 @@ class Borders(StrEnum):
 
 
 class EncodingErrors(Enum):
-    """What becomes of bytes that are not UTF-8: an error, U+FFFD, nothing."""
+    """The ways to treat bytes that are not UTF-8: an error, U+FFFD, nothing."""
 
     strict = "strict"
     replace = "replace"
@@ -35,7 +35,7 @@ class TextFormat(Enum):
 
 @dataclass
 class DataConfig:
-    """What every data group has. `borders`: see `Borders`; a label across a border is not counted unless `none`."""
+    """The settings of a data group. `borders`: see `Borders`; a label across a border does not count unless `none`."""
 
     name: str = "stdlib"
     borders: Borders = Borders.loss
@@ -99,7 +99,7 @@ class TextDataConfig(PreparedDataConfig):
     encoding_errors: EncodingErrors = EncodingErrors.strict
     """For text that is not UTF-8."""
     separator: str | None = None
-    """What ends a document in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
+    """The separator of documents in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

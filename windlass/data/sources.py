@@ -47,7 +47,7 @@ Hugging Face do, and not into the home or the system of whoever unpacked what a 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be tokenised.
+    """The text to be tokenised.
 
     Args:
         settings: what besides the files decides what the documents are, for people to read.

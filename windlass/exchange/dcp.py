@@ -27,11 +27,11 @@ from windlass.os_errors import MISSING, said
 from windlass.untrusted import MAX_BYTES, Malformed
 
 MORE_BYTES = 1 << 20
-"""What `torch.save` adds to a tensor, and far more."""
+"""More than `torch.save` adds to a tensor, by far."""
 END_BYTES = 22
-"""Of the last record of a zip archive without a comment."""
+"""The size of the last record of a zip archive without a comment."""
 MAX_RECORDS = 10_000
-"""Of an archive. The bytes of a tensor may look like some."""
+"""The most that an archive may have. The bytes of a tensor may look like some."""
 Tree = Mapping[str, Any]
 
 

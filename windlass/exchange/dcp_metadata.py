@@ -55,7 +55,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder has, by flat name.
+    """The entries of a folder, by flat name.
 
     Attributes:
         values: what is not a tensor.
@@ -124,7 +124,7 @@ ADMITTED: dict[tuple[str, str], Any] = {
 
 
 def read_contents(folder: Path) -> Contents:
-    """What a DCP folder has. Runs nothing that its files bring.
+    """Reads the table of contents of a DCP folder. Runs nothing that its files bring.
 
     Raises:
         ConfigError: it is no DCP folder, or was saved in a way that is not read.

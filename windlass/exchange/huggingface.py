@@ -233,7 +233,7 @@ class _Location:
 
 
 def _is_file_name(value: str) -> bool:
-    """Whether it names a file of the folder itself: an index must not lead anywhere else."""
+    """True if it names a file of the folder itself: an index must not lead anywhere else."""
     return value not in ("", "..") and value.isprintable() and Path(value).name == value
 
 

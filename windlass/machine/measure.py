@@ -16,7 +16,7 @@ from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
 
 SSD_BYTES = 256 << 20
-"""Of the file that a disk is tried with."""
+"""The size of the file that a disk is tried with."""
 COPY_BYTES = 64 << 20
 ROUNDS = 3
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, `events.jsonl`, and wandb where it is wanted. Torch-free.
+"""Records a run: `metrics.jsonl`, `events.jsonl`, and wandb where it is wanted. Torch-free.
 
 Every line is one `write` of a whole line to a file opened for appending, so a kill can tear the last line but
 never mix two. A torn last line is cut off when the file is next opened, and readers pass over it.
@@ -205,7 +205,7 @@ class Metrics:
                 self._wandb = _start_wandb(run_dir, config, run_config)
 
     def due(self, step: int) -> bool:
-        """Whether `step` gets a line: only then must the loop fetch the loss and the norm from the device."""
+        """True if `step` gets a line: only then must the loop fetch the loss and the norm from the device."""
         return step % self.log_every == 0 or step == self.total_steps
 
     def step(
@@ -327,7 +327,7 @@ class Metrics:
             self._wandb.log({key: value for key, value in record.items() if value is not None})
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint carries: `step`, the last one counted; the totals `tokens`, `skipped_steps`."""
+        """Returns what a checkpoint carries: `step`, the last one counted; the totals `tokens`, `skipped_steps`."""
         return {"step": self._step, "tokens": self.tokens, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

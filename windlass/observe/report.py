@@ -58,7 +58,7 @@ class RunHistory:
     replays: list[Replay]
     config: str | None
     notes: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Notes on what could not be read."""
 
     def of_kind(self, *kinds: str) -> list[Record]:
         return [event for event in self.events if event.get("kind") in kinds]
@@ -80,7 +80,7 @@ class RunHistory:
         return self.of_kind("start")
 
     def from_start(self, key: str) -> Any:
-        """What the newest start event that has `key` says; None if none has."""
+        """The value of `key` in the newest start event that has it; None if none has."""
         return next((event[key] for event in reversed(self.starts) if event.get(key) is not None), None)
 
     def restart_steps(self) -> list[int]:
@@ -218,7 +218,7 @@ def _summary(run: RunHistory) -> list[tuple[str, str]]:
 
 
 def _offloading(run: RunHistory) -> list[tuple[str, str]]:
-    """What the tiers have cost; nothing where there were none."""
+    """The costs of the tiers; nothing where there were none."""
     stalls = run.values("offload/stall_s")
     if not stalls:
         return []
@@ -236,7 +236,7 @@ def _replay_text(num_replays: int, num_differing: int) -> str:
 
 
 def _status(run: RunHistory) -> tuple[str, str]:
-    """What the last event says of the run's end, and the class that colours it."""
+    """The end of the run as the last event says it, and the class that colours it."""
     last = next(iter(reversed(run.of_kind("start", "restart", "recovered", "preempted", "done"))), None)
     kind = last["kind"] if last else None
     if kind == "done":

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from windlass.observe.report_plots import Theme
 
 NUM_BINS = 400
-"""What is drawn of a lane at most; narrower than a pixel of a page nobody sees it."""
+"""The most bars of a lane; narrower than a pixel of a page nobody sees them."""
 PAUSE_SHARE, PAUSE_S = 0.05, 60.0
 """A pause between two attempts is drawn no longer than this share of all attempts together, or so many seconds."""
 LABEL_SHARE = 0.1
-"""Of the axis: what the words beside a pause take."""
+"""The share of the axis that the words beside a pause take."""
 BOUNDARY_KINDS = ("restart", "recovered", "start")
 """Events of an attempt that begins."""
 STOP_KINDS = ("preempted", "done")
@@ -62,7 +62,7 @@ class Pause:
     was_stopped: bool
     """On request, or because the run was done."""
     source: str | None
-    """What was gone on from; None: nothing said."""
+    """The source that the run went on from; None: nothing said."""
     lost_nodes: int
 
 
@@ -136,7 +136,7 @@ def _count(lost_nodes: Any) -> int:
 
 
 def lanes(run: RunHistory) -> dict[str, list[Bar]]:
-    """What snapshots took: the copy, then parity and agreement, and the way to disk; those of which there is any."""
+    """The lanes of snapshots: the copy, then parity and agreement, and the way to disk; those of which there is any."""
     found: dict[str, list[Bar]] = {lane: [] for lane in _LANES}
     for event in run.of_kind("snapshot_committed", "persisted"):
         if "time" not in event or event.get("seconds") is None:

@@ -63,7 +63,7 @@ _COLLECTIVES = {collectives.__file__, distributed_c10d.__file__}
 
 
 class Heartbeat:
-    """What the loop tells of its steps. This one tells nobody: where no launcher would start the rank again."""
+    """Hears of the loop's steps. This one tells nobody: where no launcher would start the rank again."""
 
     def begin_step(self) -> None: ...
 
@@ -71,7 +71,7 @@ class Heartbeat:
 
     @contextmanager
     def watched(self, step: int) -> Iterator[None]:
-        """What is in `with`, after `step`, may take as long as a step."""
+        """Lets what is in `with`, after `step`, take as long as a step."""
         self.begin_step()
         yield
         self.end_step(step)
@@ -84,7 +84,7 @@ class RankStatus:
     rank: int
     host: str
     is_waiting: bool
-    """Whether it waits for other ranks."""
+    """True if it waits for other ranks."""
     phase: str
     """The line of the training loop."""
     frame: str
@@ -116,10 +116,10 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the ranks have answered to an alarm."""
+    """The answers of the ranks to an alarm."""
 
     statuses: Sequence[RankStatus]
-    """Of those that answered, in rank order."""
+    """The statuses of those that answered, in rank order."""
     silent: Sequence[int]
     """Ranks that did not: their machine, process or interpreter stands still."""
 
@@ -156,7 +156,7 @@ class AlarmBell:
             self._store = dist.PrefixStore(f"windlass/hang-{attempt}", store)
 
     def _try(self, ask: Callable[[dist.Store], Result], otherwise: Result) -> Result:
-        """What `ask` returns; `otherwise` from when on there is no store: its node is lost, and the job soon is."""
+        """Returns what `ask` does; `otherwise` once there is no store: its node is lost, and the job soon is."""
         if self._store is None:
             return otherwise
         try:
@@ -176,7 +176,7 @@ class AlarmBell:
         self._try(lambda store: store.set(f"place-{status.rank}", json.dumps(asdict(status))), None)
 
     def is_mine_to_tell(self) -> bool:
-        """Whether no other rank tells the user of this alarm."""
+        """True if no other rank tells the user of this alarm."""
         return self._try(lambda store: store.add("told", 1) == 1, self._mesh.rank == 0)
 
     def findings(self, mine: RankStatus) -> Findings:

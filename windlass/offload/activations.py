@@ -1,4 +1,4 @@
-"""What autograd saves for the backward pass, out of the device's memory until it is needed.
+"""Moves what autograd saves for the backward pass out of the device's memory until it is needed.
 
 A forward pass saves tensors in one order, and the backward pass needs them in about the opposite one. So what was saved
 last stays where it is, and what was saved first moves out: from a GPU to host memory, from there to the disk, written
@@ -27,12 +27,12 @@ from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 
 MIN_BYTES = 1 << 20
-"""What is smaller stays: there is little to gain, and a transfer has its fixed cost."""
+"""Smaller tensors stay: there is little to gain, and a transfer has its fixed cost."""
 
 
 @dataclass
 class ActivationFigures:
-    """What has been moved so far."""
+    """The bytes that have been moved so far, and the wait for them."""
 
     host_bytes: int = 0
     """From a GPU to host memory."""
@@ -103,7 +103,7 @@ class ActivationOffload:
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
-        """What is saved under it may move.
+        """Lets autograd's saved tensors move while it lasts.
 
         Raises:
             OffloadError: an earlier write failed.
@@ -290,7 +290,7 @@ class ActivationOffload:
         return False
 
     def _drop_buffer(self, storage: SavedStorage) -> None:
-        """Of a storage that is elsewhere too. Raises OffloadError if its writing failed."""
+        """Gives back the buffer of a storage that is elsewhere too. Raises OffloadError if its writing failed."""
         assert storage.buffer is not None
         if storage.moving is not None and not storage.is_reading:
             storage.moving.wait()

@@ -79,7 +79,7 @@ class SlotTable:
         return self._by_key.get((id(parameter), key))
 
     def holds(self, state: Iterable[tuple[Tensor, dict[str, Any]]]) -> bool:
-        """Whether there is a place for each tensor of `state`; some of them may be missing."""
+        """True if there is a slot for each tensor of `state`; some of them may be missing."""
         for other in SlotTable(state).slots:
             slot = self.slot(other.parameter, other.key)
             if slot is None or (slot.like.shape, slot.like.dtype) != (other.like.shape, other.like.dtype):
@@ -91,7 +91,7 @@ class SlotTable:
 
 
 def is_stowed(value: Any) -> bool:
-    """Whether a value of an optimizer's state is worth keeping elsewhere."""
+    """True if a value of an optimizer's state is worth keeping elsewhere."""
     return isinstance(value, Tensor) and local_tensor(value).nbytes > SMALL_BYTES
 
 

@@ -1,4 +1,4 @@
-"""What lies outside of the device's memory, and where. Torch-free."""
+"""The settings of offloading: which state lies outside of the device's memory, and where. Torch-free."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class OffloadConfig:
     """`ssd`: a folder on a local disk, best a fast one; null is `offload/` in the run folder. Several runs may share
     it: each rank has a folder of its own there, which it removes at its end."""
     max_device_bytes: int = 0
-    """Of the optimizer state so much stays on the device; for GPUs."""
+    """Optimizer state that stays on the device; for GPUs."""
     max_host_bytes: int | None = None
     """`ssd`: host memory for state that would else be on the disk; null is none."""
     buffer_bytes: int = BUFFER_BYTES

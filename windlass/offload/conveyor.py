@@ -41,7 +41,7 @@ class _Held:
     """On the device; the host memory itself on a CPU."""
     arrived: torch.cuda.Event | None = None
     is_used: bool = False
-    """Whether it was asked for, and not only brought ahead."""
+    """True if it was asked for, and not only brought ahead."""
 
 
 @dataclass

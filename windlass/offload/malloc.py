@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_glibc() -> bool:
-    """Whether this process has glibc's malloc."""
+    """True if this process has glibc's malloc."""
     return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 

@@ -111,7 +111,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         self.inner, self.folder, self.weights = inner, folder, weights
         self.owns_folder = False
-        """Whether `close` removes the folder, or leaves that to another."""
+        """True if `close` removes the folder; else another does."""
         self._order = order
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state
@@ -121,7 +121,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.before_step: list[Callable[[], None]] = []
         """Called before a step changes anything, but after the updates that the one before has put off."""
         self.is_deferring = False
-        """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
+        """True if `step` only takes the gradients, and `update` updates each bucket."""
         self.give_back_free_memory: Callable[[], None] = give_back_free_memory
         """A plan notes only when it would be called."""
         self._pending: dict[Bucket, dict[Tensor, Tensor]] = {}
@@ -320,18 +320,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     @property
     def has_pending(self) -> bool:
-        """Whether updates are put off."""
+        """True if updates are put off."""
         return bool(self._pending)
 
     # --- State in and out. ---
 
     @property
     def uses_disk(self) -> bool:
-        """Whether some of the state or the weights may be on a disk."""
+        """True if some of the state or the weights may be on a disk."""
         return self.folder is not None
 
     def has_weights_elsewhere(self, parameter: Tensor) -> bool:
-        """Whether the parameter's memory does not hold its weights now."""
+        """True if the parameter's memory does not hold its weights now."""
         return self.weights is not None and self.weights.is_elsewhere(parameter)
 
     def weights_loaded(

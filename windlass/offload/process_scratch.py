@@ -39,7 +39,7 @@ class ProcessScratch:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is this process's still."""
+        """True while it is this process's."""
         return self._removal.alive
 
     def remove(self) -> None:

@@ -1,4 +1,4 @@
-"""What autograd is given to keep in place of a tensor that may move, and how the tensor is made of it again."""
+"""Stands in for a tensor that may move: autograd keeps it, and the tensor is made of it again."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ class SavedStorage:
         self.moving: Transfer | None = None
         """The last writing or reading of the file."""
         self.is_reading = False
-        """Whether `moving` fills the buffer."""
+        """True if `moving` fills the buffer."""
         self._version = tensor._version
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the bytes are in the arena or on the disk."""
+        """True if the bytes are in the arena or on the disk."""
         return self.buffer is not None or self.file is not None
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is under way."""
+        """True if nothing is under way."""
         return (self.moving is None or self.moving.is_done) and (self.copying is None or self.copying.query())
 
     def settle(self) -> None:
@@ -73,7 +73,7 @@ class SavedStorage:
 
 
 class Saved:
-    """What views of a storage share. Autograd's letting go of the last of them is the end of the storage."""
+    """The handle that all views of a storage share: when autograd lets go of the last view, the storage ends."""
 
     def __init__(self, storage: SavedStorage, dead: deque[SavedStorage]) -> None:
         self.storage, self._dead = storage, dead
@@ -147,7 +147,7 @@ class Packer:
         """By the address of a storage, which no other storage gets while there is a weak reference."""
 
     def pack(self, tensor: Tensor) -> tuple[Pack, SavedStorage | None]:
-        """What to keep in place of `tensor`, and the storage that is new by it."""
+        """Returns what autograd keeps in place of `tensor`, and the storage that is new by it."""
         if not self._is_worth(tensor):
             return tensor.detach(), None  # what still had its history would keep itself alive
         parameter = _parameter_of_cast(tensor)

@@ -1,4 +1,4 @@
-"""What of the activations to keep, to move and to compute again: the choice that the modelled step time is least for.
+"""Chooses which activations to keep, to move and to compute again, so that the modelled step time is least.
 
 To move a byte costs time on the way out and on the way back, which is hidden as long as computations take longer; to
 compute it again costs operations, which nothing hides. So more tokens' activations are moved (see MEMO's alpha in
@@ -18,12 +18,12 @@ from windlass.errors import DoesNotFit
 NUM_PARTS = 64
 """Fractions that are tried are multiples of one part: figures that differ a little choose the same."""
 TOLERANCE = 1e-3
-"""Of the step time: less is not worth more bytes."""
+"""A smaller share of the step time is not worth more bytes."""
 MIB = 1 << 20
 
 
 class Activations(StrEnum):
-    """What becomes of a layer's activations between its forward and its backward pass."""
+    """The fate of a layer's activations between its forward and its backward pass."""
 
     keep = "keep"
     """They stay."""
@@ -37,25 +37,25 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Of one layer in one forward pass of this rank; in all micro-batches of a step, where micro-batches are fused."""
+    """The costs of a layer in one forward pass of this rank; in all micro-batches of a step, where these are fused."""
 
     input_bytes: int
     attention_bytes: int
     """The attention's output and what its backward pass needs besides queries, keys and values."""
     rest_bytes: int
-    """What else autograd saves."""
+    """The rest of what autograd saves."""
     forward_flops: float
     rest_flops: float
     """To compute `rest_bytes` again from the layer's input and the attention's output."""
     forward_touched_bytes: int = 0
     """Read and written by what is no product: norms, rotations, gates."""
     rest_touched_bytes: int = 0
-    """Of them, to compute `rest_bytes` again."""
+    """The part of them that computes `rest_bytes` again."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this rank gets of the machine."""
+    """The share of the machine that this rank gets."""
 
     flops_per_s: float
     write_bytes_per_s: float | None = None
@@ -66,14 +66,14 @@ class Rates:
     copy_bytes_per_s: float | None = None
     """On a CPU: of the copy between a tensor and a buffer, which the computation waits for. None takes no time."""
     memory_bytes_per_s: float | None = None
-    """Of kernels that go through memory and hardly compute. None: they take no time."""
+    """The rate of kernels that go through memory and hardly compute. None: they take no time."""
     disk_busy_s: tuple[float, float] = (0.0, 0.0)
-    """What else uses the disk during a forward and during a backward pass: optimizer state, weights."""
+    """Seconds that the disk is busy with other things (state, weights) in a forward and in a backward pass."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do, and what was expected of it."""
+    """A choice, and its expected costs."""
 
     activations: Activations
     saved_fraction: float | None
@@ -82,9 +82,9 @@ class Choice:
     """A forward and a backward pass of the layers."""
     saved_bytes: int
     host_bytes: int
-    """Of these, moved from the GPU to the host."""
+    """The saved bytes that move from the GPU to the host."""
     disk_bytes: int
-    """Of these, moved to the disk."""
+    """The saved bytes that move to the disk."""
     reasons: tuple[str, ...] = ()
     """For people: what weighed, and the times of the choice and of the ends of what was tried."""
 

@@ -1,4 +1,4 @@
-"""What `windlass.offload.unit_hooks` does, for a model that FSDP2 has cut: weights are needed when they are gathered.
+"""Unit hooks for a model that FSDP2 has sharded: weights are needed when they are gathered.
 
 The shards of a unit's weights are in memory while FSDP2 reads them into a collective, and not a moment longer; what it
 gathers from them it keeps and frees by its own rules.

@@ -1,4 +1,4 @@
-"""What state an optimizer will keep, before it keeps any."""
+"""Finds the state that an optimizer will keep, before it keeps any."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class StateStore:
         """Once the buckets have their places."""
         self._viewed: tuple[Bucket, Tensor] | None = None
         self._is_viewed_new = False
-        """Whether what is viewed is to be sent home, before anything else is done with it."""
+        """True if the viewed state has to be written home before anything else is done with it."""
 
     def place(
         self,
@@ -162,7 +162,7 @@ class StateStore:
         return 0.0 if self.conveyor is None else self.conveyor.stall_s
 
     def num_bytes(self) -> dict[Tier, int]:
-        """Of this rank's state in host memory and on the disk; what is too small to move is not counted."""
+        """The bytes of this rank's state in host memory and on the disk, without tensors that are too small to move."""
         found = {Tier.host: 0, Tier.ssd: 0}
         for bucket in self._buckets:
             if bucket.load is not None:

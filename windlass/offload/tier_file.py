@@ -34,9 +34,9 @@ from windlass.offload.direct_io import (
 from windlass.offload.process_scratch import ProcessScratch, remove_leftovers
 
 BLOCK_BYTES = 4 << 20
-"""What a thread moves at a time, and what a checksum is of."""
+"""The unit of transfers by a thread, and of checksums."""
 HEADER_BYTES = 64 << 10
-"""What lies before the data of a file, for the header of who pins it."""
+"""The room before the data of a file, for the header of a checkpoint that pins it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def file_bytes(num_bytes: int) -> int:
-    """What a file of `num_bytes` takes on the disk."""
+    """The room on the disk of a file of `num_bytes`."""
     return HEADER_BYTES + round_to_pages(num_bytes)
 
 
@@ -228,7 +228,7 @@ class TierFile:
 
     @property
     def more_bytes(self) -> int:
-        """What the next write takes more of the disk while the present version is kept."""
+        """The room on the disk that the next write takes more while the present version is kept."""
         return 0 if self._spares else self.file_bytes
 
     @property
@@ -333,7 +333,7 @@ class TierFile:
         return version
 
     def _remove(self, version: _Version) -> None:
-        """Of this folder. Where the file has another name, it goes on under that one."""
+        """Removes a version from this folder. Where the file has another name, it stays under that one."""
         self._versions.remove(version)
         version.file.close()
         version.file.path.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ STREAMED_MIN_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class OffloadFigures:
-    """What offloading has cost so far."""
+    """The costs of offloading so far."""
 
     stall_s: float = 0.0
     """Seconds that training has waited for transfers."""
@@ -99,7 +99,7 @@ class Tiers:
         return self.folder.create(num_bytes)
 
     def stream_weights(self, model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
-        """What takes the weights of the model, which may be on the meta device yet; None if they stay.
+        """Makes the tier for the weights of the model, which may be on the meta device yet; None if they stay.
 
         They are to be added by unit, those of no unit together.
         """
@@ -153,7 +153,7 @@ class Tiers:
             self.give_back_free_memory()  # all weights have been drawn in it, a unit at a time
 
     def offloaded(self) -> AbstractContextManager[None]:
-        """What autograd saves under it may be moved."""
+        """Lets autograd's saved tensors move while it lasts."""
         return contextlib.nullcontext() if self.activations is None else self.activations.offloaded()
 
     @property

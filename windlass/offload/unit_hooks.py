@@ -1,4 +1,4 @@
-"""What happens around the forward and the backward pass of each unit of a model: its weights come and go, and updates
+"""Hooks around the forward and the backward pass of each unit of a model: its weights come and go, and updates
 that were put off are made just before the forward that needs them.
 
 A unit is a list of modules that run one after another, such as a layer, or a norm and the head.

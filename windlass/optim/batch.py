@@ -33,7 +33,7 @@ class Batch:
 
     group: dict[str, Any]
     step: int
-    """Of this update, from 1."""
+    """The number of this update, from 1."""
     layout: Layout
     parameters: list[Tensor]
     states: list[dict[str, Tensor]] = field(repr=False)
@@ -68,7 +68,7 @@ class Batch:
 
     @property
     def _is_stacked(self) -> bool:
-        """Whether kernels over weights and gradients run once over a copy of all, and not once a matrix.
+        """True if kernels over weights and gradients run once over a copy of all, and not once a matrix.
 
         Not on a CPU: besides the bits, copying costs about what the launches do even where matrices are small.
         """

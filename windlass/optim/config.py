@@ -28,7 +28,7 @@ class Schedule(StrEnum):
 
 
 class InBackward(StrEnum):
-    """Whether the optimizer runs inside the backward pass, and how gradients are clipped then."""
+    """The ways to run the optimizer inside the backward pass, and to clip gradients then."""
 
     none = "none"
     """After it, as usual."""
@@ -39,7 +39,7 @@ class InBackward(StrEnum):
 
 @dataclass
 class OptimConfig:
-    """What every optimizer has: a learning rate and its schedule, and weight decay."""
+    """The settings of every optimizer: a learning rate and its schedule, and weight decay."""
 
     name: str = "adamw"
     lr: float = 2e-3
@@ -143,7 +143,7 @@ class Granularity(StrEnum):
 
 @dataclass
 class MatrixConfig(OptimConfig):
-    """What optimizers of matrices have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+    """The settings of optimizers of matrices. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
 
     adamw_lr: float | None = None
     """Null is `lr`."""
@@ -157,7 +157,7 @@ class MatrixConfig(OptimConfig):
 
 @dataclass
 class LowRankConfig(MatrixConfig):
-    """What optimizers of projected gradients have."""
+    """The settings of optimizers of projected gradients."""
 
     lr: float = 1e-2
     weight_decay: float = 0.0
@@ -254,7 +254,7 @@ class NaturalGaLoreConfig(GaLoreConfig):
 
 @dataclass
 class WholeMatrixConfig(MatrixConfig):
-    """What optimizers of whole matrices have."""
+    """The settings of optimizers of whole matrices."""
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         from windlass.optim.param_groups import matrix_param_groups

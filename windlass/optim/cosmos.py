@@ -17,7 +17,7 @@ from windlass.optim.newton_schulz import newton_schulz
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
 
 MIN_RESIDUAL = 1e-5
-"""What lies outside of the basis, over the whole, below which it is float32 rounding and no direction to follow."""
+"""The part outside of the basis, over the whole: below it is float32 rounding, and no direction to follow."""
 
 
 class Cosmos(WholeMatrixOptimizer):

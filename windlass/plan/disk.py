@@ -18,7 +18,7 @@ NUM_ROUNDS = 3
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """What a disk carries for one rank."""
+    """The rates of a disk for one rank."""
 
     read_bytes_per_s: float
     write_bytes_per_s: float
@@ -28,13 +28,13 @@ class DiskSpeed:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Of a step."""
+    """The use of the disk in a step."""
 
     busy_s: float = 0.0
     stall_s: float = 0.0
-    """What the step waits for."""
+    """The wait of the step."""
     cpu_s: float = 0.0
-    """What the step computes longer."""
+    """The time that the step computes longer."""
 
 
 def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[str, float], disk: DiskSpeed) -> DiskUse:

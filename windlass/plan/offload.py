@@ -75,9 +75,9 @@ class _Folder(TierFolder):
     def __init__(self, recorder: Recorder, arenas: dict[int, _Pages]) -> None:
         self._recorder, self._arenas = recorder, arenas
         self.num_bytes = 0
-        """Of all files' data."""
+        """The size of all files' data."""
         self.file_bytes = 0
-        """What the files take."""
+        """The room that the files take."""
 
     def reserve(self, num_bytes: int) -> None:
         """The plan says whether there is room."""
@@ -194,5 +194,5 @@ class PlannedTiers(Tiers):
 
     @property
     def buffer_bytes(self) -> int:
-        """Of host memory, that transfers have used."""
+        """The host memory that transfers have used."""
         return sum(pages.used_bytes for pages in self._pages.values())

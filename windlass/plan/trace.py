@@ -1,4 +1,4 @@
-"""What a step does, found by running the real model, optimizer and cut on tensors without storage.
+"""Traces a step by running the real model, optimizer and cut on tensors without storage.
 
 torch's fake tensors go through the same dispatcher, autograd and FSDP2 as real ones, so the operations, their shapes
 and the order in which memory is taken and given back are those of the run: no formula has to follow when the model, an
@@ -45,7 +45,7 @@ MAX_MICRO_STEPS = 3
 START_BYTES = 32 << 20
 """The largest piece that a process gives back before there is a model, at least: libraries and data are read."""
 NORMALS_BYTES, NUM_NORMALS_PIECES = 4, 6
-"""What an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
+"""The bytes that an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
 NUM_STEPS = 3
 """The first makes the optimizer's state, the second finds it there, the third finds memory as the second left it."""
 
@@ -137,7 +137,7 @@ def _in_order(model: Llama) -> Iterator[list[torch.nn.Parameter]]:
 
 
 def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -> None:
-    """What first weights take of memory, while they are drawn and after."""
+    """Records the memory of first weights, while they are drawn and after."""
     weights = [local_tensor(parameter) for parameter in parameters]
     for weight in weights:
         recorder.take(weight)
@@ -151,7 +151,7 @@ def _batch(config: Config) -> Batch:
 
 
 def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
-    """What `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
+    """Runs what `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
     if parts.tiers is None:
         _step(parts, batch, recorder)
         parts.optimizer.state.clear()
@@ -162,7 +162,7 @@ def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
 
 
 def _step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
-    """What `windlass.train.loop.train` computes in a step."""
+    """Runs what `windlass.train.loop.train` computes in a step."""
     _passes(parts, batch, recorder)
     recorder.trace.gradient_bytes = sum(
         local_tensor(parameter.grad).nbytes for parameter in parts.model.parameters() if parameter.grad is not None

@@ -33,7 +33,7 @@ DTYPE_CODES = {
 FOLDER = "chunks"
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
 FILLER = "windlass.filler."
-"""What names of bytes that mean nothing begin with."""
+"""The prefix of the names of bytes that mean nothing."""
 MAX_HEADER_BYTES = 100_000_000
 """As the `safetensors` library has it."""
 Part = tuple[str, str, tuple[int, ...], int, int]

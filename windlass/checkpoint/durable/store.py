@@ -47,17 +47,17 @@ JOB = "job"
 STEP_PREFIX = "step-"
 GENERATION = re.compile(rb"[0-9]{1,15}")
 MAX_SMALL_BYTES = 4096
-"""Of the pointer, the fence and the identity."""
+"""The largest size of the pointer, the fence and the identity."""
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """What `latest.json` says."""
+    """The content of `latest.json`."""
 
     step: int
     folder: str
     sha256: str
-    """Of the manifest."""
+    """The manifest's."""
 
     def to_bytes(self) -> bytes:
         return json.dumps(vars(self)).encode()
@@ -73,7 +73,7 @@ class WrittenChunk:
 
     sha256: str
     size: int
-    """Of the file."""
+    """The file's, in bytes."""
     written: bool
     """False if it was there already."""
     entries: tuple[Entry, ...]
@@ -402,7 +402,7 @@ class DurableStore:
         self.storage.write(POINTER, [Pointer(step, folder, sha256).to_bytes()])
 
     def _pointer(self) -> Pointer | None:
-        """What `latest.json` says; None if it is missing or damaged."""
+        """Reads `latest.json`; None if it is missing or damaged."""
         try:
             text = self.storage.read(POINTER, MAX_SMALL_BYTES)
             pointer = convert(parse_json(text), Pointer)

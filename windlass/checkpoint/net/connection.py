@@ -166,7 +166,7 @@ class Connection:
         return header, payload_bytes
 
     def has_begun_to_send(self, wait_s: float) -> bool:
-        """Whether something is there to be received, or the end of the connection, within `wait_s`.
+        """True if something is there to be received, or the end of the connection, within `wait_s`.
 
         Raises:
             TransportError: the connection is closed.

@@ -91,13 +91,13 @@ class AgentClients:
             )
         self.node = mesh.rank // self.ranks_per_node
         self.is_leader = mesh.rank % self.ranks_per_node == 0
-        """Whether this rank speaks for its node."""
+        """True if this rank speaks for its node."""
         member = f"r{mesh.local_rank}" if by_rank else ""
         self.folder = AgentFolder.of(job, settings.shm_dir, member)
         self.client: AgentClient | None = None
         self.generation = 0
         self.statuses: list[dict[str, Any]] = []
-        """Of every node's agent, when all were asked last."""
+        """The status of every node's agent, when all were asked last."""
         self.verified: set[SnapshotId] = set()
         """Snapshots that all agents have read again."""
         self.distrusted: set[SnapshotId] = set()
@@ -152,7 +152,7 @@ class AgentClients:
         self.statuses = [answer for answer in answers if answer is not None]
 
     def plan(self) -> RecoveryPlan | None:
-        """What could be gone on from, by `statuses`. Not collective."""
+        """The plan of a recovery from what agents hold by `statuses`; None if there is nothing. Not collective."""
         held = [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
         return plan_recovery([[slot for slot in slots if slot.snapshot not in self.distrusted] for slots in held])
 
@@ -167,7 +167,7 @@ class AgentClients:
         self._configure([] if plan is None else self._not_newer(plan.snapshot))
 
     def needs_protection(self, plan: RecoveryPlan) -> bool:
-        """Whether a snapshot is cut otherwise than this job: what is lost of it stays so until the next."""
+        """True if a snapshot is cut otherwise than this job: what is lost of it stays so until the next."""
         return (plan.num_nodes, plan.num_parity_shards) != (self.num_nodes, self.settings.num_parity_shards)
 
     def _not_newer(self, snapshot: SnapshotId) -> list[SnapshotId]:
@@ -207,7 +207,7 @@ class AgentClients:
         return host, port
 
     def newest_generation(self) -> int:
-        """Of all that agents know. Not collective."""
+        """The newest generation that agents know. Not collective."""
         return max((status["generation"] for status in self.statuses), default=0)
 
     def sources(self, plan: RecoveryPlan) -> dict[int, tuple[str, int]]:
@@ -301,7 +301,7 @@ class AgentClients:
         self._configure([])
 
     def look(self, since: int = NEVER) -> dict[str, Any] | None:
-        """What training asks in its loop; it does not stand still for an agent that has stopped."""
+        """Asks for the agent's status from the training loop, which does not wait for an agent that has stopped."""
         if self.client is None:
             raise TransportError("there is no snapshot agent")
         return self.client.look(LOOK_S, brief=True, since=since)

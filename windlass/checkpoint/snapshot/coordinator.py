@@ -1,4 +1,4 @@
-"""The tier of snapshots in memory: what all ranks do together to take one."""
+"""Coordinates snapshots in memory: what all ranks do together to take one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from windlass.errors import ConfigError, DoesNotFit, RunFolderError
 logger = logging.getLogger(__name__)
 
 _FREE, _BUSY, _GONE, _FULL = 0, -1, -2, -3
-"""What a node's agent is to a snapshot that is due."""
+"""The states of a node's agent when a snapshot is due."""
 MAX_FAILURES = 5
 """Snapshots in a row that did not come to be in memory: then it is given up."""
 
@@ -34,7 +34,7 @@ class Target:
 
     snapshot: SnapshotId
     persist: bool
-    """Whether the ranks have agreed to make it durable."""
+    """True if the ranks have agreed to make it durable."""
     region: memoryview | None
     """Whole blocks: what the rank asked for, and padding. None if this node's agent was lost meanwhile: then no node
     will commit the snapshot."""
@@ -136,7 +136,7 @@ class SnapshotCoordinator:
             logger.warning("%s", error)
 
     def events(self, since: int) -> list[dict[str, Any]]:
-        """What this node's agent did after event number `since`. Not collective."""
+        """Returns what this node's agent did after event number `since`. Not collective."""
         try:
             status = self.agents.look(since)
         except TransportError:
@@ -144,7 +144,7 @@ class SnapshotCoordinator:
         return [] if status is None else status["events"]
 
     def is_idle(self) -> bool:
-        """Whether this node's agent has nothing to do any more. Not collective."""
+        """True if this node's agent has nothing to do any more. Not collective."""
         try:
             status = self.agents.look()
         except TransportError:
@@ -152,7 +152,7 @@ class SnapshotCoordinator:
         return status is not None and status["in_flight"] is None and not status["is_persisting"]
 
     def reopen_if_lost(self) -> bool:
-        """Whether a node's agent is gone, or was started anew. It is brought back then, with what it left."""
+        """Brings a node's agent back that is gone, or was started anew, with what it left; True if there was one."""
         is_lost = bool((self._gather(self._state()) == _GONE).any())
         if is_lost:
             self._reopen()

@@ -21,7 +21,7 @@ from windlass.checksum import crc32c
 from windlass.parallel.fragment import local_tensor
 
 RING_BYTES = 32 << 20
-"""Of each of the two pinned buffers."""
+"""The size of each of the two pinned buffers."""
 
 
 @dataclass(frozen=True)

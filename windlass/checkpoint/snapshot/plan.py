@@ -1,4 +1,4 @@
-"""What to go on from after all trainers died, decided from what the agents of all nodes hold. Pure and torch-free.
+"""Plans a recovery after all trainers died, from what the agents of all nodes hold. Pure and torch-free.
 
 Every new trainer decides for itself from the same answers, so all decide alike. What was committed had been prepared on
 all nodes, and any n - m of them give back the others. So the newest snapshot of which so many are left is at least as
@@ -28,13 +28,13 @@ class Held:
     """A hash of how the job was cut."""
     phase: Phase
     position: int
-    """Whose data it is: the place of a node in the generation that took it, which the node may have no more."""
+    """The position whose data it is: that of a node in the generation that took it, which the node may have no more."""
     num_nodes: int
     num_parity_shards: int
     num_resumes: int = 0
     """How often a resume from it was begun, since one has made a step."""
     is_sound: bool = True
-    """Whether its checksums hold."""
+    """True if its checksums hold."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,7 +50,7 @@ class Held:
 
 @dataclass(frozen=True, order=True)
 class _Cut:
-    """What all parts of a snapshot have in common: parts that differ in any of it are never put together."""
+    """The facts that all parts of a snapshot have in common: parts that differ in any are never put together."""
 
     snapshot: SnapshotId
     step: int

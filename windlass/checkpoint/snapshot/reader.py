@@ -17,17 +17,17 @@ from windlass.checkpoint.image import Chunk, Description, chunks_from_json, chun
 from windlass.checksum import crc32c
 
 KEPT_BYTES = 64 << 20
-"""Of what was read from other nodes: the next tensor may be in the same blocks."""
+"""The most that is kept of what was read from other nodes: the next tensor may be in the same blocks."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank's region holds."""
+    """The content of one rank's region."""
 
     position: int
     rank: int
     begin: int
-    """Of its image, from the start of the node's data."""
+    """The begin of its image, from the start of the node's data."""
     chunks: list[Chunk]
     objects: dict[str, Any]
 
@@ -40,7 +40,7 @@ class Part:
 
 
 def read_parts(files: SlotFiles) -> list[Part]:
-    """What the regions of a slot hold.
+    """Reads what the regions of a slot hold.
 
     Raises:
         ValueError: their bytes have changed.

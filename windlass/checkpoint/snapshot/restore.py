@@ -1,4 +1,4 @@
-"""From what agents hold to a reader of it."""
+"""Opens a snapshot that agents hold, as a checkpoint's reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from windlass.parallel.collectives import all_gather_object
 
 
 def plan_restore(agents: AgentClients) -> RecoveryPlan | None:
-    """What can be gone on from, and what of it is lost. Collective.
+    """Finds the snapshot that can be gone on from, and what of it is lost. Collective.
 
     Where something is lost the rest is read before it is relied on: parity makes up for so much and no more.
     """

@@ -145,7 +145,7 @@ class SnapshotSaver:
                 self._copy = None
 
     def poll(self) -> list[dict[str, Any]]:
-        """What has come of snapshots since the last call. Not collective."""
+        """Returns what has come of snapshots since the last call. Not collective."""
         self._look()
         events, self._events = self._events, []
         return events
