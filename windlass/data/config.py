@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
 
 
@@ -39,12 +40,12 @@ class DataConfig:
 
     name: str = "stdlib"
     borders: Borders = Borders.loss
-    prefetch: int = 4
+    prefetch: int = bounded(4, at_least=1)
     """Micro-batches that a rank's background thread keeps ready."""
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1", "set data.prefetch=4")
+        check_bounds(self, "data")
 
 
 @dataclass
@@ -55,26 +56,9 @@ class PreparedDataConfig(DataConfig):
     """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
-    validation_fraction: float = 0.05
-    num_workers: int | None = None
+    validation_fraction: float = bounded(0.05, above=0, below=1)
+    num_workers: int | None = bounded(None, at_least=1, fix="leave it null for one process a core")
     """Processes that tokenise; null is one a core."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "must be between 0 and 1",
-            "set data.validation_fraction=0.05",
-        )
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "data.num_workers",
-            self.num_workers,
-            "must be at least 1",
-            "leave it null for one process a core",
-        )
 
 
 @dataclass
