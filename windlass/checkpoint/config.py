@@ -62,6 +62,11 @@ class CheckpointConfig:
     max_send_bytes_per_s: float | None = bounded(None, above=0, fix="leave it null for no limit")
     """The most that a node sends to protect snapshots; null is no limit."""
 
+    @property
+    def num_slots(self) -> int:
+        """Snapshots that have room on a node: with `erasure` two, so that one is whole while the next is taken."""
+        return 2 if self.name == CheckpointKind.erasure else 1
+
     def __post_init__(self) -> None:
         check_bounds(self, "checkpoint")
         require(

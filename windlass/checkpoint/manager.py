@@ -15,7 +15,7 @@ from torch import nn
 
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.listing import job_name
-from windlass.checkpoint.config import CheckpointKind, FailureDomain
+from windlass.checkpoint.config import CheckpointConfig, CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
@@ -23,7 +23,7 @@ from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChu
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.pieces import put_groups
 from windlass.checkpoint.pinned_saver import PinnedSaver
-from windlass.checkpoint.snapshot.agent_clients import AgentClients, MemorySettings
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
 from windlass.checkpoint.snapshot.plan import RecoveryPlan
 from windlass.checkpoint.snapshot.restore import open_snapshot, plan_restore
@@ -107,15 +107,17 @@ class Checkpointer:
         self.kind = CheckpointKind(kind or ("erasure" if num_parity_shards else "durable"))
         if num_parity_shards and self.kind != CheckpointKind.erasure:
             raise ValueError(f"num_parity_shards={num_parity_shards} with kind={self.kind}: only erasure keeps parity")
-        self.snapshot_every, self.persist_every, self.keep = snapshot_every, persist_every, keep
         self.store = DurableStore(dir)
         self.objects = CheckpointedObjects(objects, mesh, info or {}, restore_hyperparameters)
-        self.settings = MemorySettings(
+        self.settings = CheckpointConfig(
+            name=self.kind,
+            snapshot_every=snapshot_every,
+            persist_every=persist_every,
+            keep=keep,
             num_parity_shards=num_parity_shards,
             failure_domain=FailureDomain(failure_domain),
-            num_slots=2 if self.kind == CheckpointKind.erasure else 1,
-            shm_dir=None if shm_dir is None else Path(shm_dir),
-            host=agent_host,
+            shm_dir=None if shm_dir is None else str(shm_dir),
+            agent_host=agent_host,
             lease_s=lease_s,
             max_send_bytes_per_s=max_send_bytes_per_s,
         )
@@ -166,18 +168,18 @@ class Checkpointer:
         self.mesh.decide(self.store.open_for_writing)
         location = resolved(self.store.location)
         job = job_name(location, self.mesh.decide(self.store.job_id))
-        self.agents = AgentClients(self.mesh, job, self.settings, location, self.keep)
+        self.agents = AgentClients(self.mesh, job, self.settings, location)
         self.agents.open()
         self.snapshots = SnapshotSaver(SnapshotCoordinator(self.agents), self.objects)
 
     def due(self, step: int) -> bool:
-        is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
-        return is_snapshot_due or step % self.persist_every == 0 or self._is_put_off
+        is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.settings.snapshot_every == 0
+        return is_snapshot_due or step % self.settings.persist_every == 0 or self._is_put_off
 
     def put_off(self, step: int) -> None:
         """Instead of `snapshot`: what is due at `step` is due at the next step, too."""
         self._is_put_off = self.due(step)
-        self._is_persist_put_off |= step % self.persist_every == 0
+        self._is_persist_put_off |= step % self.settings.persist_every == 0
 
     def reserve(self, num_more_bytes: int = 0) -> None:
         """Takes the shared memory that snapshots will need now, not in the middle of a run. Collective.
@@ -209,11 +211,11 @@ class Checkpointer:
             self.save(step)
             return True
         self._begin_if_new()
-        persist = step % self.persist_every == 0 or self._is_persist_put_off
+        persist = step % self.settings.persist_every == 0 or self._is_persist_put_off
         self._is_put_off = self._is_persist_put_off = False
         self.objects.info.pop(KEEP_ALL, None)
         if self.pinned_saver is not None:
-            return self.pinned_saver.take(step, self.generation, self.keep)
+            return self.pinned_saver.take(step, self.generation, self.settings.keep)
         assert self.snapshots is not None
         return self.snapshots.take(step, persist) or self._go_on_without_memory(step)
 
@@ -279,11 +281,12 @@ class Checkpointer:
             self.objects.info[KEEP_ALL] = True  # for the agents, which delete by what the checkpoint says
         exists = self.mesh.decide(lambda: step in self.store.steps())
         is_done = exists and step == self.current_step
+        keep = 0 if keep_all else self.settings.keep
         if self.pinned_saver is not None:
             if not is_done:
-                self.pinned_saver.save(step, self.generation, 0 if keep_all else self.keep)
+                self.pinned_saver.save(step, self.generation, keep)
         elif not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
-            self._save_now(step, 0 if keep_all else self.keep)
+            self._save_now(step, keep)
         self.current_step = step
         return step_folder(self.store.location, step)
 

@@ -15,8 +15,6 @@ MAX_OPS = 30_000_000
 """The most of a file: each makes some 100 bytes at most. The table of contents of 100,000 tensors has 4 million."""
 MAX_ARGUMENTS = 64
 
-Make = Callable[..., Any]
-
 
 class Refused(ValueError):
     """A pickle that is not read; the text says why, as a clause."""

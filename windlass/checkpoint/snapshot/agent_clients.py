@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 from windlass.checkpoint.agent.client import AgentClient, AgentError, NoMemory, TransportError
 from windlass.checkpoint.agent.folder import START_S, AgentFolder
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.config import FailureDomain
+from windlass.checkpoint.config import CheckpointConfig, FailureDomain
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, plan_recovery
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
@@ -38,36 +37,16 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.01
 
 
-@dataclass(frozen=True)
-class MemorySettings:
-    """Args:
-    num_parity_shards: how many failure domains may be lost at once.
-    num_slots: snapshots that have room on a node: 2, so that one is whole while the next is taken.
-    shm_dir: a folder of shared memory; None: the system's.
-    host: the address that agents listen on; None: that from which this node reaches the job's first.
-    lease_s: how long an agent waits for trainers to come back before it gives the job up.
-    max_send_bytes_per_s: what a node's agent sends at most; None: no limit.
-    """
-
-    num_parity_shards: int = 0
-    failure_domain: FailureDomain = FailureDomain.node
-    num_slots: int = 2
-    shm_dir: Path | None = None
-    host: str | None = None
-    lease_s: float = 600.0
-    max_send_bytes_per_s: float | None = None
-
-
 class AgentClients:
-    """Collective unless said otherwise.
+    """The clients of the agents of all nodes. Collective unless said otherwise.
 
     Args:
-        job: what names the job, alike on all nodes and in every attempt of it.
-        store: where agents write what is to be durable, and `keep` of how many checkpoints.
+        job: the name of the job, alike on all nodes and in every attempt of it.
+        store: where agents write what is to be durable.
     """
 
-    def __init__(self, mesh: Mesh, job: str, settings: MemorySettings, store: Location, keep: int) -> None:
-        self.mesh, self.job, self.settings, self.store, self.keep = mesh, job, settings, store, keep
+    def __init__(self, mesh: Mesh, job: str, settings: CheckpointConfig, store: Location) -> None:
+        self.mesh, self.job, self.settings, self.store = mesh, job, settings, store
         by_rank = settings.failure_domain == FailureDomain.rank
         self.ranks_per_node = 1 if by_rank else mesh.local_world_size
         if mesh.world_size % self.ranks_per_node:
@@ -93,7 +72,7 @@ class AgentClients:
         self.is_leader = mesh.rank % self.ranks_per_node == 0
         """True if this rank speaks for its node."""
         member = f"r{mesh.local_rank}" if by_rank else ""
-        self.folder = AgentFolder.of(job, settings.shm_dir, member)
+        self.folder = AgentFolder.of(job, None if settings.shm_dir is None else Path(settings.shm_dir), member)
         self.client: AgentClient | None = None
         self.generation = 0
         self.statuses: list[dict[str, Any]] = []
@@ -115,7 +94,7 @@ class AgentClients:
             RunFolderError: an agent does not start.
             ConfigError: two nodes share an agent.
         """
-        host = self.settings.host or _own_address()
+        host = self.settings.agent_host or _own_address()
         for is_turn in (self.is_leader, not self.is_leader):
             self.mesh.agree(lambda is_turn=is_turn: self._connect(host) if is_turn else None)
         self.refresh()
@@ -194,7 +173,7 @@ class AgentClients:
                     writer=self.positions[0],
                     keep=keep,
                     store=str(self.store),
-                    keep_durable=self.keep,
+                    keep_durable=self.settings.keep,
                     max_send_bytes_per_s=self.settings.max_send_bytes_per_s,
                 )
                 if self.is_leader
