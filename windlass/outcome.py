@@ -1,4 +1,4 @@
-"""How a worker and its launcher understand each other, through two files that the launcher names.
+"""The two files through which a worker and its launcher understand each other; the launcher names them.
 
 A launcher starts every worker again that exits with another code than 0. A worker that was asked to stop, or that
 refused bad input, must not be started again: it leaves its code in the outcome file. And a request to stop that comes

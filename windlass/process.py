@@ -1,4 +1,4 @@
-"""How a process of windlass begins and ends. Torch-free."""
+"""Begins and ends a process of windlass. Torch-free."""
 
 from __future__ import annotations
 

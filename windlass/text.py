@@ -1,4 +1,4 @@
-"""How text that somebody else chose is shown on a terminal, and put on a command line. Torch-free."""
+"""Shows text that somebody else chose on a terminal, and puts it on a command line. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When to save and what to keep. Torch-free."""
+"""The settings of checkpoints: when to save, and what to keep. Torch-free."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COPIES_IN_MEMORY = {
     CheckpointKind.lazy: 2,
     CheckpointKind.erasure: 5,
 }
-"""How many copies of a rank's state checkpoints may hold in memory at a time: on its way to the disk, of the last two
+"""The copies of a rank's state that checkpoints may hold in memory at a time: on its way to the disk, of the last two
 snapshots, and what is sent between ranks for their parity."""
 
 

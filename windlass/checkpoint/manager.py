@@ -130,12 +130,12 @@ class Checkpointer:
                 "set checkpoint=durable or lazy: they pin the files that the state is in instead of copying them",
             )
         self.pinned_saver: PinnedSaver | None = None
-        """Where state is on a disk: what writes checkpoints then, of `durable` as of `lazy`."""
+        """Saves where state is on a disk, with `durable` and with `lazy`; None elsewhere."""
         if uses_disk:
             is_lazy = self.kind == CheckpointKind.lazy
             self.pinned_saver = PinnedSaver(self.store, self.objects, mesh, is_lazy)
         self.snapshots: SnapshotSaver | None = None
-        """The tier in memory, once `open` was called; None without one."""
+        """Takes snapshots in memory, once `open` was called; None without them."""
         self.agents: AgentClients | None = None
         self._last_events: list[dict[str, Any]] = []
         """The last events of snapshots in memory that were given up."""
@@ -220,7 +220,7 @@ class Checkpointer:
         return self.snapshots.take(step, persist) or self._go_on_without_memory(step)
 
     def _go_on_without_memory(self, step: int) -> bool:
-        """Where the tier in memory is of no use any more: the run goes on as `durable`, from this step. Collective."""
+        """Goes on as `durable`, from this step, if snapshots in memory are of no use any more. Collective."""
         assert self.snapshots is not None
         why = self.snapshots.coordinator.why_given_up
         if why is None:
@@ -291,7 +291,7 @@ class Checkpointer:
         return step_folder(self.store.location, step)
 
     def _save_now(self, step: int, keep: int) -> None:
-        """Writes from the tensors themselves, while training waits."""
+        """Writes a checkpoint from the tensors themselves, while training waits."""
         self.objects.settle()
         objects = self.objects.json_state()
         try:
@@ -331,7 +331,7 @@ class Checkpointer:
             self._begin(None)
 
     def _begin(self, plan: RecoveryPlan | None) -> None:
-        """Begins an attempt of the run: whoever writes for an older one is refused from now on."""
+        """Takes a new generation: whoever writes with an older one is refused from now on."""
         in_memory = 0 if self.agents is None else self.agents.newest_generation()
         self.generation = 1 + max(in_memory, self.mesh.decide(self.store.generation))
         self.mesh.decide(lambda: self.store.fence(self.generation))
@@ -432,7 +432,7 @@ class Checkpointer:
         return reader
 
     def _finish_saves(self) -> None:
-        """Before something else is done to the folder or the objects."""
+        """Ends the saves that are under way, before something else is done to the folder or the objects."""
         if self.pinned_saver is not None:
             self.pinned_saver.finish()
 
@@ -468,6 +468,6 @@ class Checkpointer:
         return join(self.store.location, self.mesh.decide(lambda: self.store.set_aside(step, why)))
 
     def _set_damaged_chunks_aside(self, step: int) -> None:
-        """Each rank reads its part of them."""
+        """Sets damaged chunks aside; each rank reads its part of them."""
         rank, world_size = self.mesh.rank, self.mesh.world_size
         self.mesh.agree(lambda: self.store.set_damaged_chunks_aside(step, rank, world_size))

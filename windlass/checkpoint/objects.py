@@ -115,7 +115,7 @@ class CheckpointedObjects:
         return {**objects, "info": dict(self.info)}
 
     def refresh_numbers(self, objects: dict[str, Any]) -> None:
-        """Has a `json_state` say what updates that it was too early for have changed."""
+        """Brings the numbers in a `json_state` up to date with updates that were made after it."""
         for name, state in self.optimizers.items():
             objects[name]["numbers"] = state.numbers()
 

@@ -99,7 +99,7 @@ class OptimizerState:
         return {"class": type(self.inner).__name__, "param_groups": groups, "numbers": self.numbers()}
 
     def numbers(self) -> dict[str, dict[str, Any]]:
-        """By the parameter's name, state that is not tensors."""
+        """The state that is not tensors, by the parameter's name."""
         found = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             state = self.optimizer.state.get(parameter, {})

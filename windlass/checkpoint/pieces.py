@@ -43,9 +43,9 @@ class PieceGroup:
 
     pieces: list[Piece]
     load: Callable[[], AbstractContextManager[Sequence[torch.Tensor]]] | None = None
-    """Has the pieces' tensors in memory while it lasts; None: they are there."""
+    """Holds the pieces' tensors in memory while it lasts; None: they are there."""
     in_file: InFile | None = None
-    """None where no file has just these."""
+    """The file that has just these; None where there is none."""
 
     def loaded(self) -> AbstractContextManager[Sequence[torch.Tensor]]:
         """The local tensors of the pieces, which hold them while it lasts."""

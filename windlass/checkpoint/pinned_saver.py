@@ -43,7 +43,7 @@ class _Save:
     keep: int
     objects: dict[str, Any]
     copies: dict[str, torch.Tensor]
-    """By name, of what not only the optimizer's step changes."""
+    """Copies, by name, of tensors that not only the optimizer's step changes."""
     began: float
     is_put_off: bool
     pins: list[tuple[Pin, tuple[Entry, ...]]] = field(default_factory=list)

@@ -26,7 +26,7 @@ class EncodingErrors(Enum):
 
 
 class TextFormat(Enum):
-    """How text files are read: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
+    """The ways to read text files: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
 
     auto = "auto"
     text = "text"
@@ -81,7 +81,7 @@ class TextDataConfig(PreparedDataConfig):
     text_key: str = "text"
     """The field of a JSON line that holds the text."""
     encoding_errors: EncodingErrors = EncodingErrors.strict
-    """For text that is not UTF-8."""
+    """The way to treat text that is not UTF-8."""
     separator: str | None = None
     """The separator of documents in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
 

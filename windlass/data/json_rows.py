@@ -195,7 +195,7 @@ def _printable(text: str) -> str:
 
 
 def looks_like(file: SourceFile) -> str:
-    """How a `.json` file is read: `json`, an array of rows; `jsonl`, where its first line is a row; else `text`."""
+    """The way to read a `.json` file: `json`, an array of rows; `jsonl`, where its first line is a row; else `text`."""
     with open_text(file) as stream:
         start = stream.read(BLOCK_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
     if start.startswith("["):

@@ -97,7 +97,7 @@ def _ordered() -> dict[str, Any]:
 
 
 ByteRanges = dict[tuple[str, tuple[int, ...] | None], ByteRange]
-"""By the name of an entry, and the offset of a part of a tensor."""
+"""The ranges by the name of an entry, and the offset of a part of a tensor."""
 ADMITTED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): _Table,
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _Tensor,

@@ -1,4 +1,4 @@
-"""Where a checkpoint's state goes in the nested state dict that DCP saves, and back.
+"""Maps a checkpoint's state to the nested state dict that DCP saves, and back.
 
 It goes where `get_model_state_dict` and `get_optimizer_state_dict` of torch would put it, so that `dcp.load` fills
 theirs. What these have no place for (schedule, data cursor, random generators) is kept under a key of its own, so that

@@ -29,7 +29,7 @@ class Machine:
 
     key: str
     process_bytes: dict[str, int] = field(default_factory=dict)
-    """By `process_kind`: host memory of a rank in training that is not for its tensors."""
+    """The host memory of a rank in training that is not for its tensors, by `process_kind`."""
     process_end_bytes: dict[str, int] = field(default_factory=dict)
     """The same at the end, when the report is drawn; of a run of one rank."""
     op_overhead_s: float | None = None
@@ -43,7 +43,7 @@ class Machine:
     gloo_bytes_per_s: float | None = None
     """Logical bytes a second of a collective between two ranks of this machine."""
     ssd: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT, and the processor's
+    """Disks, by device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT, and the processor's
     `cpu_s_per_byte` of reading or writing and checking one."""
     host_to_device_bytes_per_s: float | None = None
     device_to_host_bytes_per_s: float | None = None

@@ -33,7 +33,7 @@ _RATE_DECAY = 0.7
 
 
 class Console(Protocol):
-    """Where a run's progress goes. Leaving its `with` block restores the terminal, whatever was raised."""
+    """The output of a run's progress. Leaving its `with` block restores the terminal, whatever was raised."""
 
     def start(self) -> None:
         """Begin to show. May write the live view's first frame."""

@@ -51,12 +51,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Pause:
-    """From the last sign of an attempt to the first step of the next."""
+    """The time from the last sign of an attempt to the first step of the next."""
 
     begin: float
     end: float
     step: int
-    """Where the next attempt goes on."""
+    """The step at which the next attempt goes on."""
     lost_steps: tuple[int, int]
     """At least and at most; lines are written every so many steps."""
     was_stopped: bool
@@ -227,7 +227,7 @@ def draw_timeline(figure: Figure, run: RunHistory, theme: Theme) -> bool:
 
 
 def _marks(run: RunHistory) -> dict[str, list[dict[str, Any]]]:
-    """By kind, the events that are moments, known ones first."""
+    """The events that are moments, by kind, known ones first."""
     others = {event["kind"] for event in run.events if "kind" in event}
     drawn = {*BOUNDARY_KINDS, "snapshot_committed", "persisted", *_MARKS}
     found = {

@@ -1,4 +1,4 @@
-"""Which ranks hold the others up.
+"""Names the ranks that hold the others up.
 
 All ranks of a step take equally long. What differs is the work: a step's seconds less those that a rank has waited for
 others (`windlass.parallel.waiting`). The agreement of the next step carries it. After MegaScale (Jiang et al., 2024).

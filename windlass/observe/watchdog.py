@@ -138,7 +138,7 @@ class Findings:
 
 
 class AlarmBell:
-    """How the ranks of an attempt hear of an alarm and answer it: keys of the store on which they have met.
+    """Lets the ranks of an attempt hear of an alarm and answer it: keys of the store on which they have met.
 
     A connection of its own, as the process group may be waiting on its one. Making it is collective.
     """
@@ -227,7 +227,7 @@ class Watchdog(Heartbeat):
 
     @property
     def timeout_s(self) -> float:
-        """How long the step that comes may take."""
+        """The seconds that the step that comes may take."""
         if self._longest_s is None:
             return max(FIRST_STEP_S, self._timeout_s or 0.0)
         return self._timeout_s or max(LEAST_TIMEOUT_S, LONGEST_STEPS * self._longest_s)

@@ -53,7 +53,7 @@ class Slot:
 
 
 class SlotTable:
-    """Where the state tensors of a bucket lie: wide dtypes first, so that all are aligned without a gap between them;
+    """The slots of a bucket's state tensors: wide dtypes first, so that all are aligned without a gap between them;
     then by key, so that what several parameters have of one kind is one piece of memory.
 
     Args:
@@ -119,7 +119,7 @@ def divide(parameters: Sequence[Tensor], max_numel: int = BUCKET_NUMEL) -> list[
 
 
 def spread(sizes: Sequence[int], budgets: Sequence[int | None]) -> list[int]:
-    """Which place each thing goes to: place i takes up to `budgets[i]` bytes (None: any); the rest goes after the last.
+    """Chooses a place for each thing: place i takes up to `budgets[i]` bytes (None: any); the rest goes after the last.
 
     A place's share is spread evenly over `sizes`, so that a step uses the slowest one all through.
     """

@@ -30,7 +30,7 @@ class OffloadKind(StrEnum):
 
 
 class WeightsPlace(StrEnum):
-    """Where weights are between their passes."""
+    """The places of weights between their passes."""
 
     memory = "memory"
     """On the device, as without offloading."""
@@ -79,7 +79,7 @@ class OffloadConfig:
         )
 
     def folder(self, run_dir: Path) -> Path | None:
-        """Below which ranks put their files; None if nothing goes to a disk."""
+        """The folder below which ranks put their files; None if nothing goes to a disk."""
         if self.name != OffloadKind.ssd:
             return None
         return run_dir / "offload" if self.dir is None else Path(self.dir)

@@ -132,7 +132,7 @@ class Engine:
             thread.start()
 
     def submit(self, *work: Callable[[], None]) -> Transfer:
-        """Has the threads do all of `work`, in any order.
+        """Gives all of `work` to the threads, in any order.
 
         Raises:
             RuntimeError: the engine is closed, or of the process that this one was forked from.
@@ -245,7 +245,7 @@ class DirectFile:
         self._figures.add_write(length, time.perf_counter() - begin)
 
     def num_links(self) -> int:
-        """How many names the file has."""
+        """The number of names that the file has."""
         return os.fstat(self.descriptor).st_nlink
 
     def close(self) -> None:

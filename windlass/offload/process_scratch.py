@@ -16,7 +16,7 @@ import weakref
 from pathlib import Path
 
 LOCK = "windlass.lock"
-"""Held by the process that a folder belongs to, as long as it lives."""
+"""The lock file, held by the process that a folder belongs to as long as it lives."""
 
 _NAME = re.compile(r".+\.[0-9a-f]{16}")
 
@@ -43,7 +43,7 @@ class ProcessScratch:
         return self._removal.alive
 
     def remove(self) -> None:
-        """With its files, which nothing may use any more."""
+        """Removes the folder with its files, which nothing may use any more."""
         self._removal()
 
     def _leave_to_parent(self) -> None:

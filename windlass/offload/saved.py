@@ -86,7 +86,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class ViewSpec:
-    """How a tensor lies in its storage."""
+    """The view of a tensor on its storage."""
 
     dtype: torch.dtype
     offset: int
@@ -164,7 +164,7 @@ class Packer:
         return View(saved, ViewSpec.of(tensor)), storage
 
     def forget(self, storage: SavedStorage) -> None:
-        """To be called with each storage of `dead`."""
+        """Forgets a storage of `dead`; to be called with each."""
         known = self._known.get(storage.address)
         if known is not None and known[2]() is None:
             del self._known[storage.address]

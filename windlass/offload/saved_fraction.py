@@ -128,7 +128,7 @@ class _Model:
     host_bytes: int
 
     def with_fraction(self, saved_fraction: float) -> Choice | None:
-        """None if it has no room."""
+        """The choice to save this fraction; None if it has no room."""
         costs = self.costs
         saved = self.num_layers * (costs.input_bytes + costs.attention_bytes + round(saved_fraction * costs.rest_bytes))
         again_s = (1 - saved_fraction) * self._compute_s(costs.rest_flops, costs.rest_touched_bytes)

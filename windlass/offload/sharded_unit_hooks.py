@@ -19,7 +19,7 @@ from windlass.parallel.fsdp_shim import around_unshard
 
 
 class ShardedUnitHooks(UnitHooks):
-    """Hooks on a model that FSDP2 has cut, unit by unit.
+    """Hooks on a model that FSDP2 has sharded, unit by unit.
 
     Args: as `UnitHooks`.
     """

@@ -1,4 +1,4 @@
-"""Where the optimizer state of buckets lies, and how it gets into the optimizer and out of it."""
+"""Keeps the optimizer state of buckets, and gets it into the optimizer and out of it."""
 
 from __future__ import annotations
 

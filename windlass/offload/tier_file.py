@@ -358,7 +358,7 @@ def _blocks(view: memoryview) -> list[memoryview]:
 
 
 def _num_links(file: DirectFile) -> int:
-    """How many names a file has. Raises OffloadError if none, or if that cannot be told."""
+    """The number of names that a file has. Raises OffloadError if none, or if that cannot be told."""
     try:
         num_links = file.num_links()
         if num_links == 0:

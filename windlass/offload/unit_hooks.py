@@ -28,7 +28,7 @@ def parameters_by_unit(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -
 
 
 class UnitHooks:
-    """Which units' weights are in memory, and which come next; the base of what hooks on passes.
+    """The base of hooks on units: it knows which units' weights are in memory, and which come next.
 
     Args:
         model: what no unit names belongs to it as a whole.
@@ -83,7 +83,7 @@ class UnitHooks:
 
 
 class UnshardedUnitHooks(UnitHooks):
-    """Hooks on a model that is not cut over ranks. What no unit names is there from forward to the end of backward.
+    """Hooks on a model that is not sharded. What no unit names is there from forward to the end of backward.
 
     Args: as `UnitHooks`.
     """

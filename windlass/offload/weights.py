@@ -88,7 +88,7 @@ class Weights:
         return group is not None and not (group.num_users and group.is_whole)
 
     def acquire(self, parameters: Iterable[Tensor]) -> None:
-        """Has what a pass computes with in the parameters' memory until `release`.
+        """Brings what a pass computes with into the parameters' memory, until `release`.
 
         With `in_halves` it is the weights rounded to bfloat16.
 

@@ -1,4 +1,4 @@
-"""When the disk works and when a step waits for it: the order of calls and transfers, played with a clock.
+"""Plays the order of calls and transfers with a clock: when the disk works, and when a step waits for it.
 
 The disk does one thing after the other, in the order in which it was asked, while the step computes; where the step
 needs what has not come yet, it waits. What is read ahead of whom is in the order already, as the run's own conveyor
@@ -38,7 +38,7 @@ class DiskUse:
 
 
 def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[str, float], disk: DiskSpeed) -> DiskUse:
-    """How a step goes whose like came before it.
+    """The course of a step whose like came before it.
 
     Args:
         call_s: seconds of a call, by key.

@@ -107,7 +107,7 @@ def _with_apollo(candidate: Candidate) -> Iterator[Candidate]:
 
 
 def _leanest(candidate: Candidate) -> Candidate:
-    """With the smallest passes."""
+    """The configuration with the smallest passes."""
     overrides, config = candidate
     *_, (more, changed) = [([], config), *_smaller_passes(config)]
     return [*overrides, *more], changed

@@ -42,10 +42,10 @@ SCALES_OF_SMALL_OBJECTS = (0.7, 0.85, 1.0, 1.25, 1.6)
 SCALE_OF_MANY = 2.0
 """For the upper end of the range."""
 COLLECTIVES_SPREAD = 0.35
-"""By how much several ranks may need more: gathered weights and gloo's copies cut up the heaps of several threads more
-than the replay of one knows (up to 0.29 was seen)."""
+"""The share that several ranks may need more: gathered weights and gloo's copies cut up the heaps of several threads
+more than the replay of one knows (up to 0.29 was seen)."""
 PROCESS_SPREAD = 0.1
-"""How far a process's own memory may be off, as a share of it."""
+"""The error of a process's own memory, as a share of it."""
 SECONDS_A_DAY = 86_400
 
 

@@ -1,4 +1,4 @@
-"""From what is taken and given back to what the process holds: the C library's heap, replayed.
+"""Replays the C library's heap: from what is taken and given back to what the process holds.
 
 A process keeps memory that it has given back where the heap is cut up, and takes large pieces from the system and
 returns them at once. Both are decided by glibc's malloc, whose rules are few, so the replay finds the high-water mark
@@ -22,7 +22,7 @@ _TOP_PAD = 128 * 1024
 _SLIVER_BYTES = 96
 """The bytes that an aligned request asks for besides: a piece that is cut off again and holds small objects."""
 SMALL_OBJECTS = 0.6
-"""How many slivers are taken for each tensor that lives. Small objects (autograd's nodes, torch's handles of tensors)
+"""The slivers that are taken for each tensor that lives. Small objects (autograd's nodes, torch's handles of tensors)
 keep holes from growing together; measured on whole runs of 1.6M to 134M parameters."""
 STREAMED_SMALL_OBJECTS = 0.75
 """The same where weights come and go; of runs of 58M to 368M parameters, that came out between 0.4 and 1.0, the most
@@ -47,7 +47,7 @@ class Heap:
         self.end = 0
         """The end of what the heap has taken from the system."""
         self.top = 0
-        """Where its free end begins."""
+        """The begin of its free end."""
         self.mapped_bytes = 0
         self.high_water_bytes = 0
         self._small_objects = small_objects

@@ -92,7 +92,7 @@ class _Folder(TierFolder):
 
 
 class _Pages:
-    """Which pages of an arena have been used."""
+    """The pages of an arena that have been used."""
 
     def __init__(self, recorder: Recorder, num_bytes: int) -> None:
         self._recorder, self._num_bytes = recorder, num_bytes

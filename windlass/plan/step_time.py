@@ -1,4 +1,4 @@
-"""How long a step takes: the calls of a trace, each timed once on this machine at its own shapes.
+"""Times a step: the calls of a trace, each timed once on this machine at its own shapes.
 
 Kernels are far from any one bandwidth or FLOP rate: what a product of 64 columns, a transposed copy or a fresh page
 costs is measured and not assumed. A call is timed on tensors made for it, cut where they would be large, and the figure
@@ -38,7 +38,7 @@ FRESH_BYTES = 64 << 20
 
 
 TIME_SPREAD = 0.15
-"""How far a step's time may be off, as a share of it."""
+"""The error of a step's time, as a share of it."""
 STALL_SHARE = 0.05
 """A step that waits for longer than this share of its time is bound by the disk."""
 
@@ -62,7 +62,7 @@ class StepTime:
     """Seconds of calling them: Python, autograd, the dispatcher."""
     comm_s: float
     disk_s: float = 0.0
-    """How long the disk works, most of it beside the above."""
+    """The seconds that the disk works, most of it beside the above."""
     stall_s: float = 0.0
     """The part of these that the step waits for."""
     disk_cpu_s: float = 0.0
@@ -79,7 +79,7 @@ class StepTime:
 
 
 def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | None = None) -> StepTime:
-    """How long a step takes on this machine; measures, and puts into `machine`, calls that it has not seen yet.
+    """The time of a step on this machine; measures, and puts into `machine`, calls that it has not seen yet.
 
     Args:
         disk: a rank's share of it; not needed where a step moves nothing.

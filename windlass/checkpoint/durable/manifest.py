@@ -73,7 +73,7 @@ class StoredTensor:
 class Manifest:
     step: int
     generation: int
-    """How often the run had been started again when it wrote this."""
+    """The generation of the attempt that wrote it."""
     world_size: int
     time: float
     """Unix seconds."""

@@ -18,7 +18,7 @@ OPEN_BYTES = 1 << 30
 
 
 class Source(Protocol):
-    """Where the bytes of stored fragments come from."""
+    """A source of the bytes of stored fragments."""
 
     def read(self, stored: StoredFragment) -> memoryview:
         """The bytes of a fragment, checked; `ValueError` if they are damaged, `OSError` if they cannot be read."""

@@ -1,4 +1,4 @@
-"""How snapshot agents, and the processes of a job, reach each other: authenticated TCP.
+"""Authenticated TCP between snapshot agents, and between the processes of a job.
 
 A listener gives each peer a thread. A stranger costs that thread for a few seconds at most, a line in the log at most
 once a second, and no memory: nothing that it sends is parsed (see `handshake`). There are never more than a few peers
@@ -230,7 +230,7 @@ class Listener:
         return True
 
     def _keep(self, peer: _Peer) -> None:
-        """From now on `peer` has proven itself, and makes place for nobody."""
+        """Marks `peer` as proven: it makes room for nobody from now on."""
         with self._lock:
             if peer.is_dropped:
                 raise RefusedPeer(_DROPPED)

@@ -190,7 +190,7 @@ class AgentClients:
         return max((status["generation"] for status in self.statuses), default=0)
 
     def sources(self, plan: RecoveryPlan) -> dict[int, tuple[str, int]]:
-        """Where the agents are that hold each position of a snapshot."""
+        """The addresses of the agents that hold each position of a snapshot."""
         return {position: self.address_of(node) for position, node in plan.holders.items()}
 
     # --- Recovery. ---

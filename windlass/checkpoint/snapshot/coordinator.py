@@ -30,7 +30,7 @@ MAX_FAILURES = 5
 
 @dataclass(frozen=True)
 class Target:
-    """Where a rank's snapshot goes."""
+    """The place of a rank's snapshot."""
 
     snapshot: SnapshotId
     persist: bool
@@ -51,7 +51,7 @@ class SnapshotCoordinator:
         self._maps: dict[tuple[str, int, int], SharedFile] = {}
         self._failures = 0
         self.why_given_up: str | None = None
-        """Why there is no tier in memory any more, on all ranks alike; None while there is one."""
+        """The reason why there are no snapshots in memory any more, on all ranks alike; None while there are."""
 
     def reserve(self, region_bytes: int) -> None:
         """Takes the memory that snapshots of `region_bytes` a rank need.
@@ -186,7 +186,7 @@ class SnapshotCoordinator:
         return _FREE if status["is_free"] and status["generation"] == self.agents.generation else _BUSY
 
     def _regions(self, region_bytes: list[int]) -> tuple[list[Region], int]:
-        """Where each rank's region lies, and the data of the node that has the most."""
+        """Lays out each rank's region; returns them, and the bytes of the node that has the most."""
         regions, largest = [], 0
         for node in range(self.agents.num_nodes):
             offset = 0

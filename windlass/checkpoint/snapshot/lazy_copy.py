@@ -123,7 +123,7 @@ class Copy:
         yield from self._through_ring(self._ready)
 
     def _through_ring(self, ready: torch.cuda.Event) -> Iterator[tuple[int, int, int]]:
-        """From a GPU: while one buffer's bytes go on into the slot, the other is filled."""
+        """Copies from a GPU: while one buffer's bytes go on into the slot, the other is filled."""
         device = next(item.source.device for item in self._items if item.source.is_cuda)
         stream = torch.cuda.Stream(device)
         stream.wait_event(ready)

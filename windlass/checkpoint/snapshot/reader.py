@@ -118,7 +118,7 @@ class SlotSource:
         self._recent.clear()
 
     def _read_far(self, position: int, begin: int, end: int) -> memoryview:
-        """From another node, in whole blocks. What ranks hold alike is in few, a little on each node."""
+        """Reads from another node, in whole blocks. What ranks hold alike is in few, a little on each node."""
         first, count = begin // BLOCK_BYTES, max(1, -(-end // BLOCK_BYTES) - begin // BLOCK_BYTES)
         recent_first, recent = self._recent.get(position, (0, np.empty(0, np.uint8)))
         if first < recent_first or (first + count - recent_first) * BLOCK_BYTES > recent.size:

@@ -131,7 +131,7 @@ class SnapshotSaver:
         return [piece for group in groups for piece in group.pieces]
 
     def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
-        """In the copying thread."""
+        """Tells the agent how the copy ended. Runs in the copying thread."""
         if error is None:
             self.coordinator.copied(snapshot, checksums)
         else:
@@ -187,7 +187,7 @@ class SnapshotSaver:
                 return outcome == "persisted"
 
     def _wait_for(self, step: int) -> str | None:
-        """How making `step` durable went, or None if that is still open after a while. On one rank."""
+        """Waits for a while for `step` to be durable; returns how it went, None if that is still open. On one rank."""
         deadline = time.monotonic() + DECIDE_S
         while time.monotonic() < deadline:
             self._look()
@@ -217,7 +217,7 @@ class SnapshotSaver:
 
 
 def _ends(pieces: list[Piece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
-    """By a parameter's `id`, where in the region the last byte of it and of its state is."""
+    """The end in the region of each parameter and its state, by the parameter's `id`."""
     ends = {entry.spec.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
     owners: dict[int, int] = {}
     for piece in pieces:
