@@ -210,7 +210,7 @@ class OptimizerState:
     def _read(
         self, reader: CheckpointReader, name: str, parameter: torch.Tensor, there: dict[str, StoredTensor]
     ) -> dict[str, torch.Tensor]:
-        """The state tensors of a parameter, in the dtypes that were stored and the cut that they have here."""
+        """The state tensors of a parameter, in the dtypes that were stored and sharded as they are here."""
         if self.layout is None:
             likes = {key: parameter for key, entry in there.items() if entry.shape == tuple(parameter.shape)}
         else:

@@ -1,1 +1,1 @@
-"""The tier in memory as trainers see it: lazy copies, snapshots, and going on from them."""
+"""Snapshots in memory as trainers see them: lazy copies, the coordinator of ranks and agents, and recovery."""

@@ -223,9 +223,9 @@ class AgentClients:
             for slot in self.statuses[min(plan.holders.values())]["slots"]
             if SnapshotId(*slot["snapshot"]) == plan.snapshot
         )
-        is_same_cut = not self.needs_protection(plan)
+        is_same_sharding = not self.needs_protection(plan)
         takers = {
-            position: self.positions.index(position) if is_same_cut else number % self.num_nodes
+            position: self.positions.index(position) if is_same_sharding else number % self.num_nodes
             for number, position in enumerate(plan.lost)
         }
 

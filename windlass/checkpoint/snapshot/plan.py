@@ -25,7 +25,7 @@ class Held:
     snapshot: SnapshotId
     step: int
     layout: str
-    """A hash of how the job was cut."""
+    """A hash of how the job was sharded."""
     phase: Phase
     position: int
     """The position whose data it is: that of a node in the generation that took it, which the node may have no more."""
@@ -44,12 +44,12 @@ class Held:
         return Held(**document | {"snapshot": SnapshotId(*document["snapshot"]), "phase": Phase(document["phase"])})
 
     @property
-    def cut(self) -> _Cut:
-        return _Cut(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)
+    def key(self) -> _SnapshotKey:
+        return _SnapshotKey(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)
 
 
 @dataclass(frozen=True, order=True)
-class _Cut:
+class _SnapshotKey:
     """The facts that all parts of a snapshot have in common: parts that differ in any are never put together."""
 
     snapshot: SnapshotId
@@ -75,7 +75,7 @@ class RecoveryPlan:
 
 
 def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX_RESUMES) -> RecoveryPlan | None:
-    """Chooses the newest snapshot of which n - m positions are left, sound, prepared or committed, and cut alike.
+    """Chooses the newest snapshot of which n - m positions are left, sound, prepared or committed, of one key.
 
     Args:
         held_by_node: what the agent of each node answered, in an order that all trainers agree on; nothing for a
@@ -85,17 +85,17 @@ def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX
     Returns:
         None if nothing in memory can be used.
     """
-    whole: dict[_Cut, dict[int, int]] = {}
+    whole: dict[_SnapshotKey, dict[int, int]] = {}
     for node, slots in enumerate(held_by_node):
         for held in slots:
             if held.phase in _WHOLE and held.is_sound:
-                whole.setdefault(held.cut, {}).setdefault(held.position, node)
+                whole.setdefault(held.key, {}).setdefault(held.position, node)
     everything = [held for slots in held_by_node for held in slots]
     usable = {
-        cut: holders
-        for cut, holders in whole.items()
-        if len(holders) >= cut.num_nodes - cut.num_parity_shards
-        and not _is_quarantined(cut.snapshot, everything, max_resumes)
+        key: holders
+        for key, holders in whole.items()
+        if len(holders) >= key.num_nodes - key.num_parity_shards
+        and not _is_quarantined(key.snapshot, everything, max_resumes)
     }
     if not usable:
         return None

@@ -1,4 +1,4 @@
-"""Reads a snapshot from the slots of all nodes as one would a checkpoint from disk: any block, whatever the cut."""
+"""Reads a snapshot from the slots of all nodes as a checkpoint from disk: any fragment, whatever the sharding."""
 
 from __future__ import annotations
 
