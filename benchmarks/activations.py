@@ -5,14 +5,15 @@ in rounds that take turns:
 
 - `keep`: autograd keeps what it saves. What the others are held against.
 - `swap`: at most `--near-mib` of it stay in memory, the rest goes to the disk (`--dir`) and comes back.
-- `alpha=...`: the same, with the attention's output and a layer's input for all tokens and the rest for a fraction of
+- `fraction=...`: the same, with the attention's output and a layer's input for all tokens and the rest for a part of
   them; the others' is computed again.
 - `recompute`: `train.activation_checkpoint=full` with what it keeps swapped too.
 
 Printed for each: seconds of a forward and a backward pass (median) and their ratio to `keep`, by how much the process
 grew at most (gradients, buffers and all), what of the activations was in memory at most, bytes to the disk, seconds
-that a pass stood still, and whether losses and gradients have the bits of `keep` (`alpha` rounds gradients otherwise:
-the largest relative difference of one). Then what `choose_alpha` would have chosen by this machine's figures.
+that a pass stood still, and whether losses and gradients have the bits of `keep` (`fraction` rounds gradients
+otherwise: the largest relative difference of one). Then what `choose_activations` would have chosen by this machine's
+figures.
 
 Bars: `swap` has the bits of `keep`, and activations in memory stay within `--near-mib`, the buffers and one layer.
 Timings are printed and never asserted.
@@ -36,9 +37,9 @@ from windlass.machine.peak_flops import measured_matmul_flops
 from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.offload.activations import ActivationFigures, ActivationOffload
-from windlass.offload.alpha import Activations, Rates, choose_alpha
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import Engine
+from windlass.offload.saved_fraction import Activations, Rates, choose_activations
 from windlass.offload.tier_file import TierFolder
 from windlass.train.activation_costs import layer_costs
 from windlass.train.objectives.config import NextTokenConfig
@@ -82,7 +83,7 @@ class Settings:
 class Variant:
     name: str
     activations: Activations
-    alpha: float | None = None
+    saved_fraction: float | None = None
 
 
 @dataclass
@@ -112,7 +113,7 @@ def main() -> None:
     variants = [
         Variant("keep", Activations.keep),
         Variant("swap", Activations.swap),
-        *(Variant(f"alpha={alpha}", Activations.alpha, alpha) for alpha in options.alpha),
+        *(Variant(f"fraction={fraction}", Activations.fraction, fraction) for fraction in options.fraction),
         Variant("recompute", Activations.recompute),
     ]
     outcomes: dict[str, list[Outcome]] = {variant.name: [] for variant in variants}
@@ -133,7 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=4096)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--alpha", type=float, nargs="*", default=[0.5, 0.0])
+    parser.add_argument("--fraction", type=float, nargs="*", default=[0.5, 0.0])
     parser.add_argument("--steps", type=int, default=4, help="of a round; the first is not timed")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--near-mib", type=int, default=64)
@@ -149,7 +150,7 @@ def run(settings: Settings, variant: Variant, reference: Path) -> Outcome:
     model = settings.model.build()
     assert isinstance(model, Llama)
     is_recomputed = variant.activations == Activations.recompute
-    model.prepare(settings.torch_dtype, is_recomputed, compile_blocks=False, saved_fraction=variant.alpha)
+    model.prepare(settings.torch_dtype, is_recomputed, compile_blocks=False, saved_fraction=variant.saved_fraction)
     model.materialize(CPU, seed=0)
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 512, (1, settings.seq_len + 1), generator=generator)
@@ -249,7 +250,7 @@ def report(
 ) -> None:
     seconds = {name: median(s for outcome in found for s in outcome.pass_s) for name, found in outcomes.items()}
     costs = layer_costs(settings.model, settings.torch_dtype, 1, settings.seq_len, CPU)
-    choice = choose_alpha(costs, settings.num_layers, rates, settings.near_bytes)
+    choice = choose_activations(costs, settings.num_layers, rates, settings.near_bytes)
     if options.json:
         print_json(
             {
@@ -298,8 +299,8 @@ def report(
     )
     print(f"swap: gradients: {differences['swap']} (bar: same bits)")
     print(
-        f"\nchoose_alpha, from {rates.flops_per_s / 1e9:,.0f} GFLOP/s, {(rates.write_bytes_per_s or 0) / 1e9:.2f} GB/s "
-        f"to and {(rates.read_bytes_per_s or 0) / 1e9:.2f} GB/s from the disk: {choice.activations.value}"
+        f"\nchoose_activations, from {rates.flops_per_s / 1e9:,.0f} GFLOP/s, "
+        f"{(rates.write_bytes_per_s or 0) / 1e9:.2f} GB/s to and {(rates.read_bytes_per_s or 0) / 1e9:.2f} GB/s from the disk: {choice.activations.value}"
     )
     for reason in choice.reasons:
         print(f"  {reason}")

@@ -31,8 +31,8 @@ from common import Spread, describe_machine, filesystem_of, print_json, print_ta
 from torch import nn
 
 from windlass.checkpoint import Checkpointer
-from windlass.checkpoint.behind import pinned
 from windlass.checkpoint.pieces import PieceGroup, put_groups
+from windlass.checkpoint.pinned_saver import pinned
 from windlass.offload import OffloadedOptimizer, offload_optimizer
 
 NONE, COPIED, DURABLE, LAZY = "none", "copied", "durable", "lazy"
@@ -71,9 +71,9 @@ class Trainer:
             kind = LAZY if way == LAZY else DURABLE
             self.checkpointers[way] = Checkpointer(objects, self.folder / way, kind=kind, keep=1)
         copied = self.checkpointers[COPIED]
-        assert copied.behind is not None
-        copied.behind.close()
-        copied.behind = None  # state is then copied, as where it cannot be pinned
+        assert copied.pinned_saver is not None
+        copied.pinned_saver.close()
+        copied.pinned_saver = None  # state is then copied, as where it cannot be pinned
 
     def train(self, checkpointer: Checkpointer | None) -> float:
         """One step; what it waited for the snapshot."""
@@ -108,9 +108,9 @@ class Trainer:
             block.blocking_s += self.train(checkpointer)
         block.seconds = time.perf_counter() - begin
         if checkpointer is not None:
-            if checkpointer.behind is not None:
-                checkpointer.behind.finish()
-            block.committed_s = block.blocking_s if checkpointer.behind is None else time.perf_counter() - begin
+            if checkpointer.pinned_saver is not None:
+                checkpointer.pinned_saver.finish()
+            block.committed_s = block.blocking_s if checkpointer.pinned_saver is None else time.perf_counter() - begin
             assert checkpointer.store.latest_step() == saved
         return block
 

@@ -1,8 +1,8 @@
 """Claim: after a kill a run goes on within seconds, from the memory of its nodes, and loses few steps.
 
 `python benchmarks/recovery.py` trains a Llama of 64M parameters (ZeRO-3, AdamW, float32; `--layers` for others) on gloo
-ranks of one thread each. Each rank is a node of its own, with a snapshot agent, on this machine. Its lives end by
-SIGKILL at random moments, and the next life goes on from
+ranks of one thread each. Each rank is a node of its own, with a snapshot agent, on this machine. Its attempts end by
+SIGKILL at random moments, and the next attempt goes on from
 
 - `local_ram`: the trainers were killed, and the agents are there;
 - `parity`: one node was lost as well, its agent and its shared memory: it is made again from what the others have;
@@ -11,7 +11,7 @@ SIGKILL at random moments, and the next life goes on from
 What is timed begins with the kill and ends when all ranks have taken a step. Fresh interpreters are started at once,
 as a launcher does, and import torch, which is most of the time. Parts are of the slowest rank.
 
-Beside it, in the same life, stand the limits: a copy of the same state from memory to memory by the same ranks, once
+Beside it, in the same attempt, stand the limits: a copy of the same state from memory to memory by the same ranks, once
 into memory that they have, and once as a new process must, whose weights are there and whose optimizer state needs
 pages that the kernel has yet to give and to clear (which takes longer than the copy); and for parity the receipt of the
 bytes that the rebuild asks for, over one plain connection on loopback, and getting the shared memory of its slot. The
@@ -41,7 +41,7 @@ from typing import Any
 
 from checkpoint_trainer import SHAPE
 from common import Spread, describe_machine, filesystem_of, free_port, num_cores, print_json, print_table
-from recovery_life import PARTS, Recovery, Settings, live
+from recovery_attempt import PARTS, Recovery, Settings, live
 
 from windlass.checkpoint.agent.listing import list_agents
 
@@ -49,7 +49,7 @@ SOURCES = ("local_ram", "parity", "durable")
 RESTORE_BAR = 1.5
 """Reading from this node's memory over a copy of the same bytes."""
 LIFE_S = 300.0
-"""A life that has not come so far as to be killed by then has failed."""
+"""An attempt that has not come so far as to be killed by then has failed."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Measured:
     ranks: list[Recovery]
 
 
-class Life:
+class Attempt:
     """All ranks of one start of the run."""
 
     def __init__(self, settings: Settings) -> None:
@@ -102,7 +102,7 @@ class Life:
         return found
 
     def train_until(self, kinds: Sequence[str], more_steps: int) -> None:
-        """Returns `more_steps` after each of `kinds` has happened to a step of this life."""
+        """Returns `more_steps` after each of `kinds` has happened to a step of this attempt."""
         deadline, last = time.monotonic() + LIFE_S, None
         while last is None or self.step < last:
             for pipe in self.pipes[1:]:
@@ -137,23 +137,23 @@ def lose_nodes(shm_dir: Path, count: int | None) -> None:
 
 
 def run_lives(settings: Settings, repeats: int, seed: int) -> list[Measured]:
-    """One life after the other, each killed and gone on from in another way."""
+    """One attempt after the other, each killed and gone on from in another way."""
     moments = random.Random(seed)
     measured: list[Measured] = []
-    life = Life(settings)
+    attempt = Attempt(settings)
     try:
-        life.recoveries()
+        attempt.recoveries()
         for number, source in enumerate(SOURCES * repeats):
             kinds = ("snapshot_committed", "persisted") if source == "durable" else ("snapshot_committed",)
-            life.train_until(kinds, moments.randrange(2 * settings.every))
-            reached, before = life.step, life
+            attempt.train_until(kinds, moments.randrange(2 * settings.every))
+            reached, before = attempt.step, attempt
             begin = time.monotonic()
             before.kill()
             if source != "local_ram":
                 lose_nodes(settings.shm_dir, 1 if source == "parity" else None)
-            life = Life(settings)
+            attempt = Attempt(settings)
             before.join()
-            ranks = life.recoveries()
+            ranks = attempt.recoveries()
             if ranks[0].source != source:
                 raise RuntimeError(f"the run went on from {ranks[0].source} where it should have from {source}")
             seconds = {part: max(rank.seconds[part] for rank in ranks) for part in PARTS[1:]}
@@ -162,8 +162,8 @@ def run_lives(settings: Settings, repeats: int, seed: int) -> list[Measured]:
             measured.append(Measured(source, reached - ranks[0].step, total_s, seconds, ranks))
             print(f"{number + 1}/{len(SOURCES) * repeats}: {source} {total_s:.2f} s", file=sys.stderr, flush=True)
     finally:
-        life.kill()
-        life.join()
+        attempt.kill()
+        attempt.join()
         lose_nodes(settings.shm_dir, None)
     return measured
 

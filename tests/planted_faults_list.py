@@ -482,7 +482,7 @@ MEMORY = [
     Fault(
         "fence_of_the_lazy_copy_skipped",
         "A snapshot is of one moment: weights wait for its copy.",
-        "windlass/checkpoint/memory/lazy_copy.py",
+        "windlass/checkpoint/snapshot/lazy_copy.py",
         "self._progress.wait_for(lambda: self._is_done)",
         "self._progress.wait_for(lambda: self._copied > 0 or self._is_done)",
         (f"{CHECKPOINT}/test_lazy_copy.py::test_the_snapshots_of_a_training_are_whole[after the backward]",),
@@ -523,7 +523,7 @@ MEMORY = [
     Fault(
         "damaged_memory_not_noticed",
         "A flipped bit in a snapshot is found before it is restored.",
-        "windlass/checkpoint/memory/reader.py",
+        "windlass/checkpoint/snapshot/reader.py",
         "if crc32c(self.files.blocks(number)) != int(self.files.table[number]):",
         "if not self.files.blocks(number):",
         (f"{FAULT}/test_slot_damage.py::test_a_restore_takes_no_damaged_block[3 nodes, 1 parity]",),
@@ -563,7 +563,7 @@ MEMORY = [
     Fault(
         "recovery_chooses_the_oldest",
         "The run goes on from the newest snapshot, never from before the newest commit.",
-        "windlass/checkpoint/memory/plan.py",
+        "windlass/checkpoint/snapshot/plan.py",
         "best = max(usable)",
         "best = min(usable)",
         (f"{CHECKPOINT}/test_recovery_plan.py::test_nothing_newer_would_do",),
@@ -571,17 +571,17 @@ MEMORY = [
     Fault(
         "recovery_mixes_cuts",
         "Parts of a snapshot that were cut otherwise are never put together.",
-        "windlass/checkpoint/memory/plan.py",
-        "return _Cut(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)",
-        'return _Cut(self.snapshot, self.step, "", self.num_nodes, self.num_parity_shards)',
+        "windlass/checkpoint/snapshot/plan.py",
+        "return _SnapshotKey(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)",
+        'return _SnapshotKey(self.snapshot, self.step, "", self.num_nodes, self.num_parity_shards)',
         (f"{CHECKPOINT}/test_recovery_plan.py::test_parts_that_differ_are_not_put_together",),
     ),
     Fault(
         "recovery_accepts_too_few",
         "With more than m nodes lost the run goes on from disk.",
-        "windlass/checkpoint/memory/plan.py",
-        "if len(holders) >= cut.num_nodes - cut.num_parity_shards",
-        "if len(holders) >= cut.num_nodes - cut.num_parity_shards - 1",
+        "windlass/checkpoint/snapshot/plan.py",
+        "if len(holders) >= key.num_nodes - key.num_parity_shards",
+        "if len(holders) >= key.num_nodes - key.num_parity_shards - 1",
         (f"{CHECKPOINT}/test_recovery_plan.py::test_one_more_is_too_many",),
     ),
     Fault(
@@ -603,8 +603,8 @@ MEMORY = [
     Fault(
         "agents_left_behind",
         "A run that ends leaves no snapshot agent and nothing in shared memory.",
-        "windlass/checkpoint/memory/snapshots.py",
-        "        self.memory.end()\n",
+        "windlass/checkpoint/snapshot/saver.py",
+        "        self.coordinator.end()\n",
         "",
         (f"{TRAIN}/test_loop.py::test_weights_wait_for_the_copy_of_a_snapshot",),
     ),
@@ -632,7 +632,7 @@ RUNS = [
         "The count of skipped steps in a row survives a stop.",
         "windlass/train/build.py",
         "vars(self).update(vars(before))",
-        "vars(self).update({**vars(before), 'skipped_in_a_row': 0})",
+        'vars(self).update(vars(before) | {"skipped_in_a_row": 0})',
         (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on",),
     ),
     Fault(
@@ -775,8 +775,8 @@ RUNS = [
         "hang_names_those_that_wait",
         "Of ranks that make no step any more those are named that hang, and not those that wait for them.",
         "windlass/observe/watchdog.py",
-        "if not place.is_waiting]",
-        "if place.is_waiting]",
+        "if not status.is_waiting]",
+        "if status.is_waiting]",
         (f"{UNIT}/observe/test_watchdog.py::test_a_rank_that_hangs_is_told_from_those_that_wait_for_it",),
     ),
     Fault(
@@ -849,10 +849,10 @@ ELSEWHERE = [
     Fault(
         "ties_of_halves_lost",
         "The two halves of a weight give it back to the bit.",
-        "windlass/offload/hilo.py",
+        "windlass/offload/split_bf16.py",
         "    bits[lowered] += 1 << 16\n",
         "",
-        (f"{OFFLOAD}/test_hilo.py::test_every_upper_half_comes_back",),
+        (f"{OFFLOAD}/test_split_bf16.py::test_every_upper_half_comes_back",),
     ),
     Fault(
         "damaged_tier_file_not_noticed",
@@ -881,7 +881,7 @@ ELSEWHERE = [
     Fault(
         "folders_of_the_dead_stay",
         "What a killed process has left on the disk is removed by the next.",
-        "windlass/offload/own_folder.py",
+        "windlass/offload/process_scratch.py",
         "                _remove_and_unlock(path, lock)\n",
         "                os.close(lock)\n",
         (f"{OFFLOAD}/test_tier_file.py::test_folders_of_the_dead_are_removed",),
@@ -963,7 +963,7 @@ ELSEWHERE = [
         "full_memory_ends_checkpoints",
         "Where snapshots in memory cannot be taken any more, checkpoints are written as with checkpoint=durable.",
         "windlass/checkpoint/manager.py",
-        "        why = self.snapshots.memory.why_given_up\n",
+        "        why = self.snapshots.coordinator.why_given_up\n",
         "        why = None\n",
         (f"{CHECKPOINT}/test_memory_full.py::test_without_memory_a_run_goes_on_as_durable",),
     ),

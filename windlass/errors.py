@@ -13,7 +13,7 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75
 """Stopped on request (SIGTERM or SIGINT) after a final checkpoint; the same command resumes. EX_TEMPFAIL."""
 EXIT_RESTART = 76
-"""Of a worker: stopped after a checkpoint so that its launcher starts it again, among other nodes."""
+"""A worker stopped after a checkpoint so that its launcher starts it again, among other nodes."""
 
 
 class WindlassError(Exception):
@@ -29,7 +29,7 @@ class WindlassError(Exception):
     def __init__(self, key: str, value: object, rule: str, fix: str) -> None:
         self.key, self.value, self.rule, self.fix = key, value, rule, fix
         self.on_all_ranks = False
-        """Whether every rank of the run raises it: see `Mesh.agree`."""
+        """True if every rank of the run raises it: see `Mesh.agree`."""
         super().__init__(key, value, rule, fix)  # all four: exceptions travel between processes
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What an error of the operating system means for the user: a limit that is met or a permission, and never damage."""
+"""Says what an error of the operating system means for the user: a limit that is met or a permission, never damage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from windlass.errors import SystemLimit
 
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What is not there, or is not what it was: of files that were written, damage. All else may pass."""
+"""Errors of what is not there, or is not what it was: damage to files that were written. All else may pass."""
 
 
 def said(error: OSError) -> str:
@@ -20,7 +20,7 @@ def said(error: OSError) -> str:
 
 
 def remedy(error: OSError, otherwise: str) -> str:
-    """What the user can do about it, as an order: it names the limit that was met. `otherwise` where none is known."""
+    """Says what the user can do about it, and names the limit that was met; `otherwise` where none is known."""
     if error.errno == errno.EMFILE:
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         return f"allow this process more open files than {soft}: `ulimit -n 4096`"

@@ -1,4 +1,4 @@
-"""How a worker and its launcher understand each other, through two files that the launcher names.
+"""The two files through which a worker and its launcher understand each other; the launcher names them.
 
 A launcher starts every worker again that exits with another code than 0. A worker that was asked to stop, or that
 refused bad input, must not be started again: it leaves its code in the outcome file. And a request to stop that comes
@@ -27,7 +27,7 @@ LAUNCHER = -1
 class Outcome:
     exit_code: int
     message: str | None = None
-    """What the user must be told and rank 0 may not have said."""
+    """The words that the user must be told and rank 0 may not have said."""
     rank: int = 0
     """Or `LAUNCHER`."""
     has_begun: bool = True
@@ -35,7 +35,7 @@ class Outcome:
 
     @property
     def is_common(self) -> bool:
-        """Whether all ranks come to it at the same step; after any other one, ranks wait for each other in vain."""
+        """True if all ranks come to it at the same step; after any other one, ranks wait for each other in vain."""
         return self.has_begun and self.exit_code in (EXIT_DONE, EXIT_STOPPED)
 
     def to_json(self) -> str:
@@ -65,7 +65,7 @@ def report_outcome(exit_code: int, message: str | None = None, *, has_begun: boo
 
 
 def reported_outcome() -> Outcome | None:
-    """What a worker of this job has left, if any has."""
+    """Reads the outcome that a worker of this job has left, if any has."""
     path = os.environ.get(OUTCOME_FILE)
     if path is None or not Path(path).exists():
         return None
@@ -84,7 +84,7 @@ def write_request(stop_file: Path, signal_name: str | None) -> None:
 
 
 def stop_requested() -> bool:
-    """Whether the launcher was asked to stop, or to leave, before this worker could hear it."""
+    """True if the launcher was asked to stop, or to leave, before this worker could hear it."""
     path = os.environ.get(STOP_FILE)
     return path is not None and Path(path).exists()
 

@@ -1,4 +1,4 @@
-"""How a process of windlass begins and ends. Torch-free."""
+"""Begins and ends a process of windlass. Torch-free."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from windlass.streams import make_lasting
 from windlass.text import printable
 
 _TORCH_THREADS = "pt_"
-"""What the names of torch's threads begin with."""
+"""The prefix of the names of torch's threads."""
 
 
 def run(main: Callable[[], int]) -> NoReturn:
@@ -65,7 +65,7 @@ def end(code: int) -> NoReturn:
 
 
 def _has_other_threads() -> bool:
-    """Whether there may be threads that this process would kill inside of code that is not Python's."""
+    """True if there may be threads that this process would kill inside of code that is not Python's."""
     if any(thread.daemon for thread in threading.enumerate() if thread is not threading.main_thread()):
         return True
     tasks = Path("/proc/self/task")
@@ -75,7 +75,7 @@ def _has_other_threads() -> bool:
 
 
 def thread_names() -> list[str]:
-    """Of all threads of this process, those that are not Python's included. Linux only."""
+    """The names of all threads of this process, those that are not Python's included. Linux only."""
     names = []
     for task in Path("/proc/self/task").iterdir():
         try:

@@ -22,7 +22,7 @@ from windlass.files import open_growing, refuse_links
 
 _STREAMS = {1: "stdout", 2: "stderr"}
 _log: Path | None = None
-"""Where output goes on."""
+"""The stream where output goes on."""
 _lost: dict[int, str] = {}
 """Descriptors that were moved, and why."""
 
@@ -60,7 +60,7 @@ def goes_on_in(log: Path) -> Iterator[None]:
 
 
 def why_lost(stream: object) -> str | None:
-    """Why the standard stream `stream` does not write any more to where it began; None: it does."""
+    """The reason why the standard stream `stream` does not write any more to where it began; None: it does."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         return _lost.get(stream.fileno())  # type: ignore[attr-defined]  # pyrefly: ignore[missing-attribute]
     return None
@@ -145,7 +145,7 @@ def _go_on(descriptor: int, reason: str) -> None:
 
 
 def _become(descriptor: int, opened: int) -> None:
-    """Has `descriptor` be what `opened` is, for children too."""
+    """Makes `descriptor` what `opened` is, for children too."""
     if opened != descriptor:
         os.dup2(opened, descriptor)
         os.close(opened)

@@ -1,4 +1,4 @@
-"""How text that somebody else chose is shown on a terminal, and put on a command line. Torch-free."""
+"""Shows text that somebody else chose on a terminal, and puts it on a command line. Torch-free."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable
 
 _PLAIN = re.compile(r"[A-Za-z_./][A-Za-z0-9_./:@%+-]*")
-"""What Hydra takes as text as it is, unless it is one of"""
+"""Text that Hydra takes as it is, unless it is one of"""
 _WORDS = re.compile(r"null|true|false|nan|inf", re.IGNORECASE)
 
 

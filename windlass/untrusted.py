@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import yaml
 
 MAX_BYTES = 256 << 20
-"""Of a document: the manifest of a checkpoint of 100,000 fragments has 50 MB."""
+"""The most of a document: the manifest of a checkpoint of 100,000 fragments has 50 MB."""
 MAX_DEPTH = 64
 """Lists and objects in each other. Ours nest less than ten times; Python's own limit is met at about 1,000."""
 MAX_INTEGER = 2**63

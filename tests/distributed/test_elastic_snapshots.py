@@ -88,8 +88,8 @@ def test_four_ranks_become_two_three_and_six(tmp_path: Path, is_one_machine: boo
                 shm_dir.rmdir()
 
 
-LIVES = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18), (6, 2, 1, 24)]
-"""Ranks, batch size, micro-steps, and the step that the life is to reach, at the least."""
+ATTEMPTS = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18), (6, 2, 1, 24)]
+"""Ranks, batch size, micro-steps, and the step that the attempt is to reach, at the least."""
 
 
 @pytest.mark.full
@@ -99,7 +99,7 @@ def test_nodes_may_come_and_go_between_lives_and_every_sample_is_seen_once(tmp_p
     calm = nodes.undisturbed(BEFORE, "train.batch_size=3", *common)
 
     with nodes.cluster(6) as cluster:
-        for num_nodes, batch_size, accumulation, step in LIVES:
+        for num_nodes, batch_size, accumulation, step in ATTEMPTS:
             config = nodes.erasure_config(
                 tmp_path,
                 "changing",
@@ -108,27 +108,27 @@ def test_nodes_may_come_and_go_between_lives_and_every_sample_is_seen_once(tmp_p
                 f"checkpoint.num_parity_shards={PARITY[num_nodes]}",
                 *common,
             )
-            life = cluster.start(config, num_nodes)
-            if (num_nodes, batch_size, accumulation, step) == LIVES[-1]:
-                assert life.join() == [EXIT_DONE] * num_nodes, runs.output(config)
+            attempt = cluster.start(config, num_nodes)
+            if (num_nodes, batch_size, accumulation, step) == ATTEMPTS[-1]:
+                assert attempt.join() == [EXIT_DONE] * num_nodes, runs.output(config)
             else:
-                reached(cluster, life, step)
+                reached(cluster, attempt, step)
     recovered = runs.events(config, "recovered")
     assert [event["source"] for event in recovered] == ["parity", "local_ram", "local_ram"]
     ends = [event["step"] for event in recovered] + [config.train.steps]
-    kept = [(*life[:3], end) for life, end in zip(LIVES, ends, strict=True)]
-    assert all(end >= life[3] for life, end in zip(LIVES, ends, strict=True))
+    kept = [(*attempt[:3], end) for attempt, end in zip(ATTEMPTS, ends, strict=True)]
+    assert all(end >= attempt[3] for attempt, end in zip(ATTEMPTS, ends, strict=True))
 
     runs.assert_close_training(config, calm, atol=1e-3)
     assert samples_of(runs.checkpoints(config)) == 24 * 12 == samples_of(runs.checkpoints(calm))
     assert delivered_once(config, kept)
 
 
-def reached(cluster: nodes.Cluster, life: runs.Life, step: int) -> None:
+def reached(cluster: nodes.Cluster, attempt: runs.Attempt, step: int) -> None:
     """Kills the trainers once every node of theirs has committed `step`."""
-    num_nodes = len(life.processes)
+    num_nodes = len(attempt.processes)
     nodes.wait_until(
-        lambda: all(node.committed() >= step for node in cluster.nodes[:num_nodes]) or not life.is_alive(), "a step"
+        lambda: all(node.committed() >= step for node in cluster.nodes[:num_nodes]) or not attempt.is_alive(), "a step"
     )
-    assert life.is_alive()
-    nodes.kill_trainers(life)
+    assert attempt.is_alive()
+    nodes.kill_trainers(attempt)

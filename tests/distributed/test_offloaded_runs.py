@@ -20,9 +20,9 @@ def last_record(config: Config) -> dict[str, float]:
 
 
 def run_side_by_side(configs: list[Config], num_ranks: int) -> None:
-    lives = [start(config, num_ranks) for config in configs]
-    for life, config in zip(lives, configs, strict=True):
-        assert set(life.join()) == {0}, output(config)
+    attempts = [start(config, num_ranks) for config in configs]
+    for attempt, config in zip(attempts, configs, strict=True):
+        assert set(attempt.join()) == {0}, output(config)
 
 
 def check_same(run: Config, calm: Config) -> None:

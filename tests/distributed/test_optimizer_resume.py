@@ -63,15 +63,15 @@ def whole_weights(model: nn.Module) -> list[np.ndarray]:
     ]
 
 
-def lives(folder: str | None, steps: range) -> dict[str, list[np.ndarray]]:
+def attempts(folder: str | None, steps: range) -> dict[str, list[np.ndarray]]:
     """Of each optimizer: restores what its part of `folder` has, takes the steps and saves; its whole weights."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
-    weights = {name: life(name, folder and f"{folder}/{name}", steps, mesh) for name in CASES}
+    weights = {name: attempt(name, folder and f"{folder}/{name}", steps, mesh) for name in CASES}
     mesh.stop()
     return weights
 
 
-def life(name: str, folder: str | None, steps: range, mesh: Mesh) -> list[np.ndarray]:
+def attempt(name: str, folder: str | None, steps: range, mesh: Mesh) -> list[np.ndarray]:
     model, optimizer = build(name, mesh)
     checkpointer = None
     if folder is not None:
@@ -86,29 +86,29 @@ def life(name: str, folder: str | None, steps: range, mesh: Mesh) -> list[np.nda
 
 @pytest.fixture(scope="module")
 def undisturbed() -> dict[str, list[np.ndarray]]:
-    return run_ranks(lives, 2, None, range(20))[0]
+    return run_ranks(attempts, 2, None, range(20))[0]
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[np.ndarray]]:
     """10 and 10 steps on 2 ranks."""
     folder = str(tmp_path_factory.mktemp("two"))
-    run_ranks(lives, 2, folder, range(10))
-    return run_ranks(lives, 2, folder, range(10, 20))[0]
+    run_ranks(attempts, 2, folder, range(10))
+    return run_ranks(attempts, 2, folder, range(10, 20))[0]
 
 
 @pytest.fixture(scope="module")
 def moved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[np.ndarray]]:
     """7 steps on 2 ranks, 7 on 4, 6 on 1."""
     folder = str(tmp_path_factory.mktemp("several"))
-    run_ranks(lives, 2, folder, range(7))
-    run_ranks(lives, 4, folder, range(7, 14))
-    return run_ranks(lives, 1, folder, range(14, 20))[0]
+    run_ranks(attempts, 2, folder, range(7))
+    run_ranks(attempts, 4, folder, range(7, 14))
+    return run_ranks(attempts, 1, folder, range(14, 20))[0]
 
 
 @pytest.fixture(scope="module")
 def on_one_rank() -> dict[str, list[np.ndarray]]:
-    return run_ranks(lives, 1, None, range(20))[0]
+    return run_ranks(attempts, 1, None, range(20))[0]
 
 
 @every_optimizer
@@ -127,7 +127,7 @@ DCP_CASES = ("apollo", "galore", "sgd_sai")
 
 
 def dcp_lives(folder: str, steps: range) -> dict[str, list[np.ndarray]]:
-    """As `lives`, with torch's own distributed checkpoints."""
+    """As `attempts`, with torch's own distributed checkpoints."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
     weights = {name: dcp_life(name, f"{folder}/{name}", steps, mesh) for name in DCP_CASES}
     mesh.stop()

@@ -26,7 +26,7 @@ def toy(sharding: str, optimizer: str = "adamw", num_replicas: int | None = None
     return Layout(sharding, hidden_size=128, vocab_size=256, optimizer=optimizer, num_replicas=num_replicas)
 
 
-class Life:
+class Attempt:
     """One start of a toy run on this rank."""
 
     def __init__(self, layout: Layout, root: Path, is_offloaded: bool, kind: str = "durable", seed: int = 0) -> None:
@@ -70,25 +70,25 @@ class Life:
 
 
 def save(layout: Layout, root: Path, is_offloaded: bool, kind: str = "durable") -> tuple[str, str]:
-    life = Life(layout, root, is_offloaded, kind)
-    life.train(0, 1)
-    life.checkpointer.snapshot(1)
-    life.checkpointer.wait_staged()
-    life.train(1, 2)
-    life.checkpointer.save(2)
-    digests = life.digests()
-    life.end()
+    attempt = Attempt(layout, root, is_offloaded, kind)
+    attempt.train(0, 1)
+    attempt.checkpointer.snapshot(1)
+    attempt.checkpointer.wait_staged()
+    attempt.train(1, 2)
+    attempt.checkpointer.save(2)
+    digests = attempt.digests()
+    attempt.end()
     return digests
 
 
 def load(layout: Layout, root: Path, is_offloaded: bool) -> tuple[tuple[str, str], list[float]]:
     """What is restored, and the losses after it."""
-    life = Life(layout, root, is_offloaded, seed=99)
-    restored = life.checkpointer.restore_latest()
+    attempt = Attempt(layout, root, is_offloaded, seed=99)
+    restored = attempt.checkpointer.restore_latest()
     assert restored is not None and restored.step == 2
-    digests = life.digests()
-    losses = life.train(2, 4)
-    life.end()
+    digests = attempt.digests()
+    losses = attempt.train(2, 4)
+    attempt.end()
     return digests, losses
 
 
@@ -128,24 +128,24 @@ def test_replicas_share_what_there_is_to_save(tmp_path: Path, layout: Layout, nu
 
 
 def fail_on_one_rank(layout: Layout, root: Path) -> tuple[str, list[int]]:
-    life = Life(layout, root, True)
-    life.train(0, 1)
-    life.checkpointer.save(1)
-    life.train(1, 2)
-    life.digests()  # all is written
-    if life.mesh.rank == 1:
-        assert life.offloaded is not None and life.offloaded.folder is not None
-        path = next(iter(life.offloaded.folder.path.glob("*.tier")))
+    attempt = Attempt(layout, root, True)
+    attempt.train(0, 1)
+    attempt.checkpointer.save(1)
+    attempt.train(1, 2)
+    attempt.digests()  # all is written
+    if attempt.mesh.rank == 1:
+        assert attempt.offloaded is not None and attempt.offloaded.folder is not None
+        path = next(iter(attempt.offloaded.folder.path.glob("*.tier")))
         with path.open("r+b") as file:
             file.seek(HEADER_BYTES + 8192)
             byte = file.read(1)[0]
             file.seek(HEADER_BYTES + 8192)
             file.write(bytes([byte ^ 1]))
-    life.checkpointer.snapshot(2)
+    attempt.checkpointer.snapshot(2)
     with pytest.raises(OffloadError) as raised:
-        life.checkpointer.save(2)
-    steps = life.checkpointer.store.steps()
-    life.end()
+        attempt.checkpointer.save(2)
+    steps = attempt.checkpointer.store.steps()
+    attempt.end()
     return str(raised.value), steps
 
 

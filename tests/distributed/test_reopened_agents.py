@@ -18,7 +18,7 @@ from torch import nn
 
 from windlass.checkpoint.agent.listing import list_agents
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.memory.group import AgentGroup
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.parallel.config import ParallelConfig, Sharding
 
 LATE_S = 2.5
@@ -60,7 +60,7 @@ def snapshots_after_a_lost_agent(folder: Path, shm_dir: Path) -> list[tuple[str,
 def _tell_late(checkpointer: Checkpointer) -> None:
     """This rank's agent hears last who its new peer is."""
     assert checkpointer.snapshots is not None
-    group: AgentGroup = checkpointer.snapshots.memory.group
+    group: AgentClients = checkpointer.snapshots.coordinator.agents
     ask = group.ask
 
     def ask_late(do: str, *others: Any, **fields: Any) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def test_ranks_may_change_between_lives_and_every_sample_is_seen_once(tmp_path: 
     overrides = ("data.borders=none", "train.eval_every=18")
     calm = runs.undisturbed(4, "train.steps=18", "train.batch_size=3", *overrides)
 
-    lives = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18)]
-    for num_ranks, batch_size, accumulation, last_step in lives:
+    attempts = [(4, 3, 1, 6), (2, 3, 2, 12), (3, 4, 1, 18)]
+    for num_ranks, batch_size, accumulation, last_step in attempts:
         config = runs.run_config(
             tmp_path,
             "changing",
@@ -156,20 +156,20 @@ def test_ranks_may_change_between_lives_and_every_sample_is_seen_once(tmp_path: 
 
     runs.assert_close_training(config, calm, atol=1e-3)
     assert samples_of(runs.checkpoints(config)) == 18 * 12 == samples_of(runs.checkpoints(calm))
-    assert delivered_once(config, lives)
+    assert delivered_once(config, attempts)
 
 
 def run_until(config: runs.Config, num_ranks: int, last_step: int) -> None:
-    """A life that ends with the checkpoint of `last_step`: killed when that is there, or done."""
+    """An attempt that ends with the checkpoint of `last_step`: killed when that is there, or done."""
     config.checkpoint.keep = 0
-    life = runs.start(config, num_ranks)
+    attempt = runs.start(config, num_ranks)
     if last_step == config.train.steps:
-        assert life.join() == [EXIT_DONE] * num_ranks, runs.output(config)
+        assert attempt.join() == [EXIT_DONE] * num_ranks, runs.output(config)
         return
-    while life.is_alive() and not runs.is_committed(config, last_step):
+    while attempt.is_alive() and not runs.is_committed(config, last_step):
         time.sleep(0.005)
-    life.kill()
-    life.join()
+    attempt.kill()
+    attempt.join()
     assert runs.is_committed(config, last_step), runs.output(config)
     for newer in runs.checkpoints(config).glob("step-????????"):  # the kill may come a few steps late
         if newer.name > step_name(last_step):
@@ -181,12 +181,12 @@ def samples_of(directory: Path) -> int:
     return json.loads((newest / "manifest.json").read_text())["body"]["objects"]["data"]["cursor"]
 
 
-def delivered_once(config: runs.Config, lives: list[tuple[int, int, int, int]]) -> bool:
-    """Replays the loaders of every rank of every life over the steps it kept: no sample twice, none left out."""
+def delivered_once(config: runs.Config, attempts: list[tuple[int, int, int, int]]) -> bool:
+    """Replays the loaders of every rank of every attempt over the steps it kept: no sample twice, none left out."""
     dataset = TokenDataset(prepared_folder(config.data, progress=False), "train")
     rows: list[bytes] = []
     cursor, step = 0, 0
-    for num_ranks, batch_size, accumulation, last_step in lives:
+    for num_ranks, batch_size, accumulation, last_step in attempts:
         steps = last_step - step
         for rank in range(num_ranks):
             loader = Loader(

@@ -17,17 +17,17 @@ from windlass.checkpoint.manager import Checkpointer
 from windlass.errors import IncompatibleCheckpoint
 from windlass.parallel.fragment import local_tensor
 
-STEPS_OF_A_LIFE = 3
+STEPS_PER_ATTEMPT = 3
 
 
-def undisturbed(num_lives: int, dtype: torch.dtype, settings: dict[str, Any]) -> list[tuple[str, str]]:
-    """One life on one rank. Digests of the weights and of the state where the lives of `live` end."""
+def undisturbed(num_attempts: int, dtype: torch.dtype, settings: dict[str, Any]) -> list[tuple[str, str]]:
+    """One attempt on one rank. Digests of the weights and of the state where the attempts of `live` end."""
     mesh = Layout().parallel_config().build(torch.device("cpu"))
     model = CutMatrices(mesh, dtype=dtype)
     optimizer = RowMoment(model.parameters(), **settings)
     results = []
-    for life in range(num_lives):
-        train(model, optimizer, range(STEPS_OF_A_LIFE * life, STEPS_OF_A_LIFE * (life + 1)))
+    for attempt in range(num_attempts):
+        train(model, optimizer, range(STEPS_PER_ATTEMPT * attempt, STEPS_PER_ATTEMPT * (attempt + 1)))
         results.append(digests(model, optimizer))
     mesh.stop()
     return results
@@ -60,15 +60,15 @@ def live(directory: Path, num_replicas: int | None, dtype: torch.dtype, settings
             name for name, value in tensors.items() if isinstance(value, DTensor) and not local_tensor(value).numel()
         ],
     }
-    train(model, optimizer, range(step, step + STEPS_OF_A_LIFE))
-    checkpointer.save(step + STEPS_OF_A_LIFE)
+    train(model, optimizer, range(step, step + STEPS_PER_ATTEMPT))
+    checkpointer.save(step + STEPS_PER_ATTEMPT)
     result["trained"] = digests(model, optimizer)
     mesh.stop()
     return result
 
 
 @pytest.mark.parametrize(
-    ("lives", "dtype", "settings"),
+    ("attempts", "dtype", "settings"),
     [
         ([(4, None), (2, None), (1, None), (3, None)], torch.float32, {"rank": 2}),
         ([(4, None), (2, None), (1, None), (3, None)], torch.bfloat16, {"rank": 2, "cuts_projector": True}),
@@ -77,19 +77,19 @@ def live(directory: Path, num_replicas: int | None, dtype: torch.dtype, settings
     ids=["whole projector", "cut projector, bfloat16 weights", "full rank, replicas"],
 )
 def test_another_number_of_ranks_trains_the_same_bits(
-    tmp_path: Path, lives: list[tuple[int, int | None]], dtype: torch.dtype, settings: dict[str, Any]
+    tmp_path: Path, attempts: list[tuple[int, int | None]], dtype: torch.dtype, settings: dict[str, Any]
 ) -> None:
-    expected = run_ranks(undisturbed, 1, len(lives), dtype, settings)[0]
-    assert len({digest for pair in expected for digest in pair}) == 2 * len(lives), "each life changes something"
-    for life, (num_ranks, num_replicas) in enumerate(lives):
+    expected = run_ranks(undisturbed, 1, len(attempts), dtype, settings)[0]
+    assert len({digest for pair in expected for digest in pair}) == 2 * len(attempts), "each attempt changes something"
+    for attempt, (num_ranks, num_replicas) in enumerate(attempts):
         results = run_ranks(live, num_ranks, tmp_path / "checkpoints", num_replicas, dtype, settings)
         for result in results:
-            if life > 0:
-                assert result["restored"] == expected[life - 1], (life, num_ranks)
+            if attempt > 0:
+                assert result["restored"] == expected[attempt - 1], (attempt, num_ranks)
                 assert result["layouts"] == result["expected_layouts"]
                 assert "few.step" in result["layouts"] and "unused.step" not in result["layouts"]
-            assert result["trained"] == expected[life], (life, num_ranks)
-        if life > 0 and num_ranks == 3:
+            assert result["trained"] == expected[attempt], (attempt, num_ranks)
+        if attempt > 0 and num_ranks == 3:
             assert "few.exp_avg" in results[2]["empty"]
 
 

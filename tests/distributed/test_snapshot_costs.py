@@ -19,7 +19,7 @@ from torch import nn
 from windlass.checkpoint import Checkpointer
 from windlass.checkpoint.agent.client import AgentClient
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.memory.snapshots import HEAD_BYTES
+from windlass.checkpoint.snapshot.saver import HEAD_BYTES
 from windlass.parallel.config import ParallelConfig, Sharding
 
 NUM_RANKS = 4
@@ -87,7 +87,7 @@ def cost(folder: Path, shm_dir: Path, num_parity_shards: int, size: int, num_sna
     )
     snapshot_and_step(checkpointer, optimizer, range(1, 1 + warm_up))
     assert checkpointer.snapshots is not None
-    memory = checkpointer.snapshots.memory
+    memory = checkpointer.snapshots.coordinator
     client = AgentClient(memory.group.folder.connect())
     before = client.ask("status")
     samples = [(Usage.of(os.getpid()), Usage.of(before["pid"]))]
@@ -126,7 +126,7 @@ def snapshot_and_step(checkpointer: Checkpointer, optimizer: torch.optim.Optimiz
             committed |= {event["step"] for event in checkpointer.poll() if event["kind"] == "snapshot_committed"}
             time.sleep(0.002)
     assert checkpointer.snapshots is not None
-    while not checkpointer.snapshots.memory.is_idle():
+    while not checkpointer.snapshots.coordinator.is_idle():
         assert time.monotonic() < deadline, "an agent does not end its work"
         time.sleep(0.002)
     checkpointer.mesh.barrier()

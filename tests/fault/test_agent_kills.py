@@ -22,8 +22,8 @@ from support.stored import are_sound
 from windlass.checkpoint.agent.client import AgentError
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.durable.store import DurableStore
-from windlass.checkpoint.memory.plan import RecoveryPlan
 from windlass.checkpoint.net.handshake import TransportError
+from windlass.checkpoint.snapshot.plan import RecoveryPlan
 
 NUM_NODES = 3
 SLOW = 1.5e6

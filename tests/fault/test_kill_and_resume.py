@@ -37,28 +37,28 @@ def survive(
     randomness = random.Random(seed)
     struck = []
     for number in range(num_kills):
-        life = runs.start(stormy, NUM_RANKS)
+        attempt = runs.start(stormy, NUM_RANKS)
         if number % 2:
-            moment = wait_for_writing(life, runs.checkpoints(stormy), skip=randomness.randrange(4))
+            moment = wait_for_writing(attempt, runs.checkpoints(stormy), skip=randomness.randrange(4))
         else:
             moment = "random"
             time.sleep(randomness.uniform(0.2, 0.9) * life_s)
-        life.kill()
-        life.join()
+        attempt.kill()
+        attempt.join()
         struck.append(moment)
     assert runs.run(stormy, NUM_RANKS) == [EXIT_DONE] * NUM_RANKS, runs.output(stormy)
     runs.assert_same_training(stormy, calm, f"kills {struck}")
     return struck
 
 
-def wait_for_writing(life: runs.Life, checkpoints: Path, skip: int) -> str:
+def wait_for_writing(attempt: runs.Attempt, checkpoints: Path, skip: int) -> str:
     """Returns as soon as a checkpoint is being written, `skip` such moments later than the first.
 
     That is when there are new chunks, whole or half written, and no newer manifest.
     """
     committed, settled = names(checkpoints, "step-*/manifest.json"), names(checkpoints, "chunks/*")
     num_seen, is_counted = 0, False
-    while life.is_alive():
+    while attempt.is_alive():
         manifests, chunks = names(checkpoints, "step-*/manifest.json"), names(checkpoints, "chunks/*")
         if manifests != committed:
             committed, settled, is_counted = manifests, chunks, False

@@ -26,7 +26,7 @@ class Strike:
     kind: str
     victims: list[int]
     is_early: bool
-    """Before this life had committed a snapshot."""
+    """Before this attempt had committed a snapshot."""
     phases: list[Phase]
     """Of the victims' slots, right after the kill."""
     committed: int
@@ -72,16 +72,16 @@ def live_until_struck(
 ) -> Strike:
     """Starts all trainers, kills one or two nodes or trainers, and then the trainers that are left."""
     generation, num_before = cluster.newest_generation(), len(recoveries(config))
-    life = cluster.start(config)
+    attempt = cluster.start(config)
     victims = sorted(randomness.sample(range(NUM_NODES), randomness.choice((1, 2))))
     kind = "trainer" if is_early else randomness.choice(KINDS)
-    doomed = [psutil.Process(life.processes[victim].pid) for victim in victims]
+    doomed = [psutil.Process(attempt.processes[victim].pid) for victim in victims]
     if is_early:
         time.sleep(randomness.uniform(0.0, 5.0))
     else:
-        nodes.wait_until(lambda: cluster.has_committed_after(generation) or not life.is_alive(), "a snapshot")
+        nodes.wait_until(lambda: cluster.has_committed_after(generation) or not attempt.is_alive(), "a snapshot")
         step = cluster.newest_committed() + randomness.randint(0, 4)
-        nodes.wait_until(lambda: cluster.newest_committed() >= step or not life.is_alive(), f"step {step}")
+        nodes.wait_until(lambda: cluster.newest_committed() >= step or not attempt.is_alive(), f"step {step}")
         if kind != "trainer":
             doomed = [cluster.nodes[victim].running_agent() for victim in victims] + doomed
         if randomness.random() < 0.6:
@@ -89,7 +89,7 @@ def live_until_struck(
             cluster.nodes[victims[0]].stop_within(phase, doomed[0])
         else:
             time.sleep(randomness.uniform(0.0, 1.0))
-    assert life.is_alive(), f"the run was over before it could be struck: {runs.output(config)[-2000:]}"
+    assert attempt.is_alive(), f"the run was over before it could be struck: {runs.output(config)[-2000:]}"
     for process in doomed:
         process.kill()
     phases = [phase for victim in victims for phase in cluster.nodes[victim].phases()]
@@ -98,14 +98,14 @@ def live_until_struck(
         for victim in victims:
             cluster.nodes[victim].lose_memory()
     time.sleep(randomness.uniform(0.0, 0.3))
-    nodes.kill_trainers(life)
+    nodes.kill_trainers(attempt)
     if last is not None and (not is_early or len(recoveries(config)) > num_before):
         check_recovery(config, num_before, last)
     return strike
 
 
 def check_recovery(config: runs.Config, num_before: int, strike: Strike) -> None:
-    """The life that followed `strike` went on from memory, and from no older step than the newest commit."""
+    """The attempt that followed `strike` went on from memory, and from no older step than the newest commit."""
     (recovered,) = recoveries(config)[num_before:]
     step, source, lost = recovered["step"], recovered["source"], recovered["lost_nodes"]
     strike.recovery = f"-> step {step:>3} from {source}, {lost} lost, {recovered['seconds']:.2f} s"

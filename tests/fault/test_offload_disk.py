@@ -23,7 +23,7 @@ from torch import Tensor
 from windlass.errors import DoesNotFit, OffloadError
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import PAGE_BYTES, Engine
-from windlass.offload.own_folder import LOCK
+from windlass.offload.process_scratch import LOCK
 from windlass.offload.tier_file import BLOCK_BYTES, HEADER_BYTES, TierFile, TierFolder, file_bytes
 
 SIZE = 2 * BLOCK_BYTES + 77

@@ -47,36 +47,36 @@ def survive(tmp_path: Path, num_ranks: int, overrides: tuple[str, ...], num_kill
     struck = []
     for number in range(num_kills):
         before = len(runs.losses(stormy)) if (Path(stormy.run_dir) / "metrics.jsonl").exists() else 0
-        life = runs.start(stormy, num_ranks)
-        wait_for_steps(life, stormy, before + randomness.randrange(1, 4))
+        attempt = runs.start(stormy, num_ranks)
+        wait_for_steps(attempt, stormy, before + randomness.randrange(1, 4))
         moment = "random"
         if number % 2:
-            moment = wait_for_write(life, Path(stormy.run_dir))
+            moment = wait_for_write(attempt, Path(stormy.run_dir))
         else:
             time.sleep(randomness.uniform(0, 0.3))
-        life.kill()
-        life.join()
+        attempt.kill()
+        attempt.join()
         struck.append(moment)
     assert runs.run(stormy, num_ranks) == [EXIT_DONE] * num_ranks, runs.output(stormy)
     runs.assert_same_training(stormy, calm, f"kills {struck}")
     assert are_sound(runs.checkpoints(stormy))
     assert any(is_pinned(chunk) for chunk in (runs.checkpoints(stormy) / "chunks").iterdir())
     left = [path.name for path in (Path(stormy.run_dir) / "offload").iterdir()]
-    assert left == [], "the next life removes what a killed one has left"
+    assert left == [], "the next attempt removes what a killed one has left"
     return struck
 
 
-def wait_for_steps(life: runs.Life, config: Config, num_steps: int) -> None:
-    """Returns once so many different steps were made, in this life and others."""
+def wait_for_steps(attempt: runs.Attempt, config: Config, num_steps: int) -> None:
+    """Returns once so many different steps were made, in this attempt and others."""
     path = Path(config.run_dir) / "metrics.jsonl"
-    while life.is_alive() and not (path.exists() and len(runs.losses(config)) >= num_steps):
+    while attempt.is_alive() and not (path.exists() and len(runs.losses(config)) >= num_steps):
         time.sleep(0.005)
 
 
-def wait_for_write(life: runs.Life, run_dir: Path) -> str:
+def wait_for_write(attempt: runs.Attempt, run_dir: Path) -> str:
     """Returns when a file of the tier, or a chunk, has just changed: most often more of it is being written."""
     before = modified(run_dir)
-    while life.is_alive():
+    while attempt.is_alive():
         changed = [name for name, time_ns in modified(run_dir).items() if before.get(name) != time_ns]
         if changed:
             return "writing a chunk" if any("chunks" in name for name in changed) else "writing to the tier"

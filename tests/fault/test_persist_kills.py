@@ -44,7 +44,7 @@ def write_until_killed(directory: Path, ready: Connection) -> None:
 
 
 def kill_at_random(directory: Path, randomness: random.Random) -> int:
-    """One life of a writer, and the step with which it began."""
+    """One attempt of a writer, and the step with which it began."""
     receiver, sender = CONTEXT.Pipe(duplex=False)
     process = CONTEXT.Process(target=write_until_killed, args=(directory, sender))
     process.start()

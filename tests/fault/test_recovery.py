@@ -188,7 +188,7 @@ def wait_for_commits(cluster: nodes.Cluster, count: int) -> None:
 def test_agents_that_stop_or_die_are_waited_for_or_started_again_and_no_bit_changes(tmp_path: Path) -> None:
     with nodes.cluster(3) as cluster:
         calm, config = start_small(tmp_path, cluster, num_steps=50)
-        life = cluster.start(config)
+        attempt = cluster.start(config)
         wait_for_commits(cluster, 2)
 
         stopped = cluster.nodes[1].running_agent()
@@ -202,14 +202,14 @@ def test_agents_that_stop_or_die_are_waited_for_or_started_again_and_no_bit_chan
             for agent in agents:
                 agent.kill()
             wait_for_commits(cluster, 2)
-            assert life.is_alive()
+            assert attempt.is_alive()
             assert not {agent.pid for agent in agents} & {node.running_agent().pid for node in cluster.nodes}
 
         doomed = [node.running_agent() for node in cluster.nodes]
-        life.kill()
+        attempt.kill()
         for agent in doomed:
             agent.kill()
-        life.join()
+        attempt.join()
         committed = cluster.newest_committed()
         assert cluster.start(config).join() == [EXIT_DONE] * 3, runs.output(config)
 
@@ -235,7 +235,7 @@ def test_a_trainer_that_was_stopped_for_20_s_changes_nothing_when_it_wakes(tmp_p
 
 
 def check_old_trainer(cluster: nodes.Cluster, config: runs.Config, stopped_s: float) -> None:
-    """The job is started again while a trainer of the life before stands still in the middle of a copy."""
+    """The job is started again while a trainer of the attempt before stands still in the middle of a copy."""
     node = cluster.nodes[1]
     old_life = cluster.start(config)
     wait_for_commits(cluster, 2)
@@ -247,8 +247,8 @@ def check_old_trainer(cluster: nodes.Cluster, config: runs.Config, stopped_s: fl
     for process in (old_life.processes[0], old_life.processes[2]):
         process.kill()
 
-    life = cluster.start(config)
-    nodes.wait_until(lambda: cluster.has_committed_after(old.snapshot.generation), "a snapshot of the new life")
+    attempt = cluster.start(config)
+    nodes.wait_until(lambda: cluster.has_committed_after(old.snapshot.generation), "a snapshot of the new attempt")
     time.sleep(max(0.0, begin + stopped_s - time.monotonic()))
     assert node.status()["num_stale"] == 0
     old_trainer.resume()
@@ -257,13 +257,13 @@ def check_old_trainer(cluster: nodes.Cluster, config: runs.Config, stopped_s: fl
     with node.client() as client:
         num_refused = refused_words(client, old, store=Path(config.run_dir) / "elsewhere")
     assert node.status()["num_stale"] == 1 + num_refused
-    assert life.is_alive(), "the words of the old life are to come while the new one trains"
-    assert life.join() == [EXIT_DONE] * 3, runs.output(config)
-    assert runs.events(config, "persist_failed") == [], "agents write where this life has told them to"
+    assert attempt.is_alive(), "the words of the old attempt are to come while the new one trains"
+    assert attempt.join() == [EXIT_DONE] * 3, runs.output(config)
+    assert runs.events(config, "persist_failed") == [], "agents write where this attempt has told them to"
 
 
 def refused_words(client: AgentClient, old: Header, store: Path) -> int:
-    """Says again what a trainer of the life before may still have to say. Returns how much of it there was."""
+    """Says again what a trainer of the attempt before may still have to say. Returns how much of it there was."""
     later = SnapshotId(old.snapshot.generation, old.snapshot.number + 100)
     regions = [[region.position, region.rank, region.offset, region.nbytes] for region in old.regions]
     begin = {"step": old.step, "rank": 1, "regions": regions, "node_bytes": old.node_bytes, "world_size": 3}
@@ -300,23 +300,23 @@ def test_an_agent_that_was_cut_off_and_replaced_is_listened_to_no_more(tmp_path:
     """It stands still while its node is given up, and wakes to write to disk what it takes for the newest snapshot."""
     with nodes.cluster(3) as cluster:
         calm, config = start_small(tmp_path, cluster, num_steps=40)
-        life = cluster.start(config)
+        attempt = cluster.start(config)
         wait_for_commits(cluster, 2)
         cut_off = cluster.nodes[1]
         agent = cut_off.running_agent()
         nodes.stop(agent)
-        nodes.kill_trainers(life)
+        nodes.kill_trainers(attempt)
         generation = cluster.newest_generation()
         cluster.replace(1)
 
-        life = cluster.start(config)
-        nodes.wait_until(lambda: cluster.has_committed_after(generation), "a snapshot of the new life")
+        attempt = cluster.start(config)
+        nodes.wait_until(lambda: cluster.has_committed_after(generation), "a snapshot of the new attempt")
         before = num_refused(cluster)
         agent.resume()
         agent.terminate()
         nodes.wait_until(lambda: num_refused(cluster) > before, "what the old agent has written")
-        assert life.is_alive()
-        assert life.join() == [EXIT_DONE] * 3, runs.output(config)
+        assert attempt.is_alive()
+        assert attempt.join() == [EXIT_DONE] * 3, runs.output(config)
         assert cut_off.headers(), "it still has what nobody wants"
         cut_off.kill_agent()
 
@@ -326,6 +326,6 @@ def test_an_agent_that_was_cut_off_and_replaced_is_listened_to_no_more(tmp_path:
 
 
 def num_refused(cluster: nodes.Cluster) -> int:
-    """What the agents have refused: strangers, and messages of older lives."""
+    """What the agents have refused: strangers, and messages of older attempts."""
     statuses = [node.status() for node in cluster.nodes]
     return sum(status["num_refused"] + status["num_stale"] for status in statuses)

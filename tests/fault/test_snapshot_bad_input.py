@@ -282,7 +282,7 @@ def train_beside_a_stopped_agent(directory: str, shm: str) -> dict:
     for number in range(1, 4):
         step(number)
     assert checkpointer.snapshots is not None
-    pid = checkpointer.snapshots.memory.group.statuses[1]["pid"]
+    pid = checkpointer.snapshots.coordinator.agents.statuses[1]["pid"]
     mesh.barrier()
     if mesh.rank == 0:
         os.kill(pid, signal.SIGSTOP)

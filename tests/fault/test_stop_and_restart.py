@@ -25,11 +25,11 @@ def test_a_signal_to_one_rank_stops_all_after_a_checkpoint_and_the_rest_is_the_s
 ) -> None:
     calm = runs.undisturbed(NUM_RANKS, "train.steps=40", "checkpoint.persist_every=1000")
     config = runs.run_config(tmp_path, "stopped", "train.steps=40", "checkpoint.persist_every=1000")
-    life = runs.start(config, NUM_RANKS)
+    attempt = runs.start(config, NUM_RANKS)
     wait_for_step(config, 5)
-    os.kill(life.processes[1].pid or 0, number)
+    os.kill(attempt.processes[1].pid or 0, number)
 
-    assert life.join() == [EXIT_STOPPED] * NUM_RANKS, runs.output(config)
+    assert attempt.join() == [EXIT_STOPPED] * NUM_RANKS, runs.output(config)
 
     (stopped,) = runs.events(config, "preempted")
     assert [event["step"] for event in runs.events(config, "persisted")] == [stopped["step"]]

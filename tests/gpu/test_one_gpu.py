@@ -19,10 +19,10 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(tmp_path: Path, dtype: 
     overrides = ("train.device=cuda", "train.deterministic=true", f"train.dtype={dtype}", "model.dropout=0.1")
     calm = runs.undisturbed(1, *overrides)
     broken = runs.run_config(tmp_path, "broken", *overrides)
-    life = runs.start(broken, 1)
-    while life.is_alive() and not runs.is_committed(broken, 6):
+    attempt = runs.start(broken, 1)
+    while attempt.is_alive() and not runs.is_committed(broken, 6):
         time.sleep(0.005)
-    life.kill()
-    life.join()
+    attempt.kill()
+    attempt.join()
     assert runs.run(broken, 1) == [EXIT_DONE], runs.output(broken)
     runs.assert_same_training(broken, calm)

@@ -28,9 +28,9 @@ from windlass.checkpoint.agent.slots import Header, SharedFile, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.durable.storage import Location
-from windlass.checkpoint.image import Block, Description, image_bytes, lay_out
-from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
-from windlass.checkpoint.memory.reader import SlotSource, manifest_of, read_parts
+from windlass.checkpoint.image import Description, FragmentSpec, image_bytes, lay_out
+from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.snapshot.reader import SlotSource, manifest_of, read_parts
 from windlass.checksum import crc32c
 
 HEAD_BYTES = 64 << 10
@@ -184,13 +184,13 @@ class Cluster:
 
     def region(self, node: int, step: int) -> bytes:
         """All that the rank of a node has to say at a step."""
-        blocks = [Block(name, "uint8", (size,), (0,), (size,)) for name, size in self._tensors(node).items()]
+        blocks = [FragmentSpec(name, "uint8", (size,), (0,), (size,)) for name, size in self._tensors(node).items()]
         chunks = lay_out(blocks)
         head = Description(node, chunks, {"step": step} if node == 0 else {}).to_bytes()
         image = bytearray(image_bytes(chunks))
         for chunk in chunks:
             for entry in chunk.entries:
-                image[entry.begin : entry.end] = noise(f"{entry.block.name} {step}", entry.block.nbytes)
+                image[entry.begin : entry.end] = noise(f"{entry.spec.name} {step}", entry.spec.nbytes)
         return head.ljust(HEAD_BYTES, b"\0") + bytes(image)
 
     def _tensors(self, node: int) -> dict[str, int]:

@@ -123,7 +123,7 @@ class Cluster:
         for node in self.nodes:
             node.shm_dir.mkdir()
 
-    def start(self, config: runs.Config, num_nodes: int | None = None) -> runs.Life:
+    def start(self, config: runs.Config, num_nodes: int | None = None) -> runs.Attempt:
         """Starts the trainers, a rank a node, as a launcher on each node would; on the first nodes only, if so many."""
         nodes = self.nodes[:num_nodes]
         port = free_port()
@@ -142,7 +142,7 @@ class Cluster:
             process = CONTEXT.Process(target=runs.rank_main, args=(own, variables, None))
             process.start()
             processes.append(process)
-        return runs.Life(processes)
+        return runs.Attempt(processes)
 
     def headers(self) -> list[Header]:
         return [header for node in self.nodes for header in node.headers()]
@@ -206,10 +206,10 @@ def undisturbed(num_nodes: int, *overrides: str) -> runs.Config:
     return runs.undisturbed(num_nodes, "checkpoint=durable", *overrides, like=erasure_config)
 
 
-def kill_trainers(life: runs.Life) -> None:
+def kill_trainers(attempt: runs.Attempt) -> None:
     """As a launcher ends those that are left when one has died."""
-    life.kill()
-    life.join()
+    attempt.kill()
+    attempt.join()
 
 
 def is_running(process: psutil.Process) -> bool:

@@ -106,7 +106,7 @@ def _composed(overrides: tuple[str, ...]) -> Config:
 
 
 @dataclass
-class Life:
+class Attempt:
     """The processes of one start of a run."""
 
     processes: list[BaseProcess]
@@ -131,7 +131,7 @@ class Life:
         return [process.exitcode for process in self.processes]
 
 
-def start(config: Config, num_ranks: int, largest_file_bytes: int | None = None) -> Life:
+def start(config: Config, num_ranks: int, largest_file_bytes: int | None = None) -> Attempt:
     """Starts the ranks. Their output goes to files beside the run folder.
 
     `largest_file_bytes` has the kernel refuse to grow a file beyond that, as a full disk does.
@@ -150,11 +150,11 @@ def start(config: Config, num_ranks: int, largest_file_bytes: int | None = None)
         process = CONTEXT.Process(target=rank_main, args=(copy.deepcopy(config), variables, largest_file_bytes))
         process.start()
         processes.append(process)
-    return Life(processes)
+    return Attempt(processes)
 
 
 def run(config: Config, num_ranks: int, largest_file_bytes: int | None = None) -> list[int | None]:
-    """Exit codes of a whole life."""
+    """Exit codes of a whole attempt."""
     return start(config, num_ranks, largest_file_bytes=largest_file_bytes).join()
 
 
@@ -224,7 +224,7 @@ def _run_here(config: Config, largest_file_bytes: int | None) -> int:
 
 
 def output(config: Config, rank: int = 0) -> str:
-    """What a rank has printed, over all its lives."""
+    """What a rank has printed, over all its attempts."""
     path = output_path(config, rank)
     return path.read_text() if path.exists() else ""
 

@@ -69,7 +69,7 @@ class Protected:
     def status(self) -> dict[str, Any]:
         """Of this node's agent."""
         assert self.checkpointer is not None and self.checkpointer.snapshots is not None
-        client = self.checkpointer.snapshots.memory.group.client
+        client = self.checkpointer.snapshots.coordinator.agents.client
         assert client is not None
         return client.ask("status")
 

@@ -11,12 +11,12 @@ from windlass.checkpoint import inspect
 from windlass.checkpoint.durable.chunk_file import FOLDER, chunk_of, open_chunk
 from windlass.checkpoint.durable.manifest import Manifest, step_folder
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
-from windlass.checkpoint.image import Block, Chunk, lay_out
+from windlass.checkpoint.image import Chunk, FragmentSpec, lay_out
 
 
-def blocks(num_blocks: int = 10, num_bytes: int = 2 << 20) -> list[Block]:
+def blocks(num_blocks: int = 10, num_bytes: int = 2 << 20) -> list[FragmentSpec]:
     """Each large enough for a chunk of its own, if it has more than half of a chunk's bytes."""
-    return [Block(f"w{number}", "uint8", (num_bytes,), (0,), (num_bytes,)) for number in range(num_blocks)]
+    return [FragmentSpec(f"w{number}", "uint8", (num_bytes,), (0,), (num_bytes,)) for number in range(num_blocks)]
 
 
 def noise(key: str, num_bytes: int) -> bytes:
@@ -27,7 +27,7 @@ def noise(key: str, num_bytes: int) -> bytes:
 def image_of(versions: Sequence[int], num_bytes: int = 3 << 20) -> Iterator[tuple[Chunk, memoryview]]:
     """Chunks of as many blocks as there are versions; the same version of a block is the same bytes."""
     for chunk in lay_out(blocks(len(versions), num_bytes)):
-        names = [entry.block.name for entry in chunk.entries]
+        names = [entry.spec.name for entry in chunk.entries]
         data = b"".join(noise(f"{name} {versions[int(name[1:])]}", num_bytes) for name in names)
         yield chunk, memoryview(data)
 

@@ -1,7 +1,8 @@
-"""The examples of the guide run, and its links lead somewhere."""
+"""The examples of the guide run, its links lead somewhere, and docstrings say what things do or are."""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -22,6 +23,10 @@ from windlass.conf.text_values import taken_as_text
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EVERY_EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "parts.md").read_text(), re.DOTALL)
+NOT_A_SUBJECT = re.compile(r"(Of|What|Whether|Who|Whose)\b")
+"""Docstrings begin with what a thing does or is."""
+STILL_TO_REWRITE = ("checkpoint/agent/", "launch/", "models/", "parallel/", "train/")
+"""Rooms whose docstrings may still begin otherwise; the list only gets shorter."""
 SCRIPTS = [example for example in EVERY_EXAMPLE if example.startswith("# torchrun ")]
 EXAMPLES = [example for example in EVERY_EXAMPLE if example not in SCRIPTS]
 
@@ -87,6 +92,28 @@ def test_a_command_can_be_typed_as_it_stands(page: str, text: str, monkeypatch: 
         else:
             options = cli._parser(words).parse_args(words)
             assert words[0] != "plan" or compose(options.overrides)
+
+
+def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
+    """Strings that stand alone: of modules, classes and functions, and after attributes."""
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        for statement in body if isinstance(body, list) else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                yield statement.value
+
+
+def test_docstrings_begin_with_what_a_thing_does_or_is() -> None:
+    found, num_docstrings = [], 0
+    for path in sorted((ROOT / "windlass").rglob("*.py")):
+        name = str(path.relative_to(ROOT / "windlass"))
+        for constant in docstrings(ast.parse(path.read_text())) if not name.startswith(STILL_TO_REWRITE) else ():
+            num_docstrings += 1
+            text = str(constant.value).strip()
+            if NOT_A_SUBJECT.match(text):
+                found.append(f"windlass/{name}:{constant.lineno}: {text.splitlines()[0]}")
+    assert not found
+    assert num_docstrings > 1000
 
 
 def test_settings_in_prose_can_be_typed_as_they_stand() -> None:

@@ -1,4 +1,4 @@
-"""An image: the bytes of a rank's blocks of tensors, one after the other, in a snapshot's slot or a durable file.
+"""An image: the bytes of a rank's fragments of tensors, one after the other, in a snapshot's slot or a durable file.
 
 A rank's image is a list of chunks. A chunk is what the durable tier writes as one file and may find unchanged from one
 checkpoint to the next, so chunks are cut by names and shapes alone. Torch-free: agents write what trainers copied.
@@ -27,16 +27,19 @@ DTYPE_BYTES = {
 }
 """Bytes an element, by torch's name of the dtype without the `torch.`."""
 PAGE_BYTES = 4096
-"""At whose multiples chunks begin: direct I/O takes them as they are."""
+"""Chunks begin at multiples of it: direct I/O takes them as they are."""
 CHUNK_BYTES = 4 << 20
-"""Blocks are gathered in chunks until they have so much; a larger block has a chunk of its own."""
+"""Fragments are gathered in chunks until they have so much; a larger fragment has a chunk of its own."""
 MAX_CHUNK_BYTES = 64 << 20
-"""A larger block is cut along its first dim, so that it moves, and is checked, a part at a time."""
+"""A larger fragment is cut along its first dim, so that it moves, and is checked, a part at a time."""
 
 
 @dataclass(frozen=True)
-class Block:
-    """The block of the global tensor `name` that starts at `offset` and has `shape`, both in elements a dim."""
+class FragmentSpec:
+    """The fragment of the global tensor `name` that starts at `offset` and has `shape`, both in elements a dim.
+
+    It says what `windlass.parallel.fragment.Fragment` does, without torch.
+    """
 
     name: str
     dtype: str
@@ -48,17 +51,17 @@ class Block:
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
-    def parts(self, max_bytes: int) -> list[Block]:
-        """The block, cut along its first dim of more than one element into parts of at most `max_bytes`, if it can be.
+    def parts(self, max_bytes: int) -> list[FragmentSpec]:
+        """The fragment in parts of at most `max_bytes`, cut along its first dim of more than one element.
 
-        A part is contiguous in the block, and the parts in order are the block.
+        One that cannot be cut so is one part. A part is contiguous in the fragment; in order they are the fragment.
         """
         dim = next((i for i, size in enumerate(self.shape) if size > 1), None)
         if self.nbytes <= max_bytes or dim is None:
             return [self]
         row_bytes = self.nbytes // self.shape[dim]
         rows = max(1, max_bytes // row_bytes)
-        found: list[Block] = []
+        found: list[FragmentSpec] = []
         for start in range(0, self.shape[dim], rows):
             offset, shape = list(self.offset), list(self.shape)
             offset[dim] += start
@@ -69,14 +72,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Entry:
-    """A block and where its bytes are, from the start of the image."""
+    """A fragment and where its bytes are, from the start of the image."""
 
-    block: Block
+    spec: FragmentSpec
     begin: int
 
     @property
     def end(self) -> int:
-        return self.begin + self.block.nbytes
+        return self.begin + self.spec.nbytes
 
 
 @dataclass(frozen=True)
@@ -94,35 +97,35 @@ class Chunk:
         return self.entries[-1].end
 
 
-def lay_out(blocks: Iterable[Block]) -> list[Chunk]:
-    """Where each of `blocks` goes in an image: large ones in their order, then small ones in theirs, many to a chunk.
+def lay_out(specs: Iterable[FragmentSpec]) -> list[Chunk]:
+    """Lays `specs` out in an image: large ones in their order, then small ones in theirs, many to a chunk.
 
     Else the norms between the matrices of a network would each be a file.
     """
-    parts = [part for block in blocks for part in block.parts(MAX_CHUNK_BYTES)]
+    parts = [part for spec in specs for part in spec.parts(MAX_CHUNK_BYTES)]
     groups = [[part] for part in parts if part.nbytes >= CHUNK_BYTES]
     groups += _gather([part for part in parts if part.nbytes < CHUNK_BYTES])
     chunks: list[Chunk] = []
     for group in groups:
         entries, end = [], round_up(chunks[-1].end, PAGE_BYTES) if chunks else 0
-        for block in group:
-            entries.append(Entry(block, end))
-            end += block.nbytes
+        for spec in group:
+            entries.append(Entry(spec, end))
+            end += spec.nbytes
         chunks.append(Chunk(tuple(entries)))
     return chunks
 
 
-def _gather(blocks: Sequence[Block]) -> list[list[Block]]:
-    """`blocks` in their order, in groups that are not too large and in which each is aligned."""
-    groups: list[list[Block]] = []
+def _gather(specs: Sequence[FragmentSpec]) -> list[list[FragmentSpec]]:
+    """`specs` in their order, in groups that are not too large and in which each is aligned."""
+    groups: list[list[FragmentSpec]] = []
     filled = 0
-    for block in blocks:
-        is_aligned = filled % DTYPE_BYTES[block.dtype] == 0
-        if not groups or filled + block.nbytes > CHUNK_BYTES or not is_aligned:
+    for spec in specs:
+        is_aligned = filled % DTYPE_BYTES[spec.dtype] == 0
+        if not groups or filled + spec.nbytes > CHUNK_BYTES or not is_aligned:
             groups.append([])
             filled = 0
-        groups[-1].append(block)
-        filled += block.nbytes
+        groups[-1].append(spec)
+        filled += spec.nbytes
     return groups
 
 
@@ -140,7 +143,7 @@ MAGIC = b"windlas2"
 
 @dataclass(frozen=True)
 class Description:
-    """What a region says of the image in it: it goes before the image, and is protected as the image is."""
+    """Describes the image of a region: it goes before the image, and is protected as the image is."""
 
     rank: int
     chunks: list[Chunk]
@@ -152,7 +155,7 @@ class Description:
 
     @staticmethod
     def num_bytes(region: memoryview) -> int:
-        """Of the description at the start of `region`. Raises ValueError if there is none."""
+        """The length of the description at the start of `region`. Raises ValueError if there is none."""
         if bytes(region[:8]) != MAGIC:
             raise ValueError("the region holds no image")
         return 16 + int.from_bytes(region[8:16], "little")
@@ -178,7 +181,7 @@ def describe(rank: int, chunks: str, objects: dict[str, Any]) -> bytes:
 
 def chunks_to_json(chunks: Sequence[Chunk]) -> list[list[dict[str, Any]]]:
     # Not dataclasses.asdict, which copies everything and takes ten times as long.
-    return [[vars(entry.block) | {"begin": entry.begin} for entry in chunk.entries] for chunk in chunks]
+    return [[vars(entry.spec) | {"begin": entry.begin} for entry in chunk.entries] for chunk in chunks]
 
 
 def chunks_from_json(document: list[list[dict[str, Any]]]) -> list[Chunk]:
@@ -186,7 +189,7 @@ def chunks_from_json(document: list[list[dict[str, Any]]]) -> list[Chunk]:
         Chunk(
             tuple(
                 Entry(
-                    Block(
+                    FragmentSpec(
                         entry["name"],
                         entry["dtype"],
                         tuple(entry["global_shape"]),

@@ -15,19 +15,19 @@ from torch import nn
 
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.listing import job_name
-from windlass.checkpoint.behind import SavesBehind
-from windlass.checkpoint.config import CheckpointKind, FailureDomain
+from windlass.checkpoint.config import CheckpointConfig, CheckpointKind, FailureDomain
 from windlass.checkpoint.durable.manifest import step_folder
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.durable.storage import Location, is_same_place, join, resolved, split
 from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChunk
-from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
-from windlass.checkpoint.memory.plan import RecoveryPlan
-from windlass.checkpoint.memory.restore import open_snapshot, plan_restore
-from windlass.checkpoint.memory.snapshots import LazySnapshots
-from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects, Stateful
 from windlass.checkpoint.pieces import put_groups
+from windlass.checkpoint.pinned_saver import PinnedSaver
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
+from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
+from windlass.checkpoint.snapshot.plan import RecoveryPlan
+from windlass.checkpoint.snapshot.restore import open_snapshot, plan_restore
+from windlass.checkpoint.snapshot.saver import SnapshotSaver
 from windlass.errors import ConfigError, CorruptCheckpoint, IncompatibleCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -46,7 +46,7 @@ class Restored:
     """`local_ram`: every node had its own; `parity`: some were made again; `durable`."""
     lost_nodes: int = 0
     decode_s: float = 0.0
-    """What it took to make the parts of lost nodes again."""
+    """Seconds to make the parts of lost nodes again."""
 
 
 class Checkpointer:
@@ -107,15 +107,17 @@ class Checkpointer:
         self.kind = CheckpointKind(kind or ("erasure" if num_parity_shards else "durable"))
         if num_parity_shards and self.kind != CheckpointKind.erasure:
             raise ValueError(f"num_parity_shards={num_parity_shards} with kind={self.kind}: only erasure keeps parity")
-        self.snapshot_every, self.persist_every, self.keep = snapshot_every, persist_every, keep
         self.store = DurableStore(dir)
         self.objects = CheckpointedObjects(objects, mesh, info or {}, restore_hyperparameters)
-        self.settings = MemorySettings(
+        self.settings = CheckpointConfig(
+            name=self.kind,
+            snapshot_every=snapshot_every,
+            persist_every=persist_every,
+            keep=keep,
             num_parity_shards=num_parity_shards,
             failure_domain=FailureDomain(failure_domain),
-            num_slots=2 if self.kind == CheckpointKind.erasure else 1,
-            shm_dir=None if shm_dir is None else Path(shm_dir),
-            host=agent_host,
+            shm_dir=None if shm_dir is None else str(shm_dir),
+            agent_host=agent_host,
             lease_s=lease_s,
             max_send_bytes_per_s=max_send_bytes_per_s,
         )
@@ -127,32 +129,32 @@ class Checkpointer:
                 "keeps snapshots in memory, and state that is offloaded to a disk does not fit there",
                 "set checkpoint=durable or lazy: they pin the files that the state is in instead of copying them",
             )
-        self.behind: SavesBehind | None = None
-        """Where state is on a disk: what writes checkpoints then, of `durable` as of `lazy`."""
+        self.pinned_saver: PinnedSaver | None = None
+        """Saves where state is on a disk, with `durable` and with `lazy`; None elsewhere."""
         if uses_disk:
             is_lazy = self.kind == CheckpointKind.lazy
-            self.behind = SavesBehind(self.store, self.objects, mesh, is_lazy)
-        self.snapshots: LazySnapshots | None = None
-        """The tier in memory, once `open` was called; None without one."""
-        self.agents: AgentGroup | None = None
+            self.pinned_saver = PinnedSaver(self.store, self.objects, mesh, is_lazy)
+        self.snapshots: SnapshotSaver | None = None
+        """Takes snapshots in memory, once `open` was called; None without them."""
+        self.agents: AgentClients | None = None
         self._last_events: list[dict[str, Any]] = []
-        """Of a tier in memory that was given up."""
+        """The last events of snapshots in memory that were given up."""
         self._resumed: SnapshotId | None = None
         self._steps_since = 0
         self._is_put_off = self._is_persist_put_off = False
         self.current_step: int | None = None
         """The step that was saved or restored last: what is durable of it is what is in memory."""
         self.generation = 0
-        """Which life of the run this is: older ones may write no more."""
+        """The number under which this attempt writes: those of older attempts are refused."""
 
     @property
     def is_durable_only(self) -> bool:
-        """Whether a checkpoint is committed when `snapshot` returns."""
-        return self.kind == CheckpointKind.durable and self.behind is None
+        """True if a checkpoint is committed when `snapshot` returns."""
+        return self.kind == CheckpointKind.durable and self.pinned_saver is None
 
     @property
-    def _has_memory_tier(self) -> bool:
-        return self.kind != CheckpointKind.durable and self.behind is None
+    def _keeps_snapshots(self) -> bool:
+        return self.kind != CheckpointKind.durable and self.pinned_saver is None
 
     def open(self) -> None:
         """Makes the folder, and finds or starts the snapshot agents. Collective; others call it when they need it.
@@ -161,23 +163,23 @@ class Checkpointer:
             RunFolderError: the folder cannot be used, or an agent does not start.
             ConfigError: the ranks cannot keep so much parity.
         """
-        if not self._has_memory_tier or self.snapshots is not None:
+        if not self._keeps_snapshots or self.snapshots is not None:
             return
         self.mesh.decide(self.store.open_for_writing)
         location = resolved(self.store.location)
         job = job_name(location, self.mesh.decide(self.store.job_id))
-        self.agents = AgentGroup(self.mesh, job, self.settings, location, self.keep)
+        self.agents = AgentClients(self.mesh, job, self.settings, location)
         self.agents.open()
-        self.snapshots = LazySnapshots(MemoryTier(self.agents), self.objects)
+        self.snapshots = SnapshotSaver(SnapshotCoordinator(self.agents), self.objects)
 
     def due(self, step: int) -> bool:
-        is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.snapshot_every == 0
-        return is_snapshot_due or step % self.persist_every == 0 or self._is_put_off
+        is_snapshot_due = self.kind == CheckpointKind.erasure and step % self.settings.snapshot_every == 0
+        return is_snapshot_due or step % self.settings.persist_every == 0 or self._is_put_off
 
     def put_off(self, step: int) -> None:
         """Instead of `snapshot`: what is due at `step` is due at the next step, too."""
         self._is_put_off = self.due(step)
-        self._is_persist_put_off |= step % self.persist_every == 0
+        self._is_persist_put_off |= step % self.settings.persist_every == 0
 
     def reserve(self, num_more_bytes: int = 0) -> None:
         """Takes the shared memory that snapshots will need now, not in the middle of a run. Collective.
@@ -188,7 +190,7 @@ class Checkpointer:
         Raises:
             DoesNotFit: there is not enough on some node.
         """
-        if self._has_memory_tier:
+        if self._keeps_snapshots:
             self._begin_if_new()
             assert self.snapshots is not None
             self.snapshots.reserve(num_more_bytes)
@@ -209,22 +211,22 @@ class Checkpointer:
             self.save(step)
             return True
         self._begin_if_new()
-        persist = step % self.persist_every == 0 or self._is_persist_put_off
+        persist = step % self.settings.persist_every == 0 or self._is_persist_put_off
         self._is_put_off = self._is_persist_put_off = False
         self.objects.info.pop(KEEP_ALL, None)
-        if self.behind is not None:
-            return self.behind.take(step, self.generation, self.keep)
+        if self.pinned_saver is not None:
+            return self.pinned_saver.take(step, self.generation, self.settings.keep)
         assert self.snapshots is not None
         return self.snapshots.take(step, persist) or self._go_on_without_memory(step)
 
     def _go_on_without_memory(self, step: int) -> bool:
-        """Where the tier in memory is of no use any more: the run goes on as `durable`, from this step. Collective."""
+        """Goes on as `durable`, from this step, if snapshots in memory are of no use any more. Collective."""
         assert self.snapshots is not None
-        why = self.snapshots.memory.why_given_up
+        why = self.snapshots.coordinator.why_given_up
         if why is None:
             return False
         self._last_events = [*self.snapshots.poll(), {"kind": "memory_given_up", "step": step, "reason": why}]
-        self.snapshots.memory.end()
+        self.snapshots.coordinator.end()
         self.snapshots = self.agents = self._resumed = None
         self.kind = CheckpointKind.durable
         self.save(step)
@@ -237,8 +239,8 @@ class Checkpointer:
         Args:
             parameters: those that are about to change; None: all.
         """
-        if self.behind is not None:
-            self.behind.wait_staged()
+        if self.pinned_saver is not None:
+            self.pinned_saver.wait_staged()
         if self.snapshots is not None:
             self.snapshots.wait_staged(parameters)
         if parameters is None and self._resumed is not None and self.agents is not None:
@@ -248,7 +250,7 @@ class Checkpointer:
                 self._resumed = None
 
     def poll(self) -> list[dict[str, Any]]:
-        """What has come of snapshots since the last call: dicts with `kind` and more. Not collective; costs little.
+        """Returns what has come of snapshots since the last call, as dicts with a `kind`. Not collective; costs little.
 
         Kinds: `snapshot_committed` (step; seconds, of which copy_s and encode_s; ended, in unix seconds),
         `persisted` (step, seconds, bytes, written_bytes, ended), `persist_failed` (step, reason),
@@ -256,7 +258,7 @@ class Checkpointer:
         checkpoints are written while training waits.
         """
         events, self._last_events = self._last_events, []
-        source = self.snapshots or self.behind
+        source = self.snapshots or self.pinned_saver
         return events + ([] if source is None else source.poll())
 
     def save(self, step: int, *, keep_all: bool = False) -> Location:
@@ -279,16 +281,17 @@ class Checkpointer:
             self.objects.info[KEEP_ALL] = True  # for the agents, which delete by what the checkpoint says
         exists = self.mesh.decide(lambda: step in self.store.steps())
         is_done = exists and step == self.current_step
-        if self.behind is not None:
+        keep = 0 if keep_all else self.settings.keep
+        if self.pinned_saver is not None:
             if not is_done:
-                self.behind.save(step, self.generation, 0 if keep_all else self.keep)
+                self.pinned_saver.save(step, self.generation, keep)
         elif not is_done and (self.snapshots is None or not self.snapshots.persist(step)):
-            self._save_now(step, 0 if keep_all else self.keep)
+            self._save_now(step, keep)
         self.current_step = step
         return step_folder(self.store.location, step)
 
     def _save_now(self, step: int, keep: int) -> None:
-        """Writes from the tensors themselves, while training waits."""
+        """Writes a checkpoint from the tensors themselves, while training waits."""
         self.objects.settle()
         objects = self.objects.json_state()
         try:
@@ -314,13 +317,13 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits for what is being written, and ends the agents, which leave nothing behind. Collective."""
-        if self.behind is not None:
-            self.behind.close()
+        if self.pinned_saver is not None:
+            self.pinned_saver.close()
         if self.snapshots is not None:
             self.snapshots.close()
             self.snapshots = self.agents = None
 
-    # --- Lives. ---
+    # --- Attempts. ---
 
     def _begin_if_new(self) -> None:
         if self.generation == 0:
@@ -328,7 +331,7 @@ class Checkpointer:
             self._begin(None)
 
     def _begin(self, plan: RecoveryPlan | None) -> None:
-        """Begins a life of the run: whoever writes for an older one is refused from now on."""
+        """Takes a new generation: whoever writes with an older one is refused from now on."""
         in_memory = 0 if self.agents is None else self.agents.newest_generation()
         self.generation = 1 + max(in_memory, self.mesh.decide(self.store.generation))
         self.mesh.decide(lambda: self.store.fence(self.generation))
@@ -356,7 +359,7 @@ class Checkpointer:
         if agents is None or self.snapshots is None:
             return None
         self.snapshots.wait_staged()
-        agents.refresh()  # this life may have taken snapshots, too
+        agents.refresh()  # this attempt may have taken snapshots, too
         durable_step = self.mesh.decide(self.store.latest_step)
         while (plan := plan_restore(agents)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)
@@ -429,15 +432,15 @@ class Checkpointer:
         return reader
 
     def _finish_saves(self) -> None:
-        """Before something else is done to the folder or the objects."""
-        if self.behind is not None:
-            self.behind.finish()
+        """Ends the saves that are under way, before something else is done to the folder or the objects."""
+        if self.pinned_saver is not None:
+            self.pinned_saver.finish()
 
     def _restore_all(self, reader: CheckpointReader) -> None:
         self.wait_staged()
         self.objects.settle()
-        if self.behind is not None:
-            self.behind.forget()
+        if self.pinned_saver is not None:
+            self.pinned_saver.forget()
         try:
             self.mesh.agree(lambda: self.objects.check_compatible(reader))
             self.mesh.agree(lambda: self.objects.read(reader))
@@ -445,14 +448,14 @@ class Checkpointer:
             reader.close()
 
     def has_any(self) -> bool:
-        """Whether there is something to go on from, on disk or in memory. Collective."""
+        """True if there is something to go on from, on disk or in memory. Collective."""
         self._finish_saves()
         self.open()
         in_memory = self.agents is not None and plan_restore(self.agents) is not None
         return in_memory or self.mesh.decide(lambda: bool(self.store.steps()))
 
     def owns(self, folder: Location) -> bool:
-        """Whether `folder` is a checkpoint of this run."""
+        """True if `folder` is a checkpoint of this run."""
         return is_same_place(split(resolved(folder))[0], self.store.location)
 
     def set_newer_aside(self, step: int) -> list[Location]:
@@ -465,6 +468,6 @@ class Checkpointer:
         return join(self.store.location, self.mesh.decide(lambda: self.store.set_aside(step, why)))
 
     def _set_damaged_chunks_aside(self, step: int) -> None:
-        """Each rank reads its part of them."""
+        """Sets damaged chunks aside; each rank reads its part of them."""
         rank, world_size = self.mesh.rank, self.mesh.world_size
         self.mesh.agree(lambda: self.store.set_damaged_chunks_aside(step, rank, world_size))

@@ -78,7 +78,7 @@ class CheckpointedObjects:
             optimizer.settle()
 
     def groups(self) -> Iterator[PieceGroup]:
-        """What this rank has to say: its share of the blocks that several ranks hold alike, and all others it holds.
+        """Yields what this rank saves: its share of fragments that several ranks hold alike, and all others it holds.
 
         First what is in memory, and then, in an order that reads it once, what is not.
         """
@@ -105,7 +105,7 @@ class CheckpointedObjects:
         yield from elsewhere
 
     def pieces(self) -> Iterator[Piece]:
-        """What this rank has to say, all of it; the tensors of what is not in memory hold nothing."""
+        """Yields every piece that this rank saves; the tensors of what is not in memory hold nothing."""
         for group in self.groups():
             yield from group.pieces
 
@@ -115,11 +115,11 @@ class CheckpointedObjects:
         return {**objects, "info": dict(self.info)}
 
     def refresh_numbers(self, objects: dict[str, Any]) -> None:
-        """Has a `json_state` say what updates that it was too early for have changed."""
+        """Brings the numbers in a `json_state` up to date with updates that were made after it."""
         for name, state in self.optimizers.items():
             objects[name]["numbers"] = state.numbers()
 
-    def that_anything_changes(self) -> dict[str, torch.Tensor]:
+    def clone_ownerless(self) -> dict[str, torch.Tensor]:
         """Copies, by name, of what not only the optimizer's step changes."""
         return {
             piece.fragment.name: piece.tensor.clone()
@@ -212,6 +212,6 @@ def _understood(reader: CheckpointReader, name: str) -> Iterator[None]:
 
 
 def _begins_anew(name: str, manifest: Manifest) -> bool:
-    """Whether an object stays as it is: only a checkpoint that was imported, and says so, may lack its state."""
+    """True if an object stays as it is: only a checkpoint that was imported, and says so, may lack its state."""
     info = manifest.objects.get("info")
     return name not in manifest.objects and isinstance(info, dict) and info.get(PARTIAL) is True

@@ -99,7 +99,7 @@ class OptimizerState:
         return {"class": type(self.inner).__name__, "param_groups": groups, "numbers": self.numbers()}
 
     def numbers(self) -> dict[str, dict[str, Any]]:
-        """By the parameter's name, state that is not tensors."""
+        """The state that is not tensors, by the parameter's name."""
         found = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             state = self.optimizer.state.get(parameter, {})
@@ -210,7 +210,7 @@ class OptimizerState:
     def _read(
         self, reader: CheckpointReader, name: str, parameter: torch.Tensor, there: dict[str, StoredTensor]
     ) -> dict[str, torch.Tensor]:
-        """The state tensors of a parameter, in the dtypes that were stored and the cut that they have here."""
+        """The state tensors of a parameter, in the dtypes that were stored and sharded as they are here."""
         if self.layout is None:
             likes = {key: parameter for key, entry in there.items() if entry.shape == tuple(parameter.shape)}
         else:

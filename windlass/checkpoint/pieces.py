@@ -1,4 +1,4 @@
-"""What a rank has to say in a checkpoint, and where it is: in memory, or elsewhere in runs to be read together."""
+"""Pieces: the fragments that a rank saves in a checkpoint, in memory or elsewhere, in groups to be read together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from windlass.parallel.out_of_core import OutOfCore, PinnableFile, StateAtRest
 
 @dataclass(frozen=True)
 class Piece:
-    """A block that this rank has to say, and the local tensor that holds it when it is in memory."""
+    """A fragment that this rank saves, and the local tensor that holds it when it is in memory."""
 
     fragment: Fragment
     tensor: torch.Tensor
@@ -34,7 +34,7 @@ class InFile:
 
     file: PinnableFile
     begins: list[int]
-    """Of each piece, in the data."""
+    """The begin of each piece in the data."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class PieceGroup:
 
     pieces: list[Piece]
     load: Callable[[], AbstractContextManager[Sequence[torch.Tensor]]] | None = None
-    """Has the pieces' tensors in memory while it lasts; None: they are there."""
+    """Holds the pieces' tensors in memory while it lasts; None: they are there."""
     in_file: InFile | None = None
-    """None where no file has just these."""
+    """The file that has just these; None where there is none."""
 
     def loaded(self) -> AbstractContextManager[Sequence[torch.Tensor]]:
         """The local tensors of the pieces, which hold them while it lasts."""
@@ -72,14 +72,14 @@ class WeightGroups:
         self._pieces: dict[torch.Tensor, list[Piece]] = {}
 
     def takes(self, piece: Piece) -> bool:
-        """Whether it is one."""
+        """True, and takes it, if its weights are elsewhere."""
         if piece.owner is None or not any(other.has_weights_elsewhere(piece.owner) for other in self._optimizers):
             return False
         self._pieces.setdefault(piece.owner, []).append(piece)
         return True
 
     def groups(self, write: bool = False) -> Iterator[PieceGroup]:
-        """What was taken; with `write`, what the tensors hold at the end of `loaded` is kept."""
+        """Yields what was taken; with `write`, what the tensors hold at the end of `loaded` is kept."""
         for optimizer in self._optimizers:
             mine = [parameter for parameter in self._pieces if optimizer.has_weights_elsewhere(parameter)]
             runs = [[p for p in run if p in self._pieces] for run in optimizer.bucket_parameters()]
@@ -108,7 +108,7 @@ class _Found:
 
 
 def state_groups(state: OptimizerState, share: ReplicaShare) -> tuple[list[Piece], list[PieceGroup]]:
-    """What this rank has to say of an optimizer's state: pieces in memory, and groups of those that are not."""
+    """Returns what this rank saves of an optimizer's state: pieces in memory, and groups of those that are not."""
     optimizer = state.out_of_core
     at_rest = [] if optimizer is None else optimizer.state_at_rest()
     homes = {(place.parameter, place.key): (rest, place) for rest in at_rest for place in rest.places}
@@ -147,7 +147,7 @@ def state_groups(state: OptimizerState, share: ReplicaShare) -> tuple[list[Piece
 def _shares(
     share: ReplicaShare, at_rest: Sequence[StateAtRest], tensors: Sequence[torch.Tensor]
 ) -> dict[int, bool] | None:
-    """Whether this rank speaks for what lies together, by `id`; None where that is decided a tensor at a time.
+    """Decides for what lies together, by `id`, if this rank saves it; None where that is decided a tensor at a time.
 
     Ranks that hold the same parts of all `tensors`, parameters and their state, have the same in each file. Where some
     parts are held by some ranks, and others by others, that is not so.

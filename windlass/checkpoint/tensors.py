@@ -11,7 +11,7 @@ from windlass.checkpoint.image import DTYPE_BYTES
 from windlass.errors import DoesNotFit
 
 TORCH_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_BYTES}
-"""By the names that checkpoints use: what a checkpoint names is looked up nowhere else."""
+"""The dtypes by the names that checkpoints use: what a checkpoint names is looked up nowhere else."""
 
 
 def empty_on_host(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> torch.Tensor:

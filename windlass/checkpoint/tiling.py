@@ -1,4 +1,4 @@
-"""Whether blocks make up a tensor, each element in one of them: what every reader asks before it reads. Torch-free."""
+"""Checks that blocks make up a tensor, each element in one of them; every reader asks before it reads. Torch-free."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def _source(args: argparse.Namespace) -> Source:
 
 
 def _all_parquet(inputs: list[str], glob: str, follow_links: bool) -> bool:
-    """Whether the files are Parquet, by their names. Raises ConfigError if some are."""
+    """True if the files are Parquet, by their names. Raises ConfigError if only some are."""
     are_parquet = [file.name.lower().endswith(PARQUET_SUFFIXES) for file in list_files(inputs, glob, follow_links)]
     if any(are_parquet) and not all(are_parquet):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What a run trains on. Torch-free."""
+"""The settings of the data that a run trains on. Torch-free."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import TYPE_CHECKING, cast
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
 from windlass.registry import Registry
 
@@ -16,7 +17,7 @@ SOURCES = Registry("data")
 
 
 class Borders(StrEnum):
-    """What respects the borders between the documents that are packed into one sequence."""
+    """The ways to respect borders between the documents that are packed into one sequence."""
 
     none = "none"
     loss = "loss"
@@ -24,7 +25,7 @@ class Borders(StrEnum):
 
 
 class EncodingErrors(Enum):
-    """What becomes of bytes that are not UTF-8: an error, U+FFFD, nothing."""
+    """The ways to treat bytes that are not UTF-8: an error, U+FFFD, nothing."""
 
     strict = "strict"
     replace = "replace"
@@ -32,7 +33,7 @@ class EncodingErrors(Enum):
 
 
 class TextFormat(Enum):
-    """How text files are read: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
+    """The ways to read text files: by their names, as documents, as a JSON row a line, as a JSON array of rows."""
 
     auto = "auto"
     text = "text"
@@ -42,16 +43,16 @@ class TextFormat(Enum):
 
 @dataclass
 class DataConfig:
-    """What every data group has. `borders`: see `Borders`; a label across a border is not counted unless `none`."""
+    """The settings of a data group. `borders`: see `Borders`; a label across a border does not count unless `none`."""
 
     name: str = "stdlib"
     borders: Borders = Borders.loss
-    prefetch: int = 4
+    prefetch: int = bounded(4, at_least=1)
     """Micro-batches that a rank's background thread keeps ready."""
     shuffle: bool = True
 
     def __post_init__(self) -> None:
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "must be at least 1", "set data.prefetch=4")
+        check_bounds(self, "data")
 
 
 @dataclass
@@ -62,30 +63,13 @@ class PreparedDataConfig(DataConfig):
     """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
-    validation_fraction: float = 0.05
-    num_workers: int | None = None
+    validation_fraction: float = bounded(0.05, above=0, below=1)
+    num_workers: int | None = bounded(None, at_least=1, fix="leave it null for one process a core")
     """Processes that tokenise; null is one a core."""
 
     def source(self) -> Source:
         """The documents that are to be tokenised. Raises ConfigError and DataError."""
         return cast("Source", SOURCES.build(self))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < self.validation_fraction < 1,
-            "data.validation_fraction",
-            self.validation_fraction,
-            "must be between 0 and 1",
-            "set data.validation_fraction=0.05",
-        )
-        require(
-            self.num_workers is None or self.num_workers >= 1,
-            "data.num_workers",
-            self.num_workers,
-            "must be at least 1",
-            "leave it null for one process a core",
-        )
 
 
 @dataclass
@@ -108,9 +92,9 @@ class TextDataConfig(PreparedDataConfig):
     text_key: str = "text"
     """The field of a JSON line that holds the text."""
     encoding_errors: EncodingErrors = EncodingErrors.strict
-    """For text that is not UTF-8."""
+    """The way to treat text that is not UTF-8."""
     separator: str | None = None
-    """What ends a document in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
+    """The separator of documents in a text file, e.g. `<|endoftext|>` or `\\n\\n`; null: a file is one document."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

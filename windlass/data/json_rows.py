@@ -26,7 +26,7 @@ Refusal = Callable[[str, str], DataError]
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
 """No number of a row is used, and one of 5,000 digits takes its time."""
 LONGEST_WORD = len("-Infinity") + len("\\ud83d\\ude00")
-"""What is cut off at the end of a block is told of at its beginning: so much before the end, at most."""
+"""The longest word that may be cut off at the end of a block; its begin is that far before the end, at most."""
 AS_TEXT = "set data.format=text (--format text) if the file is a document as it is"
 
 
@@ -128,7 +128,7 @@ class _Text:
         self._text = self._text.removeprefix("\ufeff")
 
     def next_character(self) -> str:
-        """What comes next and is no blank; empty at the end. It is at `position` then."""
+        """Goes to the next character that is no blank, and returns it; empty at the end. It is at `position` then."""
         while True:
             while self.position < len(self._text):
                 if self._text[self.position] not in " \t\r\n":
@@ -195,7 +195,7 @@ def _printable(text: str) -> str:
 
 
 def looks_like(file: SourceFile) -> str:
-    """How a `.json` file is read: `json`, an array of rows; `jsonl`, where its first line is a row; else `text`."""
+    """The way to read a `.json` file: `json`, an array of rows; `jsonl`, where its first line is a row; else `text`."""
     with open_text(file) as stream:
         start = stream.read(BLOCK_BYTES).decode("utf-8", "replace").removeprefix("\ufeff").lstrip()
     if start.startswith("["):

@@ -22,13 +22,13 @@ from windlass.errors import CorruptCheckpoint, DataError, RunFolderError
 from windlass.untrusted import Malformed, convert, read_bytes
 
 KEY = "tokenizer"
-"""Of a checkpoint's `info`."""
+"""The key in a checkpoint's `info`."""
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class KeptTokenizer:
-    """What a checkpoint says of the tokenizer of its run."""
+    """The tokenizer of a run, as its checkpoint records it."""
 
     name: str
     vocab_size: int
@@ -36,7 +36,7 @@ class KeptTokenizer:
     eos_token: str | None
     """None where the tokenizer has no file."""
     sha256: str | None
-    """Of the file; None where there is none."""
+    """The file's; None where there is none."""
 
     @property
     def file(self) -> str:
@@ -51,7 +51,7 @@ class KeptTokenizer:
 
 
 def tokenizer_of(dataset: TokenDataset) -> tuple[KeptTokenizer, bytes | None]:
-    """What is to be kept of the tokenizer that made the tokens of `dataset`, and its file.
+    """Returns what to keep of the tokenizer that made the tokens of `dataset`, and its file.
 
     Raises:
         DataError: the tokenizer.json of the prepared folder cannot be read, or is not the one that made its tokens.
@@ -93,7 +93,7 @@ def keep(storage: Storage, tokenizer: KeptTokenizer, content: bytes | None) -> N
 
 
 def kept_tokenizer(info: Mapping[str, Any], checkpoint: Location) -> KeptTokenizer | None:
-    """What a checkpoint's `info` says; None where it says nothing. Raises CorruptCheckpoint if it is no sense."""
+    """Reads it from a checkpoint's `info`; None where there is none. Raises CorruptCheckpoint if it makes no sense."""
     if info.get(KEY) is None:
         return None
     try:

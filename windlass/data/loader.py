@@ -89,7 +89,7 @@ class Loader(Iterator[Batch]):
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, plain JSON. The same on every rank."""
+        """Returns what `load_state_dict` needs, plain JSON. The same on every rank."""
         return {
             "cursor": self._cursor,
             "seed": self._seed,

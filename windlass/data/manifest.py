@@ -74,7 +74,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a prepared folder.
+    """The content of a prepared folder.
 
     Args:
         tokenizer: `spec` (`bytes`, or `tokenizer.json` in this folder), `name`, `fingerprint`, `vocab_size`,
@@ -226,7 +226,7 @@ def write_json(path: Path, data: object) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """What processes that were killed left half-written."""
+    """Removes what processes that were killed left half-written."""
     for subfolder in (folder, folder / UNITS, *(folder / split for split in SPLITS)):
         for path in subfolder.glob(f"*{TEMPORARY_SUFFIX}"):
             path.unlink(missing_ok=True)

@@ -24,9 +24,9 @@ from windlass.data.tally import Tally
 from windlass.errors import DataError
 
 BATCH_BYTES = 8 << 20
-"""Of a batch of rows, about, by the footer's mean."""
+"""The size of a batch of rows, about, by the footer's mean."""
 MAX_BATCH_BYTES = 64 << 20
-"""Of a batch of rows, at most, where many may stand for one that the file has once; a single row may be larger."""
+"""The most of a batch of rows, where many may stand for one that the file has once; a single row may be larger."""
 MAX_BATCH_ROWS = 1024
 
 
@@ -40,7 +40,7 @@ class ParquetUnit:
     first_row: int
     num_rows: int
     num_bytes: int
-    """Of the column, uncompressed, as the file's footer says."""
+    """The size of the column, uncompressed, as the file's footer says."""
     column: str
     encoding_errors: str
 
@@ -82,7 +82,7 @@ class ParquetUnit:
         return max(1, most)
 
     def _dictionary_bytes(self, chunk: pq.ColumnChunkMetaData) -> int:
-        """Of the dictionary page when it is uncompressed, as its header says; of all pages if that cannot be read."""
+        """The size of the uncompressed dictionary page, as its header says; of all pages if that cannot be read."""
         with open_checked(self.file) as stream:
             stream.seek(max(0, chunk.dictionary_page_offset or 0))
             return _uncompressed_page_bytes(stream.read(32)) or chunk.total_uncompressed_size

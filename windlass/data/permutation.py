@@ -15,7 +15,7 @@ _MIX_2 = np.uint64(0x94D049BB133111EB)
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epochs: np.ndarray | int = 0) -> np.ndarray:
-    """Where a random permutation of range(size), that of `seed` and the epoch, sends `positions`.
+    """Maps `positions` by the random permutation of range(size) of `seed` and the epoch.
 
     Args:
         positions: integers [n] in [0, size).

@@ -277,7 +277,7 @@ def _unit_fingerprint(unit: Unit) -> str:
 
 
 def _load_result(folder: Path, index: int, fingerprint: str, vocab_size: int) -> UnitResult | None:
-    """What the sidecar of a finished unit says. None if the unit is still to be done."""
+    """Reads the sidecar of a finished unit. None if the unit is still to be done."""
     try:
         result = UnitResult.load(folder / unit_file(index), vocab_size)
         are_whole = all(

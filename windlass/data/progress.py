@@ -1,4 +1,4 @@
-"""How far a preparation is, on stderr: a bar on a terminal, a line now and then elsewhere. Torch-free."""
+"""Shows how far a preparation is, on stderr: a bar on a terminal, a line now and then elsewhere. Torch-free."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ class UnitResult:
 
     @staticmethod
     def load(path: Path, vocab_size: int) -> UnitResult:
-        """What `save` wrote. Raises Malformed and OSError."""
+        """Reads what `save` wrote. Raises Malformed and OSError."""
         stored = convert(read_json(path, MAX_SIDECAR_BYTES), _StoredResult)
         counts = {split: _unpack(packed, vocab_size) for split, packed in stored.token_counts.items()}
         if not counts.keys() == stored.shards.keys() <= set(SPLITS):

@@ -41,7 +41,7 @@ MAX_UNPACK_RATIO = 250
 """A packed file may be unpacked to as many times its size, and `UNPACKED_FREE_BYTES` more. Text is packed to a half or
 a tenth, logs to a hundredth; what is made to fill a disk, to a thousandth and less."""
 MAX_UNPACKED_DOCUMENT_BYTES = 128 << 20
-"""Of one document in a packed file: it is held in memory whole."""
+"""The most of one document in a packed file: it is held in memory whole."""
 
 
 class Document(NamedTuple):
@@ -66,7 +66,7 @@ class SourceFile:
 
     @property
     def codec(self) -> str | None:
-        """What the file is packed with, as its name says."""
+        """The format that the file is packed with, as its name says."""
         return CODECS.get(Path(self.name.lower()).suffix)
 
     @property
@@ -121,7 +121,7 @@ def open_text(file: SourceFile) -> Iterator[BinaryIO]:
 
 
 class _Unpacked(io.RawIOBase):
-    """What `stream` is unpacked to, read from its start to its end."""
+    """A stream that unpacks `stream`, read from its start to its end."""
 
     def __init__(self, file: SourceFile, stream: BinaryIO) -> None:
         self._file, self._num_bytes = file, 0
@@ -208,7 +208,7 @@ def unreadable(path: str | Path, error: OSError) -> DataError:
 
 
 def said(error: BaseException) -> str:
-    """What a library says of a file, in one short line."""
+    """The message of a library about a file, in one short line."""
     return shortened(str(error).partition("\n")[0] or type(error).__name__)
 
 

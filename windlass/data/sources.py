@@ -1,4 +1,4 @@
-"""Where documents come from: lists the files of a source and cuts them into units of work. Torch-free.
+"""Lists the files of a source of documents and cuts them into units of work. Torch-free.
 
 The list, and with it the order of the documents, depends only on the names, sizes and contents below the
 given path: not on the machine, the file system's order or the number of processes.
@@ -47,7 +47,7 @@ Hugging Face do, and not into the home or the system of whoever unpacked what a 
 
 @dataclass(frozen=True)
 class Source:
-    """What is to be tokenised.
+    """The text to be tokenised.
 
     Args:
         settings: what besides the files decides what the documents are, for people to read.
@@ -58,7 +58,7 @@ class Source:
     settings: dict[str, str]
     units: tuple[Unit, ...]
     formats: tuple[tuple[str, int], ...] = ()
-    """How many files are read in which way, where names leave it open."""
+    """The number of files that are read in each way, where names leave it open."""
 
     @cached_property
     def fingerprint(self) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Tally:
-    """Of text on its way to tokens."""
+    """Counts of text on its way to tokens."""
 
     characters: int = 0
     """In documents with text."""

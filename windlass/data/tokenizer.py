@@ -30,7 +30,7 @@ EOS_TOKENS = (
 )
 """The names under which tokenizers keep their end-of-document token, the most telling first."""
 MAX_FILE_BYTES = 128 << 20
-"""Of a tokenizer.json: those of a quarter of a million tokens have 35 MB."""
+"""The most of a tokenizer.json: those of a quarter of a million tokens have 35 MB."""
 MAX_VOCAB_SIZE = 1 << 22
 """Tokens are counted by id, so a single large one would take the memory of all below it."""
 
@@ -168,12 +168,12 @@ def encode_counting(tokenizer: Tokenizer, texts: list[str], tally: Tally) -> lis
 
 
 def fingerprint_of(content: bytes, eos_id: int) -> str:
-    """Of the tokenizer whose file has this content."""
+    """The fingerprint of the tokenizer whose file has this content."""
     return hashlib.sha256(content + f"eos={eos_id}".encode()).hexdigest()
 
 
 def token_of(content: bytes, token_id: int) -> str | None:
-    """What a tokenizer.json calls the token `token_id`; None if it does not. Needs no library. Raises Malformed."""
+    """The name of the token `token_id` in a tokenizer.json; None if it has none. Needs no library. Raises Malformed."""
     document = parse_json(content, MAX_FILE_BYTES)
     if not isinstance(document, dict):
         raise Malformed("it is no tokenizer.json")
@@ -249,7 +249,7 @@ def _library_errors(path: Path, rule: str) -> Iterator[None]:
 
 
 def _model_of(path: Path, content: bytes) -> dict[str, Any]:
-    """What a file that the library has parsed says of its model."""
+    """The model in a file that the library has parsed."""
     try:
         document = parse_json(content, MAX_FILE_BYTES)
     except Malformed as error:
@@ -288,7 +288,7 @@ def _marking_tokenizer(path: Path, content: bytes, model: dict[str, Any], mark: 
 
 
 def _is_of_bytes(content: bytes, model: dict[str, Any]) -> bool:
-    """Whether the text is made letters for bytes beforehand, all of which the model has."""
+    """True if the text is made letters for bytes beforehand, all of which the model has."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     affixes = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")

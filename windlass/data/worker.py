@@ -1,4 +1,4 @@
-"""What a process that tokenises units does, and what it and its parent say to each other. Torch-free.
+"""A process that tokenises units, and the messages between it and its parent. Torch-free.
 
 Not `multiprocessing.Process`: its children import the parent's main module again, which here is often a
 training script that imports torch, or one without the `if __name__ == "__main__"` guard.
@@ -31,7 +31,7 @@ BYTES_A_TEXT_BYTE = 256
 
 @dataclass(frozen=True)
 class Setup:
-    """What a worker needs to know once."""
+    """The message that a worker gets once, at its start."""
 
     tokenizer: Tokenizer
     folder: Path

@@ -54,7 +54,7 @@ BEGINS_ANEW = "what a run needs and the folder has not (optimizer state, schedul
 
 @dataclass(frozen=True)
 class Exchanged:
-    """What an export or an import did."""
+    """The outcome of an export or an import."""
 
     source: str
     output: str
@@ -62,7 +62,7 @@ class Exchanged:
     num_tensors: int
     num_bytes: int
     notes: list[str] = field(default_factory=list)
-    """What the user should know, a sentence each."""
+    """Sentences that the user should know."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

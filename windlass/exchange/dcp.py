@@ -20,18 +20,18 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, StorageMeta
 
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.tensors import TORCH_DTYPES, empty_on_host
-from windlass.exchange.dcp_metadata import Place, damaged, first_line, read_contents
+from windlass.exchange.dcp_metadata import ByteRange, damaged, first_line, read_contents
 from windlass.exchange.folder import Report, not_given
 from windlass.mapped_file import map_file
 from windlass.os_errors import MISSING, said
 from windlass.untrusted import MAX_BYTES, Malformed
 
 MORE_BYTES = 1 << 20
-"""What `torch.save` adds to a tensor, and far more."""
+"""More than `torch.save` adds to a tensor, by far."""
 END_BYTES = 22
-"""Of the last record of a zip archive without a comment."""
+"""The size of the last record of a zip archive without a comment."""
 MAX_RECORDS = 10_000
-"""Of an archive. The bytes of a tensor may look like some."""
+"""The most that an archive may have. The bytes of a tensor may look like some."""
 Tree = Mapping[str, Any]
 
 
@@ -131,7 +131,7 @@ class DcpFolder:
         whole = empty_on_host(stored.shape, stored.dtype, name)
         for part in stored.parts:
             num_bytes = math.prod(part.shape) * stored.dtype.itemsize
-            loaded = self._load(name, part.place, 2 * num_bytes + MORE_BYTES)
+            loaded = self._load(name, part.byte_range, 2 * num_bytes + MORE_BYTES)
             if not _is_plain_tensor(loaded) or loaded.shape != part.shape or loaded.dtype != stored.dtype:
                 raise damaged(self.folder, f"a part of {name} is not what the table of contents says")
             block = tuple(slice(start, start + size) for start, size in zip(part.offset, part.shape, strict=True))
@@ -146,22 +146,22 @@ class DcpFolder:
         """
         return self._load(name, self.contents.values[name], MAX_BYTES)
 
-    def _load(self, name: str, place: Place, max_bytes: int) -> Any:
+    def _load(self, name: str, byte_range: ByteRange, max_bytes: int) -> Any:
         try:
-            if place.length > max_bytes:
-                raise Malformed(f"it has {place.length:,} bytes there, and at most {max_bytes:,} are expected")
-            stream = io.BytesIO(map_file(self.folder / place.file, begin=place.begin, size=place.length))
+            if byte_range.length > max_bytes:
+                raise Malformed(f"it has {byte_range.length:,} bytes there, and at most {max_bytes:,} are expected")
+            stream = io.BytesIO(map_file(self.folder / byte_range.file, begin=byte_range.begin, size=byte_range.length))
             _check_archive(stream)
         except Malformed as error:
-            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {error}") from None
+            raise damaged(self.folder, f"{name} cannot be read from {byte_range.file}: {error}") from None
         except MISSING as error:
-            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {said(error)}") from error
+            raise damaged(self.folder, f"{name} cannot be read from {byte_range.file}: {said(error)}") from error
         except OSError as error:
-            raise not_given(self.folder / place.file, error) from error
+            raise not_given(self.folder / byte_range.file, error) from error
         try:
             return torch.load(stream, map_location="cpu", weights_only=True)
         except Exception as error:  # the stream's bytes decide which one
-            raise damaged(self.folder, f"{name} cannot be read from {place.file}: {first_line(error)}") from error
+            raise damaged(self.folder, f"{name} cannot be read from {byte_range.file}: {first_line(error)}") from error
 
 
 def _is_plain_tensor(value: Any) -> bool:

@@ -29,8 +29,8 @@ DTYPES = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Bytes of a file of the folder: a `torch.save` stream."""
+class ByteRange:
+    """A range of bytes of a file of the folder: a `torch.save` stream."""
 
     file: str
     begin: int
@@ -43,7 +43,7 @@ class Part:
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
-    place: Place
+    byte_range: ByteRange
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder has, by flat name.
+    """The entries of a folder, by flat name.
 
     Attributes:
         values: what is not a tensor.
@@ -63,7 +63,7 @@ class Contents:
     """
 
     tensors: dict[str, StoredTensor]
-    values: dict[str, Place]
+    values: dict[str, ByteRange]
     paths: dict[tuple[str | int, ...], str]
 
 
@@ -96,8 +96,8 @@ def _ordered() -> dict[str, Any]:
     return {}
 
 
-Places = dict[tuple[str, tuple[int, ...] | None], Place]
-"""By the name of an entry, and the offset of a part of a tensor."""
+ByteRanges = dict[tuple[str, tuple[int, ...] | None], ByteRange]
+"""The ranges by the name of an entry, and the offset of a part of a tensor."""
 ADMITTED: dict[tuple[str, str], Any] = {
     ("torch.distributed.checkpoint.metadata", "Metadata"): _Table,
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): _Tensor,
@@ -124,7 +124,7 @@ ADMITTED: dict[tuple[str, str], Any] = {
 
 
 def read_contents(folder: Path) -> Contents:
-    """What a DCP folder has. Runs nothing that its files bring.
+    """Reads the table of contents of a DCP folder. Runs nothing that its files bring.
 
     Raises:
         ConfigError: it is no DCP folder, or was saved in a way that is not read.
@@ -157,13 +157,13 @@ def _contents(table: Any) -> Contents:
     _require(isinstance(table, _Table), "no entries")
     entries, storage = table.field("state_dict_metadata"), table.field("storage_data")
     _require(isinstance(entries, dict) and isinstance(storage, dict), "no entries")
-    places: Places = {}
+    byte_ranges: ByteRanges = {}
     for index, info in storage.items():
         _require(isinstance(index, _Index), "its places are of no entries")
         offset = index.field("offset")
-        places[_name(index.field("fqn")), None if offset is None else _sizes(offset)] = _place(info)
+        byte_ranges[_name(index.field("fqn")), None if offset is None else _sizes(offset)] = _byte_range(info)
     tensors: dict[str, StoredTensor] = {}
-    values: dict[str, Place] = {}
+    values: dict[str, ByteRange] = {}
     num_parts = 0
     for name, entry in entries.items():
         _name(name)
@@ -171,17 +171,17 @@ def _contents(table: Any) -> Contents:
             chunks = entry.field("chunks")
             _require(isinstance(chunks, list), f"it does not say what the parts of {name} are")
             num_parts += len(chunks)  # a file may have one list of parts for many tensors
-            _require(num_parts <= len(places), "its tensors have more parts than it has places")
-            tensors[name] = _tensor(name, entry, chunks, places)
+            _require(num_parts <= len(byte_ranges), "its tensors have more parts than it has places")
+            tensors[name] = _tensor(name, entry, chunks, byte_ranges)
         else:
-            _require(isinstance(entry, _Value) and (name, None) in places, f"it does not say where {name} is")
-            values[name] = places[name, None]
+            _require(isinstance(entry, _Value) and (name, None) in byte_ranges, f"it does not say where {name} is")
+            values[name] = byte_ranges[name, None]
     nested = table.field("planner_data")
     paths = {_path(nested[name]) if isinstance(nested, dict) and name in nested else (name,): name for name in entries}
     return Contents(tensors, values, paths)
 
 
-def _tensor(name: str, entry: _Tensor, chunks: list[Any], places: Places) -> StoredTensor:
+def _tensor(name: str, entry: _Tensor, chunks: list[Any], byte_ranges: ByteRanges) -> StoredTensor:
     shape, properties = _sizes(entry.field("size")), entry.field("properties")
     state = properties.state if isinstance(properties, _Properties) else None
     dtype = state[0] if isinstance(state, tuple) and state else state.get("dtype") if isinstance(state, dict) else None
@@ -191,18 +191,18 @@ def _tensor(name: str, entry: _Tensor, chunks: list[Any], places: Places) -> Sto
     blocks = [(_sizes(chunk.field("offsets")), _sizes(chunk.field("sizes"))) for chunk in chunks]
     problem = tiling_problem(shape, blocks)
     _require(problem is None, f"{name} {problem}")
-    _require(all((name, offset) in places for offset, _ in blocks), f"it does not say where {name} is")
-    return StoredTensor(shape, dtype, [Part(offset, size, places[name, offset]) for offset, size in blocks])
+    _require(all((name, offset) in byte_ranges for offset, _ in blocks), f"it does not say where {name} is")
+    return StoredTensor(shape, dtype, [Part(offset, size, byte_ranges[name, offset]) for offset, size in blocks])
 
 
-def _place(info: Any) -> Place:
+def _byte_range(info: Any) -> ByteRange:
     _require(isinstance(info, _StorageInfo), "it does not say where its entries are")
     file, begin, length = info.field("relative_path"), info.field("offset"), info.field("length")
     is_inside = isinstance(file, str) and Path(file).name == file and file not in ("", "..") and file.isprintable()
     _require(is_inside, f"{file!r} is no file of the folder")
     _require(not info.field("transform_descriptors"), "its entries are transformed (compressed, perhaps)")
     _sizes((begin, length))
-    return Place(file, begin, length)
+    return ByteRange(file, begin, length)
 
 
 def _name(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Where a checkpoint's state goes in the nested state dict that DCP saves, and back.
+"""Maps a checkpoint's state to the nested state dict that DCP saves, and back.
 
 It goes where `get_model_state_dict` and `get_optimizer_state_dict` of torch would put it, so that `dcp.load` fills
 theirs. What these have no place for (schedule, data cursor, random generators) is kept under a key of its own, so that
@@ -22,10 +22,10 @@ from windlass.exchange.dcp_metadata import damaged
 from windlass.untrusted import MAX_DEPTH, Malformed, convert, parse_json
 
 MAX_VALUES = 1_000_000
-"""Of an entry that is no tensor, with all that is in it."""
+"""The most values of an entry that is no tensor, with all that is in it."""
 OWN_KEY = "__windlass__"
 MODEL, OPTIMIZER = "model", "optimizer"
-"""What the names of random generators begin with in a checkpoint."""
+"""The keys of the model and the optimizer in a checkpoint and in a state dict."""
 
 
 def state_dict_layout(manifest: Manifest) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,7 +80,7 @@ def _set(tree: dict[str, Any], path: list[str], value: Any) -> None:
 
 @dataclass
 class _Own:
-    """What windlass adds to a folder that it exports."""
+    """The entries that windlass adds to a folder that it exports."""
 
     step: int
     world_size: int
@@ -91,7 +91,7 @@ class _Own:
 
 @dataclass
 class DcpState:
-    """What an import takes from a DCP folder.
+    """The state that an import takes from a DCP folder.
 
     Attributes:
         objects: as a manifest has them.
@@ -109,7 +109,7 @@ class DcpState:
 
 
 def read_state(folder: DcpFolder, optimizer_class: str | None) -> DcpState:
-    """What of a DCP folder belongs in a checkpoint: all of one that windlass exported; of another the state dicts
+    """Reads from a DCP folder what belongs in a checkpoint: all if windlass exported it; of another's the state dicts
     under `model` and `optimizer`, as `get_model_state_dict` and `get_optimizer_state_dict` of torch make them.
 
     Args:
@@ -216,7 +216,7 @@ def _plain(folder: DcpFolder, flat: str) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether JSON can hold it. A file may have one list in many places: it is counted in each."""
+    """True if JSON can hold it. A file may have one list in many places: it is counted in each."""
     level, num_values = [value], 0
     for _ in range(MAX_DEPTH):
         if not level:

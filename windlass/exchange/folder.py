@@ -1,4 +1,4 @@
-"""What every export and import shares: a new folder that appears whole or not at all. Torch-free."""
+"""Makes the folder of an export or an import, which appears whole or not at all. Torch-free."""
 
 from __future__ import annotations
 

@@ -137,25 +137,25 @@ class HuggingFaceFolder:
                 "path", folder, f"is not a Hugging Face folder: it has no {CONFIG}", "name a folder that has one"
             )
         self.config = self._read_json(CONFIG)
-        self._places = self._find()
-        self.tensors = {name: self._describe(name) for name in self._places}
+        self._locations = self._find()
+        self.tensors = {name: self._describe(name) for name in self._locations}
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name`, on the CPU."""
-        place = self._places[name]
-        begin, end = place.entry.data_offsets
+        location = self._locations[name]
+        begin, end = location.entry.data_offsets
         try:
-            data = map_file(self.folder / place.file, True, place.data_begin + begin, end - begin)
+            data = map_file(self.folder / location.file, True, location.data_begin + begin, end - begin)
         except Malformed as error:
             raise _damaged(self.folder, f"{name} cannot be read: {error}") from None
         except OSError as error:
-            raise self._not_given(place.file, error) from error
-        dtype = DTYPES[place.entry.dtype]
+            raise self._not_given(location.file, error) from error
+        dtype = DTYPES[location.entry.dtype]
         if not data:
-            return torch.empty(place.entry.shape, dtype=dtype)
-        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(place.entry.shape)
+            return torch.empty(location.entry.shape, dtype=dtype)
+        return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(location.entry.shape)
 
-    def _find(self) -> dict[str, _Place]:
+    def _find(self) -> dict[str, _Location]:
         """Tensor name -> where it is, as the index says or as the only file does."""
         if (self.folder / INDEX).is_file():
             try:
@@ -176,7 +176,7 @@ class HuggingFaceFolder:
         files, left = {}, MAX_HEADER_BYTES
         for file in sorted(set(weight_map.values()) if weight_map is not None else {SINGLE}):
             files[file] = self._read_file(file, left)
-            left -= max((place.data_begin for place in files[file].values()), default=0)
+            left -= max((location.data_begin for location in files[file].values()), default=0)
         if weight_map is None:
             return dict(sorted(files[SINGLE].items()))
         for name, file in weight_map.items():
@@ -184,7 +184,7 @@ class HuggingFaceFolder:
                 raise _damaged(self.folder, f"{INDEX} says that {file} has {name[:200]!r}, and it has not")
         return {name: files[file][name] for name, file in weight_map.items()}
 
-    def _read_file(self, file: str, max_bytes: int) -> dict[str, _Place]:
+    def _read_file(self, file: str, max_bytes: int) -> dict[str, _Location]:
         try:
             header = read_header(self.folder / file, ITEM_BYTES, max_bytes)
         except FileNotFoundError:
@@ -193,10 +193,10 @@ class HuggingFaceFolder:
             raise _damaged(self.folder, f"{file} cannot be used: {error}") from None
         except OSError as error:
             raise self._not_given(file, error) from error
-        return {name: _Place(file, entry, header.num_bytes) for name, entry in header.tensors.items()}
+        return {name: _Location(file, entry, header.num_bytes) for name, entry in header.tensors.items()}
 
     def _describe(self, name: str) -> tuple[tuple[int, ...], torch.dtype]:
-        entry = self._places[name].entry
+        entry = self._locations[name].entry
         code = entry.dtype
         if code not in DTYPES:
             raise ConfigError(
@@ -225,7 +225,7 @@ class HuggingFaceFolder:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Location:
     file: str
     entry: Entry
     data_begin: int
@@ -233,7 +233,7 @@ class _Place:
 
 
 def _is_file_name(value: str) -> bool:
-    """Whether it names a file of the folder itself: an index must not lead anywhere else."""
+    """True if it names a file of the folder itself: an index must not lead anywhere else."""
     return value not in ("", "..") and value.isprintable() and Path(value).name == value
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
-from windlass.checkpoint.image import Block, Chunk, lay_out
+from windlass.checkpoint.image import Chunk, FragmentSpec, lay_out
 from windlass.errors import RunFolderError
 from windlass.exchange.folder import Report
 
@@ -38,8 +38,8 @@ def write_checkpoint(
     Raises:
         OSError: the disk is full or refuses.
     """
-    blocks = [
-        Block(name, str(dtype).removeprefix("torch."), shape, (0,) * len(shape), shape)
+    specs = [
+        FragmentSpec(name, str(dtype).removeprefix("torch."), shape, (0,) * len(shape), shape)
         for name, (shape, dtype) in tensors.items()
     ]
     store, source = DurableStore(folder), _LastRead(tensors, read)
@@ -47,7 +47,7 @@ def write_checkpoint(
     num_done = 0
     try:
         store.open_for_writing()
-        for chunk in lay_out(blocks):
+        for chunk in lay_out(specs):
             written.append(store.put_chunk(chunk, _assembled(chunk, source)))
             num_done += chunk.end - chunk.begin
             report(num_done)
@@ -65,17 +65,17 @@ class _LastRead:
         self.tensors, self.read = tensors, read
         self.name, self.tensor = "", torch.empty(0)
 
-    def block(self, block: Block) -> torch.Tensor:
-        if block.name != self.name:
+    def load(self, spec: FragmentSpec) -> torch.Tensor:
+        if spec.name != self.name:
             self.tensor = torch.empty(0)  # gone before the next one is read
-            self.name, self.tensor = block.name, self.read(block.name).to(self.tensors[block.name][1])
-        slices = tuple(slice(start, start + size) for start, size in zip(block.offset, block.shape, strict=True))
+            self.name, self.tensor = spec.name, self.read(spec.name).to(self.tensors[spec.name][1])
+        slices = tuple(slice(start, start + size) for start, size in zip(spec.offset, spec.shape, strict=True))
         return self.tensor[slices]
 
 
 def _assembled(chunk: Chunk, source: _LastRead) -> memoryview:
     data = torch.empty(chunk.end - chunk.begin, dtype=torch.uint8)
     for entry in chunk.entries:
-        part = source.block(entry.block).contiguous().reshape(-1).view(torch.uint8)
+        part = source.load(entry.spec).contiguous().reshape(-1).view(torch.uint8)
         data[entry.begin - chunk.begin : entry.end - chunk.begin] = part
     return data.numpy().data

@@ -12,10 +12,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 MAX_OPS = 30_000_000
-"""Of a file: each makes at most some 100 bytes. The table of contents of 100,000 tensors has 4 million."""
+"""The most of a file: each makes some 100 bytes at most. The table of contents of 100,000 tensors has 4 million."""
 MAX_ARGUMENTS = 64
-
-Make = Callable[..., Any]
 
 
 class Refused(ValueError):
@@ -23,7 +21,7 @@ class Refused(ValueError):
 
 
 class Record:
-    """What an object of the file held, and nothing that it could do."""
+    """The values of an object of the file, and nothing that it could do."""
 
     state: Any = None
 
@@ -32,7 +30,7 @@ class Record:
 
 
 def load(data: bytes, admitted: Mapping[tuple[str, str], Any]) -> Any:
-    """What a pickle of protocol 2 or later holds.
+    """Reads what a pickle of protocol 2 or later holds.
 
     Args:
         admitted: (module, name) -> what is taken for it: a subclass of `Record`, which is made without arguments; a
@@ -87,7 +85,7 @@ class _Reader:
         return text
 
     def items(self) -> list[Any]:
-        """What was put since the last mark."""
+        """Takes what was put since the last mark."""
         found, self.stack = self.stack, self.marks.pop()
         return found
 
@@ -167,7 +165,7 @@ class _Reader:
 
 
 def _is_flat(key: Any) -> bool:
-    """Whether it is a tuple of plain values: of nested ones a hash may take for ever."""
+    """True if it is a tuple of plain values: of nested ones a hash may take for ever."""
     return isinstance(key, tuple) and len(key) <= MAX_ARGUMENTS and all(isinstance(item, str | int) for item in key)
 
 
@@ -209,7 +207,7 @@ _OPS: dict[int, Callable[[_Reader], None]] = {
     ord("h"): lambda r: r.get(r.number("<B")),
     ord("j"): lambda r: r.get(r.number("<I")),
 }
-"""Of the opcodes of the `pickle` module those that plain data and records need."""
+"""The opcodes of the `pickle` module that plain data and records need."""
 
 
 def _put_tuple(reader: _Reader, items: list[Any]) -> None:

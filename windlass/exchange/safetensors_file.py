@@ -39,7 +39,7 @@ class Header:
 
 
 def read_header(path: Path, item_bytes: dict[str, int], max_bytes: int = MAX_HEADER_BYTES) -> Header:
-    """What a file has.
+    """Reads the header of a file.
 
     Args:
         item_bytes: dtype -> bytes an element, of those whose lengths are compared with their shapes.

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
 
 
@@ -34,7 +35,7 @@ def parse_nodes(text: str) -> tuple[int, int] | None:
 @dataclass
 class LaunchConfig:
     name: LaunchKind = LaunchKind.local
-    nproc_per_node: int | None = None
+    nproc_per_node: int | None = bounded(None, at_least=1, fix="leave it null for one rank a GPU")
     """Ranks a node; null is one a GPU, or one on a machine without."""
     nnodes: str = "1"
     """Nodes: `4`, or `2:4` for a job that goes on with as few as 2 when nodes are lost, and grows to 4 as they come."""
@@ -47,31 +48,27 @@ class LaunchConfig:
     """`torchrun` with an address: the file with the secret by which the job's nodes know each other, alike on all and
     readable by its user alone; null is `~/.config/windlass/secret`. It is made if it is missing. The variable
     `WINDLASS_SECRET` has the secret itself, and comes first."""
-    max_restarts: int = 3
+    max_restarts: int = bounded(3, at_least=0, fix="set launch.max_restarts=0 to never restart")
     """How often the workers are started again after one dies; they go on from the newest checkpoint."""
-    wait_for_nodes_s: float = 60.0
+    wait_for_nodes_s: float = bounded(
+        60.0, at_least=0, fix="set launch.wait_for_nodes_s=0 to go on with the nodes that are left at once"
+    )
     """How long a job waits for another node in place of a lost one before it goes on with those that are left; of no
     meaning if `nnodes` is one number: then it waits, as long as for the first ones."""
-    join_timeout_s: float = 1800.0
+    join_timeout_s: float = bounded(1800.0, above=0)
     """`torchrun` only: how long nodes wait until the fewest of them have met; those of a batch job start minutes
     apart."""
-    hang_timeout_s: float | None = None
+    hang_timeout_s: float | None = bounded(None, above=0, fix="leave it null for 10 times the longest step")
     """A step, or a batch of an evaluation, that takes longer has hung: all workers write where they are to their logs
     and are started again. Null is 10 times the longest step so far and at least 120 s."""
-    cpus_per_rank: float = 1.0
+    cpus_per_rank: float = bounded(1.0, at_least=0)
     """`ray` only: what is reserved for each rank; and a GPU for each where ranks have one."""
     runtime_env: str | None = None
     """`ray` only: a YAML file with the runtime environment of the nodes' processes, as Ray's documentation has it."""
 
     def __post_init__(self) -> None:
+        check_bounds(self, "launch")
         is_multi_node = self.name != LaunchKind.local
-        require(
-            self.nproc_per_node is None or self.nproc_per_node >= 1,
-            "launch.nproc_per_node",
-            self.nproc_per_node,
-            "must be at least 1",
-            "leave it null for one rank a GPU",
-        )
         require(
             is_multi_node or self.nproc_per_node in (None, 1),
             "launch.nproc_per_node",
@@ -94,41 +91,6 @@ class LaunchConfig:
             NODES_FIX.format("launch.nnodes="),
         )
         self._check_address()
-        require(
-            self.max_restarts >= 0,
-            "launch.max_restarts",
-            self.max_restarts,
-            "must not be negative",
-            "set launch.max_restarts=0 to never restart",
-        )
-        require(
-            self.wait_for_nodes_s >= 0,
-            "launch.wait_for_nodes_s",
-            self.wait_for_nodes_s,
-            "must not be negative",
-            "set launch.wait_for_nodes_s=0 to go on with the nodes that are left at once",
-        )
-        require(
-            self.join_timeout_s > 0,
-            "launch.join_timeout_s",
-            self.join_timeout_s,
-            "must be above 0",
-            "leave it at 1800",
-        )
-        require(
-            self.hang_timeout_s is None or self.hang_timeout_s > 0,
-            "launch.hang_timeout_s",
-            self.hang_timeout_s,
-            "must be above 0",
-            "leave it null for 10 times the longest step",
-        )
-        require(
-            self.cpus_per_rank >= 0,
-            "launch.cpus_per_rank",
-            self.cpus_per_rank,
-            "must not be negative",
-            "set launch.cpus_per_rank=1",
-        )
 
     def _check_address(self) -> None:
         is_host = re.fullmatch(r"(\[[^\]]+\]|[^:\s/]+):\d+", self.address) is not None

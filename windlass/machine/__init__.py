@@ -1,1 +1,1 @@
-"""What this machine has and how fast it is."""
+"""The means of this machine, and their speeds."""

@@ -1,4 +1,4 @@
-"""What the kernel grants this process of the machine: the limits of its control groups (cgroups)."""
+"""Reads the limits of this process's control groups (cgroups)."""
 
 from __future__ import annotations
 

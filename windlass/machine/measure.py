@@ -1,4 +1,4 @@
-"""How fast this machine moves bytes and multiplies matrices, measured once and kept for plans."""
+"""Measures how fast this machine moves bytes and multiplies matrices, once, and keeps it for plans."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
 
 SSD_BYTES = 256 << 20
-"""Of the file that a disk is tried with."""
+"""The size of the file that a disk is tried with."""
 COPY_BYTES = 64 << 20
 ROUNDS = 3
 
@@ -81,7 +81,7 @@ def memcpy_bytes_per_s() -> float:
 
 
 def bus_bytes_per_s() -> tuple[float, float]:
-    """From pinned host memory to the GPU, and back."""
+    """The rate from pinned host memory to the GPU, and back."""
     host = torch.ones(COPY_BYTES, dtype=torch.uint8).pin_memory()
     device = host.cuda()
 

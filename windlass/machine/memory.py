@@ -1,4 +1,4 @@
-"""How much memory this host has for us."""
+"""Finds how much memory this host has for us."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many FLOP/s a device could do at best: what MFU is held against."""
+"""The peak FLOP/s of devices, which MFU is held against."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What this machine was measured at, kept in a file so that plans need not measure again.
+"""Keeps this machine's measured speeds in a file, so that plans need not measure again.
 
 An entry is of one host, CPU, GPU and torch: another of any of them is another machine.
 """
@@ -20,7 +20,7 @@ from windlass.files import atomic_file, cache_folder
 logger = logging.getLogger(__name__)
 
 FORMAT = 3
-"""Of the file; one of another format is measured anew."""
+"""The format of the file; what is in another format is measured anew."""
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Machine:
 
     key: str
     process_bytes: dict[str, int] = field(default_factory=dict)
-    """By `process_kind`: host memory of a rank in training that is not for its tensors."""
+    """The host memory of a rank in training that is not for its tensors, by `process_kind`."""
     process_end_bytes: dict[str, int] = field(default_factory=dict)
     """The same at the end, when the report is drawn; of a run of one rank."""
     op_overhead_s: float | None = None
-    """What a call of an operator costs besides its kernel: Python, autograd, the dispatcher."""
+    """The cost of a call of an operator besides its kernel: Python, autograd, the dispatcher."""
     op_s: dict[str, float] = field(default_factory=dict)
     """Seconds of an operator's call by threads and `Op.key`."""
     matmul_flops: dict[str, float] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Machine:
     gloo_bytes_per_s: float | None = None
     """Logical bytes a second of a collective between two ranks of this machine."""
     ssd: dict[str, dict[str, float]] = field(default_factory=dict)
-    """By device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT, and the processor's
+    """Disks, by device of a folder: `read_bytes_per_s` and `write_bytes_per_s` with O_DIRECT, and the processor's
     `cpu_s_per_byte` of reading or writing and checking one."""
     host_to_device_bytes_per_s: float | None = None
     device_to_host_bytes_per_s: float | None = None
@@ -71,7 +71,7 @@ def cpu_name() -> str:
 
 
 def process_kind(num_ranks: int, dtype: str) -> str:
-    """What a process's own memory depends on: whether it talks to others, and whose kernels it runs."""
+    """The kind of a process, on which its own memory depends: it talks to others or not, and whose kernels it runs."""
     return f"{'one rank' if num_ranks == 1 else 'several ranks'}, {dtype}"
 
 
@@ -90,7 +90,7 @@ def existing_folder(folder: Path) -> Path:
 
 
 def load_machine() -> Machine:
-    """What is kept of this machine; empty where there is nothing, or nothing that can be read."""
+    """Reads what is kept of this machine; empty where there is nothing, or nothing that can be read."""
     key = machine_key()
     entry = _entries().get(key)
     known = set(Machine.__dataclass_fields__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
 from windlass.registry import OTHERS, Registry
 
@@ -19,11 +20,10 @@ class ModelConfig:
     """What every model has. `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64."""
 
     name: str = "tiny"
-    vocab_size: int | None = None
+    vocab_size: int | None = bounded(None, at_least=1)
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None:
-            require(self.vocab_size >= 1, "model.vocab_size", self.vocab_size, "must be at least 1", "leave it null")
+        check_bounds(self, "model")
 
     def build(self, device: str = "meta") -> Model:
         """The model on `device`, without weights; `Model.materialize` gives one on the meta device its own."""
@@ -34,22 +34,19 @@ class ModelConfig:
 class LlamaConfig(ModelConfig):
     """A Llama-style decoder (LLaMA: Open and Efficient Foundation Language Models, 2023; GQA, 2023)."""
 
-    hidden_size: int = 192
-    intermediate_size: int = 512
-    num_layers: int = 4
-    num_heads: int = 6
-    num_kv_heads: int = 2
+    hidden_size: int = bounded(192, at_least=1)
+    intermediate_size: int = bounded(512, at_least=1)
+    num_layers: int = bounded(4, at_least=1)
+    num_heads: int = bounded(6, at_least=1)
+    num_kv_heads: int = bounded(2, at_least=1)
     rope_theta: float = 10_000.0
     rms_norm_eps: float = 1e-6
     tie_embeddings: bool = True
-    dropout: float = 0.0
+    dropout: float = bounded(0.0, at_least=0, below=1)
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            value = getattr(self, key)
-            require(value >= 1, f"model.{key}", value, "must be at least 1", "give a positive number")
         require(
             self.hidden_size % (2 * self.num_heads) == 0,
             "model.hidden_size",
@@ -64,7 +61,6 @@ class LlamaConfig(ModelConfig):
             f"must divide model.num_heads={self.num_heads}",
             f"set model.num_kv_heads={self.num_heads} for plain multi-head attention, or another divisor",
         )
-        require(0 <= self.dropout < 1, "model.dropout", self.dropout, "must be in [0, 1)", "set model.dropout=0.0")
 
     @property
     def head_dim(self) -> int:

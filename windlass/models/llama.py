@@ -4,8 +4,8 @@ Weights may be float32 while the pass runs in bfloat16: a module casts its weigh
 uses it. Under FSDP2's mixed precision the gathered weight has that dtype already and the cast does nothing, so one
 rank and many compute alike.
 
-What `Llama.forward` calls takes a batch or a list of micro-batches, see `layer_major`. Each such module is called once
-a pass, so that hooks on modules gather or stream its weights once.
+What `Llama.forward` calls takes a batch or a list of micro-batches, see `micro_batch_fusion`. Each such module is
+called once a pass, so that hooks on modules gather or stream its weights once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from windlass.models.config import LlamaConfig
 from windlass.models.flops import model_flops_per_token
-from windlass.models.micro_batch_fusion import Slices, over_slices
+from windlass.models.micro_batch_fusion import MicroBatches, over_micro_batches
 from windlass.models.spec import Head, Model, Reduction
 from windlass.models.token_wise import token_wise
 from windlass.parallel.fragment import Fragment
@@ -38,16 +38,16 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """`nn.Embedding`, slice by slice, of `weight` where one is given in place of its own."""
+    """`nn.Embedding`, micro-batch by micro-batch, of `weight` where one is given in place of its own."""
 
-    def forward(self, input: Slices, weight: Slices | None = None) -> Slices:
-        return over_slices(F.embedding, input, self.weight if weight is None else weight)
+    def forward(self, input: MicroBatches, weight: MicroBatches | None = None) -> MicroBatches:
+        return over_micro_batches(F.embedding, input, self.weight if weight is None else weight)
 
 
 class LMHead(Linear):
     """The projection on the vocabulary, see `run_head`."""
 
-    def forward(self, input: Slices, reduce: Reduction | list[Reduction] | None = None) -> Slices:
+    def forward(self, input: MicroBatches, reduce: Reduction | list[Reduction] | None = None) -> MicroBatches:
         return run_head(input, self.weight, reduce)
 
 
@@ -59,8 +59,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(width))
 
-    def forward(self, x: Slices) -> Slices:
-        return over_slices(self._normalize, x)
+    def forward(self, x: MicroBatches) -> MicroBatches:
+        return over_micro_batches(self._normalize, x)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
@@ -121,21 +121,21 @@ class Block(nn.Module):
 
     Attributes:
         recompute: backward runs the layer's forward again instead of keeping its activations.
-        alpha: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
+        saved_fraction: the fraction of tokens whose activations are kept, see `token_wise`; None is all.
     """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.recompute = False
-        self.alpha: float | None = None
+        self.saved_fraction: float | None = None
         self.dropout = config.dropout
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Slices, rope: torch.Tensor, mask: Slices | None) -> Slices:
-        return over_slices(self._forward, x, rope, mask)
+    def forward(self, x: MicroBatches, rope: torch.Tensor, mask: MicroBatches | None) -> MicroBatches:
+        return over_micro_batches(self._forward, x, rope, mask)
 
     def _forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
@@ -143,8 +143,8 @@ class Block(nn.Module):
         return self.layer(x, rope, mask)
 
     def layer(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        if self.alpha is not None and torch.is_grad_enabled():
-            return token_wise(self, x, rope, mask, self.alpha)
+        if self.saved_fraction is not None and torch.is_grad_enabled():
+            return token_wise(self, x, rope, mask, self.saved_fraction)
         return self.after_attention(x, self.attention(*self.before_attention(x, rope), mask))
 
     def before_attention(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -189,22 +189,22 @@ class Llama(Model):
 
     def forward(
         self,
-        input_ids: Slices,
-        document_ids: Slices | None = None,
+        input_ids: MicroBatches,
+        document_ids: MicroBatches | None = None,
         reduce: Reduction | list[Reduction] | None = None,
-    ) -> Slices:
+    ) -> MicroBatches:
         ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
         rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
-        mask = None if document_ids is None else over_slices(document_mask, document_ids)
-        # A tied weight is used first and last. Under a name of its own each slice adds up both gradients before they
-        # join the other slices', as they do when a slice is a pass of its own.
+        mask = None if document_ids is None else over_micro_batches(document_mask, document_ids)
+        # A tied weight is used first and last. Under a name of its own each micro-batch adds up both gradients before
+        # they join the other micro-batches', as they do when a micro-batch is a pass of its own.
         weight = (
-            over_slices(lambda _: self.embed_tokens.weight.view_as(self.embed_tokens.weight), input_ids)
+            over_micro_batches(lambda _: self.embed_tokens.weight.view_as(self.embed_tokens.weight), input_ids)
             if self.lm_head is None
             else None
         )
         x = self.embed_tokens(input_ids, weight)
-        x = over_slices(lambda part: part.to(self.compute_dtype), x)
+        x = over_micro_batches(lambda part: part.to(self.compute_dtype), x)
         for layer in self.layers:
             x = layer(x, rope, mask)
         x = self.norm(x)
@@ -219,7 +219,7 @@ class Llama(Model):
     def save_activations(self, recompute: bool, saved_fraction: float | None) -> None:
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.recompute, layer.alpha = recompute, saved_fraction
+            layer.recompute, layer.saved_fraction = recompute, saved_fraction
 
     def compile_blocks(self) -> None:
         for layer in self.layers:
@@ -243,15 +243,15 @@ def build(config: LlamaConfig, device: str) -> Llama:
         return Llama(config)
 
 
-def run_head(x: Slices, weight: Any, reduce: Reduction | list[Reduction] | None) -> Slices:
+def run_head(x: MicroBatches, weight: Any, reduce: Reduction | list[Reduction] | None) -> MicroBatches:
     """Logits of `x`; or, with `reduce`, what it makes of `x` and the head.
 
     Args:
-        weight: one, or a list of as many as there are slices; so with `reduce`.
+        weight: one, or a list of as many as there are micro-batches; so with `reduce`.
     """
     if reduce is None:
-        return over_slices(lambda part, own: Head(own).logits(part), x, weight)
-    return over_slices(lambda part, own, make: make(part, Head(own)), x, weight, reduce)
+        return over_micro_batches(lambda part, own: Head(own).logits(part), x, weight)
+    return over_micro_batches(lambda part, own, make: make(part, Head(own)), x, weight, reduce)
 
 
 def rope_angles(seq_len: int, head_dim: int, theta: float, device: torch.device) -> torch.Tensor:

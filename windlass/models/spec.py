@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from windlass.errors import ConfigError, require
-from windlass.models.micro_batch_fusion import Slices
+from windlass.models.micro_batch_fusion import MicroBatches
 from windlass.parallel.fragment import Fragment, fragment_of, local_tensor
 from windlass.parallel.zero import Unit
 
@@ -53,10 +53,10 @@ class Model(nn.Module):
 
     def forward(
         self,
-        input_ids: Slices,
-        document_ids: Slices | None = None,
+        input_ids: MicroBatches,
+        document_ids: MicroBatches | None = None,
         reduce: Reduction | list[Reduction] | None = None,
-    ) -> Slices:
+    ) -> MicroBatches:
         """Calls `reduce` with the hidden states and the head, inside the head's unit; without it returns logits.
 
         Args:

@@ -2,12 +2,12 @@
 
 Everything in a layer but the attention itself works on each token alone. So of each layer its input and the attention's
 output are kept whole, which is what is costly to compute again, or impossible; of the rest (norms, queries, keys,
-values, and the MLP's intermediates) the first `alpha` of a sequence's tokens are kept, and those of the others are
-computed again in backward. The attention is run once, whatever `alpha` is: alpha = 1 computes nothing again, alpha = 0
+values, and the MLP's intermediates) the first tokens of a sequence, its saved fraction, keep theirs, and those of the
+others are computed again in backward. The attention is run once, whatever the fraction: 1 computes nothing again, 0
 all that is linear in the length of the sequence.
 
 A matrix product over two parts of the tokens, and the sum of two parts' weight gradients, round otherwise than over the
-whole: results of different `alpha` agree to rounding, those of one `alpha` to the bit.
+whole: results of different fractions agree to rounding, those of one fraction to the bit.
 
 MEMO: Fine-grained Tensor Management For Ultra-long Context LLM Training, 2024.
 """
@@ -43,9 +43,9 @@ class Layer(Protocol):
         ...
 
 
-def token_wise(layer: Layer, x: Tensor, rope: Tensor, mask: Tensor | None, alpha: float) -> Tensor:
-    """The output of `layer` for `x` (batch, seq_len, hidden), keeping what the first `alpha` of the tokens need."""
-    num_kept = round(alpha * x.shape[1])
+def token_wise(layer: Layer, x: Tensor, rope: Tensor, mask: Tensor | None, saved_fraction: float) -> Tensor:
+    """The output of `layer` for `x` (batch, seq_len, hidden), keeping what the saved fraction of the tokens needs."""
+    num_kept = round(saved_fraction * x.shape[1])
     if num_kept == x.shape[1]:
         return layer.after_attention(x, layer.attention(*layer.before_attention(x, rope), mask))
     kept, rest = x[:, :num_kept], x[:, num_kept:]

@@ -1,1 +1,1 @@
-"""What is seen of a run: metrics, console, watchdog, stragglers, report."""
+"""Watches a run and tells of it: metrics, console, watchdog, stragglers, report."""

@@ -1,4 +1,4 @@
-"""How a run is watched. Torch-free."""
+"""The settings of how a run is watched. Torch-free."""
 
 from __future__ import annotations
 

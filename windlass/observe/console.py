@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a live view on a terminal, else a line every few steps. Torch-free."""
+"""Shows a run while it trains: a live view on a terminal, else a line every few steps. Torch-free."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _RATE_DECAY = 0.7
 
 
 class Console(Protocol):
-    """Where a run's progress goes. Leaving its `with` block restores the terminal, whatever was raised."""
+    """The output of a run's progress. Leaving its `with` block restores the terminal, whatever was raised."""
 
     def start(self) -> None:
         """Begin to show. May write the live view's first frame."""
@@ -86,7 +86,7 @@ def open_console(
 
 @dataclass
 class Progress:
-    """What both consoles know of the run."""
+    """The progress of the run, as both consoles know it."""
 
     total_steps: int
     clock: Callable[[], float] = time.monotonic
@@ -238,7 +238,7 @@ class RichConsole(SilentConsole):
             self._screen.print(Text(printable(text)))
 
     def _is_for_a_log(self) -> bool:
-        """Whether the terminal is gone and output goes on elsewhere, which is no place for a view."""
+        """True if the terminal is gone and output goes on elsewhere, where a view cannot be."""
         if why_lost(self._screen.file) is None:
             return False
         self.stop()

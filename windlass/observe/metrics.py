@@ -1,4 +1,4 @@
-"""What a run says about itself: `metrics.jsonl`, `events.jsonl`, and wandb where it is wanted. Torch-free.
+"""Records a run: `metrics.jsonl`, `events.jsonl`, and wandb where it is wanted. Torch-free.
 
 Every line is one `write` of a whole line to a file opened for appending, so a kill can tear the last line but
 never mix two. A torn last line is cut off when the file is next opened, and readers pass over it.
@@ -121,7 +121,7 @@ def _jsonable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def append_event(run_dir: Path, kind: str, step: int | None, **fields: Any) -> None:
-    """Add one line to `events.jsonl` from outside the loop, e.g. `restart` from a launcher between two lives.
+    """Add one line to `events.jsonl` from outside the loop, e.g. `restart` from a launcher between two attempts.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -164,7 +164,7 @@ class Metrics:
         flops_per_token: forward and backward FLOPs a token, see `windlass.machine.peak_flops.model_flops_per_token`.
         peak_flops: FLOP/s of all devices together; None leaves `throughput/mfu` null.
         run_config: the resolved configuration, for wandb, which does not get its secrets (see `redact`).
-        resumed_at: the step of the checkpoint that this life goes on from; 0 for a fresh run.
+        resumed_at: the step of the checkpoint that this attempt goes on from; 0 for a fresh run.
         clock: seconds, monotonic; for tests.
 
     Raises:
@@ -188,9 +188,9 @@ class Metrics:
     ) -> None:
         self.total_steps, self.log_every = total_steps, log_every
         self.tokens = 0
-        """Tokens trained on so far, over all ranks and lives."""
+        """Tokens trained on so far, over all ranks and attempts."""
         self.skipped_steps = 0
-        """Steps whose gradients were not finite, over all lives."""
+        """Steps whose gradients were not finite, over all attempts."""
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._step = resumed_at
         self._clock = clock
@@ -205,7 +205,7 @@ class Metrics:
                 self._wandb = _start_wandb(run_dir, config, run_config)
 
     def due(self, step: int) -> bool:
-        """Whether `step` gets a line: only then must the loop fetch the loss and the norm from the device."""
+        """True if `step` gets a line: only then must the loop fetch the loss and the norm from the device."""
         return step % self.log_every == 0 or step == self.total_steps
 
     def step(
@@ -221,7 +221,7 @@ class Metrics:
     ) -> dict[str, Any] | None:
         """Count a finished step; write a line and return it if the step is `due`, else return None.
 
-        "The window" is the steps since the line before, or since this life began.
+        "The window" is the steps since the line before, or since this attempt began.
 
         Args:
             step: the step's number, from 1; one above the last one's.
@@ -236,7 +236,7 @@ class Metrics:
 
         `throughput/tokens_per_s` is the window's tokens over its wall time, which includes waiting for data
         and for checkpoints and excludes evaluation; `throughput/mfu` is that rate times `flops_per_token`
-        over `peak_flops`. A life's first window begins `step_s` before its first step is counted, so
+        over `peak_flops`. An attempt's first window begins `step_s` before its first step is counted, so
         building the model is not in it.
         """
         if step <= self._step:
@@ -327,7 +327,7 @@ class Metrics:
             self._wandb.log({key: value for key, value in record.items() if value is not None})
 
     def state_dict(self) -> dict[str, int]:
-        """What a checkpoint carries: `step`, the last one counted; the totals `tokens`, `skipped_steps`."""
+        """Returns what a checkpoint carries: `step`, the last one counted; the totals `tokens`, `skipped_steps`."""
         return {"step": self._step, "tokens": self.tokens, "skipped_steps": self.skipped_steps}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -387,7 +387,7 @@ def _start_wandb(run_dir: Path, config: MetricsConfig, run_config: dict[str, Any
         run = wandb.init(
             project=config.wandb_project,
             id=run_id,
-            # Offline there is no server to ask for the earlier life; `wandb sync` joins the two later.
+            # Offline there is no server to ask for the earlier attempt; `wandb sync` joins the two later.
             resume=None if offline else "allow",
             mode="offline" if offline else "online",
             dir=run_dir,

@@ -19,7 +19,7 @@ NONFINITE = "_nonfinite"
 
 _MAX_FILE_BYTES, _MAX_LINE_BYTES = 4 << 30, 1 << 20
 _MAX_STEP, _MAX_FIGURE, _MAX_TIME = 1 << 53, 1e100, float(1 << 33)
-"""What is above is nothing that a run has logged, and dates and axes do not take it."""
+"""The largest figures that a run logs: dates and axes do not take larger ones."""
 _EVENT_FIELDS: dict[str, Any] = {"kind": str, "source": str, "lost_nodes": list[Any] | int}
 _EVENT_NUMBERS = ("seconds", "copy_s", "unigram_entropy_nats")
 
@@ -72,7 +72,7 @@ class Replay:
     losses: tuple[float | None, ...]
     """`train/loss` of each time, oldest first."""
     bit_equal: bool
-    """Whether all the losses are the same float, bit for bit."""
+    """True if all the losses are the same float, bit for bit."""
 
 
 def replayed(path: Path) -> list[Replay]:
@@ -99,7 +99,7 @@ def _bits(value: float | None) -> bytes | None:
 
 
 def read_lines(path: Path, name: str, skip: bool = True) -> Lines:
-    """What the file `name` of the run's folder `path`, or `path` itself, says.
+    """Reads the file `name` of the run's folder `path`, or `path` itself.
 
     Args:
         name: `METRICS_FILE` or `EVENTS_FILE`.

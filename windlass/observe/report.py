@@ -40,15 +40,15 @@ PLOTS_FOLDER = "report"
 
 _MAX_TABLE_ROWS = 200
 _MAX_TEXT = 2_000
-_BETWEEN_LIVES = {"restart", "recovered"}
+_BETWEEN_ATTEMPTS = {"restart", "recovered"}
 _ROUTINE_KINDS = {"eval", "snapshot_committed", "snapshot_skipped", "persisted"}
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a run's folder says."""
+class RunHistory:
+    """A run as its folder tells it."""
 
     name: str
     records: list[Record]
@@ -58,7 +58,7 @@ class Run:
     replays: list[Replay]
     config: str | None
     notes: list[str] = field(default_factory=list)
-    """What could not be read."""
+    """Notes on what could not be read."""
 
     def of_kind(self, *kinds: str) -> list[Record]:
         return [event for event in self.events if event.get("kind") in kinds]
@@ -80,24 +80,24 @@ class Run:
         return self.of_kind("start")
 
     def from_start(self, key: str) -> Any:
-        """What the newest start event that has `key` says; None if none has."""
+        """The value of `key` in the newest start event that has it; None if none has."""
         return next((event[key] for event in reversed(self.starts) if event.get(key) is not None), None)
 
     def restart_steps(self) -> list[int]:
-        """Steps at which a later life, or a recovery within one, went on."""
+        """Steps at which a later attempt, or a recovery within one, went on."""
         again = [event for event in self.starts if event.get("step")] + self.of_kind("recovered")
         return sorted({event["step"] for event in again if event.get("step") is not None})
 
     def wall_s(self) -> float | None:
-        """Seconds between the first and the last sign of each life, added up; None without any time."""
+        """Seconds between the first and the last sign of each attempt, added up; None without any time."""
         signs = [(event["time"], event.get("kind") or "") for event in self.events if "time" in event]
         signs = sorted(signs + [(record["time"], "") for record in self.records if "time" in record])
         if len(signs) < 2:
             return None
         idle = 0.0
         for i in [i for i, (_, kind) in enumerate(signs) if kind == "start"]:
-            first = i  # the events that come with a new life, some from its launcher as the old one ends
-            while first > 0 and signs[first - 1][1] in _BETWEEN_LIVES:
+            first = i  # the events that come with a new attempt, some from its launcher as the old one ends
+            while first > 0 and signs[first - 1][1] in _BETWEEN_ATTEMPTS:
                 first -= 1
             if first > 0:
                 idle += max(signs[k][0] - signs[k - 1][0] for k in range(first, i + 1))
@@ -145,7 +145,7 @@ def write_report(run_dir: Path) -> Path:
     return page
 
 
-def _read_run(run_dir: Path) -> Run:
+def _read_run(run_dir: Path) -> RunHistory:
     has = {name: (run_dir / name).is_file() for name in (METRICS_FILE, EVENTS_FILE, "config.yaml")}
     if not any(has.values()):
         fix = "give the run_dir of a `windlass train`"
@@ -160,7 +160,7 @@ def _read_run(run_dir: Path) -> Run:
     if not figures.records:
         rule = "has no figures yet" + (f": {notes[0]}" if figures.num_unreadable else "")
         raise RunFolderError("run_dir", run_dir, rule, "wait until the run has taken train.log_every steps")
-    return Run(
+    return RunHistory(
         run_dir.resolve().name,
         merged(figures.records),
         events.records,
@@ -184,7 +184,7 @@ def _read_config(path: Path) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=1000)
 
 
-def _summary(run: Run) -> list[tuple[str, str]]:
+def _summary(run: RunHistory) -> list[tuple[str, str]]:
     """Label and value of the figures at the head of the page."""
     validation = run.values("val/loss")
     validated = number(run.last("val/loss"), ".4f")
@@ -217,8 +217,8 @@ def _summary(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _offloading(run: Run) -> list[tuple[str, str]]:
-    """What the tiers have cost; nothing where there were none."""
+def _offloading(run: RunHistory) -> list[tuple[str, str]]:
+    """The costs of the tiers; nothing where there were none."""
     stalls = run.values("offload/stall_s")
     if not stalls:
         return []
@@ -235,8 +235,8 @@ def _replay_text(num_replays: int, num_differing: int) -> str:
     return f"{num_replays:,}, " + (f"{num_differing:,} differ" if num_differing else "all bit-equal")
 
 
-def _status(run: Run) -> tuple[str, str]:
-    """What the last event says of the run's end, and the class that colours it."""
+def _status(run: RunHistory) -> tuple[str, str]:
+    """The end of the run as the last event says it, and the class that colours it."""
     last = next(iter(reversed(run.of_kind("start", "restart", "recovered", "preempted", "done"))), None)
     kind = last["kind"] if last else None
     if kind == "done":
@@ -246,7 +246,7 @@ def _status(run: Run) -> tuple[str, str]:
     return ("running, or killed", "fair") if kind else ("no events", "fair")
 
 
-def _versions(run: Run) -> dict[str, Any]:
+def _versions(run: RunHistory) -> dict[str, Any]:
     """The `versions` of the newest start event, and whatever key of it ends in `_version`."""
     start: Mapping[str, Any] = run.starts[-1] if run.starts else {}
     versions = start.get("versions")
@@ -281,7 +281,7 @@ def _table_html(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return f'<div class="scroll"><table>{row("th", head)}{body}</table></div>'
 
 
-def _event_rows(run: Run) -> list[tuple[object, ...]]:
+def _event_rows(run: RunHistory) -> list[tuple[object, ...]]:
     """Time, kind, step and the other fields of the events that are not routine, oldest first."""
     shown = [event for event in run.events if event.get("kind") not in _ROUTINE_KINDS]
     rows: list[tuple[object, ...]] = []
@@ -298,7 +298,7 @@ def _details_html(title: str, body: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{body}</details>"
 
 
-def _page_html(run: Run, sections: list[str]) -> str:
+def _page_html(run: RunHistory, sections: list[str]) -> str:
     text, tone = _status(run)
     cards = "".join(
         f"<div><dt>{_escaped(label)}</dt><dd>{_escaped(value)}</dd></div>" for label, value in _summary(run)

@@ -18,7 +18,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
 from windlass.observe.report_timeline import draw_timeline
 
 if TYPE_CHECKING:
-    from windlass.observe.report import Run
+    from windlass.observe.report import RunHistory
 
 _DPI = 144
 _WIDTH_INCHES = 10.4
@@ -53,9 +53,9 @@ class Plot:
     title: str
     caption: str
     height_inches: float
-    draw: Callable[[Figure, Run, Theme], bool]
+    draw: Callable[[Figure, RunHistory, Theme], bool]
 
-    def render(self, run: Run) -> tuple[bytes, bytes] | None:
+    def render(self, run: RunHistory) -> tuple[bytes, bytes] | None:
         """The plot as PNGs for a light and for a dark page; None where the run logged nothing of it."""
         images = []
         for theme in (LIGHT, DARK):
@@ -94,7 +94,7 @@ def _step_axis(ax: Axes) -> None:
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _mark_restarts(ax: Axes, run: Run, theme: Theme) -> None:
+def _mark_restarts(ax: Axes, run: RunHistory, theme: Theme) -> None:
     _mark_steps(ax, run.restart_steps(), "resumed here", theme)
 
 
@@ -105,7 +105,7 @@ def _mark_steps(ax: Axes, steps: list[int], label: str, theme: Theme) -> None:
         ax.vlines(steps, 0, 1, transform=whole, color=theme.alarm, linestyle=":", linewidth=1.2, label=label)
 
 
-def _mark_checkpoints(ax: Axes, run: Run, theme: Theme) -> None:
+def _mark_checkpoints(ax: Axes, run: RunHistory, theme: Theme) -> None:
     steps = sorted({event["step"] for event in run.of_kind("persisted") if event.get("step") is not None})
     if steps:
         at_the_foot = ax.get_xaxis_transform()
@@ -121,7 +121,7 @@ def _mark_checkpoints(ax: Axes, run: Run, theme: Theme) -> None:
         )
 
 
-def _line(ax: Axes, run: Run, key: str, color: str, label: str | None = None, scale: float = 1.0) -> bool:
+def _line(ax: Axes, run: RunHistory, key: str, color: str, label: str | None = None, scale: float = 1.0) -> bool:
     """Draw `key / scale` against steps; False if there is no finite value."""
     steps, values = run.series(key)
     if all(math.isnan(value) for value in values):
@@ -148,7 +148,7 @@ def _from_zero(ax: Axes, values: list[float]) -> None:
     ax.set_ylim(0, 1.18 * top if top > 0 else 1.0)
 
 
-def _draw_loss(figure: Figure, run: Run, theme: Theme) -> bool:
+def _draw_loss(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     if not run.values("train/loss") and not run.values("val/loss"):
         return False
     left, right = figure.subplots(1, 2, sharey=True)
@@ -176,7 +176,7 @@ def _draw_loss(figure: Figure, run: Run, theme: Theme) -> bool:
     return True
 
 
-def _draw_optimizer(figure: Figure, run: Run, theme: Theme) -> bool:
+def _draw_optimizer(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     left, right = figure.subplots(1, 2)
     drawn = _line(left, run, "optim/lr", theme.first)
     left.set_ylabel("learning rate")
@@ -196,7 +196,7 @@ def _draw_optimizer(figure: Figure, run: Run, theme: Theme) -> bool:
     return drawn
 
 
-def _draw_throughput(figure: Figure, run: Run, theme: Theme) -> bool:
+def _draw_throughput(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     left, right = figure.subplots(1, 2)
     drawn = _line(left, run, "throughput/tokens_per_s", theme.first)
     left.set_ylabel("tokens/s, stalls included")
@@ -212,7 +212,7 @@ def _draw_throughput(figure: Figure, run: Run, theme: Theme) -> bool:
     return drawn
 
 
-def _draw_memory(figure: Figure, run: Run, theme: Theme) -> bool:
+def _draw_memory(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     ax = figure.subplots()
     drawn = _line(ax, run, "memory/host_rss_bytes", theme.first, "host, resident set of rank 0", _GIB)
     drawn |= _line(ax, run, "memory/device_peak_bytes", theme.second, "device, peak", _GIB)
@@ -232,8 +232,8 @@ PLOTS = [
         "timeline",
         "Timeline",
         "Steps over time. Behind them the snapshots: their copy, parity and agreement, and the way to disk; faint "
-        "where they take little of the time. Bands reach from the last sign of a life to the start of the next, and "
-        "say where that went on, how many steps and nodes were lost, and how long it took.",
+        "where they take little of the time. Bands reach from the last sign of an attempt to the start of the next, "
+        "and say where that went on, how many steps and nodes were lost, and how long it took.",
         3.5,
         draw_timeline,
     ),

@@ -19,17 +19,17 @@ from windlass.observe.console import duration
 from windlass.text import printable
 
 if TYPE_CHECKING:
-    from windlass.observe.report import Run
+    from windlass.observe.report import RunHistory
     from windlass.observe.report_plots import Theme
 
 NUM_BINS = 400
-"""What is drawn of a lane at most; narrower than a pixel of a page nobody sees it."""
+"""The most bars of a lane; narrower than a pixel of a page nobody sees them."""
 PAUSE_SHARE, PAUSE_S = 0.05, 60.0
-"""A pause between two lives is drawn no longer than this share of all lives together, or so many seconds."""
+"""A pause between two attempts is drawn no longer than this share of all attempts together, or so many seconds."""
 LABEL_SHARE = 0.1
-"""Of the axis: what the words beside a pause take."""
+"""The share of the axis that the words beside a pause take."""
 BOUNDARY_KINDS = ("restart", "recovered", "start")
-"""Events of a life that begins."""
+"""Events of an attempt that begins."""
 STOP_KINDS = ("preempted", "done")
 _LINE = "line"
 _LANES = ("copy", "parity, commit", "to disk")
@@ -51,23 +51,23 @@ class Bar:
 
 @dataclass(frozen=True)
 class Pause:
-    """From the last sign of a life to the first step of the next."""
+    """The time from the last sign of an attempt to the first step of the next."""
 
     begin: float
     end: float
     step: int
-    """Where the next life goes on."""
+    """The step at which the next attempt goes on."""
     lost_steps: tuple[int, int]
     """At least and at most; lines are written every so many steps."""
     was_stopped: bool
     """On request, or because the run was done."""
     source: str | None
-    """What was gone on from; None: nothing said."""
+    """The source that the run went on from; None: nothing said."""
     lost_nodes: int
 
 
 @dataclass(frozen=True)
-class Life:
+class Attempt:
     """Times, and the steps that were done then."""
 
     times: list[float]
@@ -82,8 +82,8 @@ class _Sign:
     event: dict[str, Any]
 
 
-def lives(run: Run) -> tuple[list[Life], list[Pause]]:
-    """The lives of a run and what was between them."""
+def attempts(run: RunHistory) -> tuple[list[Attempt], list[Pause]]:
+    """The attempts of a run and what was between them."""
     signs = sorted(
         [_Sign(time, _LINE, step, {}) for time, step in run.progress]
         + [
@@ -94,7 +94,7 @@ def lives(run: Run) -> tuple[list[Life], list[Pause]]:
         key=lambda sign: sign.time,
     )
     every = min((b - a for (_, a), (_, b) in pairwise(run.progress) if b > a), default=1)
-    found, pauses = [Life([], [])], []
+    found, pauses = [Attempt([], [])], []
     beginning: list[_Sign] = []
     before: _Sign | None = None
     for sign in signs:
@@ -104,7 +104,7 @@ def lives(run: Run) -> tuple[list[Life], list[Pause]]:
         if beginning:
             if before is not None:
                 pauses.append(_pause(before, found[-1], beginning, every))
-                found.append(Life([], []))
+                found.append(Attempt([], []))
             found[-1].times.append(beginning[-1].time)
             found[-1].steps.append(beginning[-1].step)
             beginning = []
@@ -115,11 +115,11 @@ def lives(run: Run) -> tuple[list[Life], list[Pause]]:
     return found, pauses
 
 
-def _pause(before: _Sign, life: Life, beginning: Sequence[_Sign], every: int) -> Pause:
+def _pause(before: _Sign, attempt: Attempt, beginning: Sequence[_Sign], every: int) -> Pause:
     recovered = next((sign for sign in reversed(beginning) if sign.kind == "recovered"), None)
     step = (recovered or beginning[-1]).step
     was_stopped = before.kind in STOP_KINDS
-    least = max(0, max([*life.steps, before.step]) - step)
+    least = max(0, max([*attempt.steps, before.step]) - step)
     return Pause(
         before.time,
         beginning[-1].time,
@@ -135,8 +135,8 @@ def _count(lost_nodes: Any) -> int:
     return len(lost_nodes) if isinstance(lost_nodes, list) else int(lost_nodes or 0)
 
 
-def lanes(run: Run) -> dict[str, list[Bar]]:
-    """What snapshots took: the copy, then parity and agreement, and the way to disk; those of which there is any."""
+def lanes(run: RunHistory) -> dict[str, list[Bar]]:
+    """The lanes of snapshots: the copy, then parity and agreement, and the way to disk; those of which there is any."""
     found: dict[str, list[Bar]] = {lane: [] for lane in _LANES}
     for event in run.of_kind("snapshot_committed", "persisted"):
         if "time" not in event or event.get("seconds") is None:
@@ -188,12 +188,12 @@ def without_long_pauses(pauses: Sequence[Pause], begin: float, end: float) -> tu
 # --- Drawing. ---
 
 
-def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
+def draw_timeline(figure: Figure, run: RunHistory, theme: Theme) -> bool:
     times = [event["time"] for event in run.events if "time" in event and "kind" in event]
     if not times:
         return False
     times += [time for time, _ in run.progress]
-    found, pauses = lives(run)
+    found, pauses = attempts(run)
     pauses = sorted(sorted(pauses, key=lambda pause: pause.end - pause.begin)[-_MOST_PAUSES:], key=lambda p: p.begin)
     place, longest = without_long_pauses(pauses, min(times), max(times))
     span = max(place(max(times)), 1e-3)
@@ -206,7 +206,7 @@ def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
     def at(time: float) -> float:
         return place(time) / seconds
 
-    _draw_lives(top, found, pauses, at, span / seconds, theme)
+    _draw_attempts(top, found, pauses, at, span / seconds, theme)
     colors = dict(zip(_LANES, (theme.first, theme.third, theme.second), strict=True))
     for row, (lane, of_lane) in enumerate(bars.items()):
         for bar in thinned([Bar(at(bar.begin), at(bar.end)) for bar in of_lane], 0.0, span / seconds):
@@ -226,8 +226,8 @@ def draw_timeline(figure: Figure, run: Run, theme: Theme) -> bool:
     return True
 
 
-def _marks(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """By kind, the events that are moments, known ones first."""
+def _marks(run: RunHistory) -> dict[str, list[dict[str, Any]]]:
+    """The events that are moments, by kind, known ones first."""
     others = {event["kind"] for event in run.events if "kind" in event}
     drawn = {*BOUNDARY_KINDS, "snapshot_committed", "persisted", *_MARKS}
     found = {
@@ -241,12 +241,12 @@ def _marks(run: Run) -> dict[str, list[dict[str, Any]]]:
     return {kind: events for kind, events in found.items() if events}
 
 
-def _draw_lives(
-    ax: Axes, found: Sequence[Life], pauses: Sequence[Pause], at: Callable[[float], float], span: float, theme: Theme
+def _draw_attempts(
+    ax: Axes, found: Sequence[Attempt], pauses: Sequence[Pause], at: Callable[[float], float], span: float, theme: Theme
 ) -> None:
-    for life in found:
-        ax.plot([at(time) for time in life.times], life.steps, color=theme.first, linewidth=1.6)
-    labelled, highest = -math.inf, max((max(life.steps, default=0) for life in found), default=0)
+    for attempt in found:
+        ax.plot([at(time) for time in attempt.times], attempt.steps, color=theme.first, linewidth=1.6)
+    labelled, highest = -math.inf, max((max(attempt.steps, default=0) for attempt in found), default=0)
     named: set[str] = set()
     for pause in pauses:
         name = "stopped and resumed" if pause.was_stopped else f"went on from {_source(pause)}"

@@ -1,4 +1,4 @@
-"""Which ranks hold the others up.
+"""Names the ranks that hold the others up.
 
 All ranks of a step take equally long. What differs is the work: a step's seconds less those that a rank has waited for
 others (`windlass.parallel.waiting`). The agreement of the next step carries it. After MegaScale (Jiang et al., 2024).
@@ -24,7 +24,7 @@ LATE_S = 0.05
 """A rank is late in a step whose work takes so much longer than the median rank's, as a fraction and in seconds."""
 WINDOW_STEPS = 5
 NUM_LATE_STEPS = 3
-"""Of the last `WINDOW_STEPS`, for a rank to be named. It has recovered when it was late in none of them."""
+"""A rank is named that was late in so many of the last `WINDOW_STEPS`. It has recovered when it was late in none."""
 
 
 class StepClock:
@@ -45,7 +45,7 @@ class StepClock:
 
     @property
     def work_s(self) -> float | None:
-        """What this rank did not wait of the step that has ended last; None before the first."""
+        """Seconds of the step that ended last in which this rank did not wait; None before the first."""
         return None if self._waits is None else max(0.0, self._step_s - self._waits.seconds)
 
 

@@ -2,7 +2,7 @@
 
 Ranks that wait for a rank that hangs would wait until their collectives time out, and say nothing of why. Here a thread
 of each rank looks at its heartbeat, the step that was begun last. Where one is late it raises an alarm in the job's
-store; all ranks answer with the place that they are at, write the stacks of all their threads to their logs, and end,
+store; all ranks answer with the line that they are at, write the stacks of all their threads to their logs, and end,
 so that their launcher starts them again. A rank whose interpreter is held cannot run that thread: a timer of
 `faulthandler`, in C, which the thread keeps putting off, then writes the stacks and ends it. After MegaScale (Jiang et
 al., 2024).
@@ -47,7 +47,7 @@ LONGEST_STEPS = 10
 LEAST_TIMEOUT_S = 120.0
 """but so long at least."""
 FIRST_STEP_S = 600.0
-"""The first step of a life compiles, and measures, and makes the optimizer's state."""
+"""The first step of an attempt compiles, and measures, and makes the optimizer's state."""
 LOOK_S = 1.0
 """Between two looks at the heartbeat and for an alarm, at most; a tenth of a shorter timeout."""
 LAST_WORDS_S = 1.0
@@ -63,7 +63,7 @@ _COLLECTIVES = {collectives.__file__, distributed_c10d.__file__}
 
 
 class Heartbeat:
-    """What the loop tells of its steps. This one tells nobody: where no launcher would start the rank again."""
+    """Hears of the loop's steps. This one tells nobody: where no launcher would start the rank again."""
 
     def begin_step(self) -> None: ...
 
@@ -71,20 +71,20 @@ class Heartbeat:
 
     @contextmanager
     def watched(self, step: int) -> Iterator[None]:
-        """What is in `with`, after `step`, may take as long as a step."""
+        """Lets what is in `with`, after `step`, take as long as a step."""
         self.begin_step()
         yield
         self.end_step(step)
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a rank is."""
+class RankStatus:
+    """Where a rank is, and how long it has been in a step."""
 
     rank: int
     host: str
     is_waiting: bool
-    """Whether it waits for other ranks."""
+    """True if it waits for other ranks."""
     phase: str
     """The line of the training loop."""
     frame: str
@@ -93,7 +93,7 @@ class Place:
     """Since it began a step; 0 between steps."""
 
     @staticmethod
-    def of_main_thread(rank: int, late_s: float) -> Place:
+    def of_main_thread(rank: int, late_s: float) -> RankStatus:
         ident = threading.main_thread().ident
         assert ident is not None
         innermost = sys._current_frames()[ident]
@@ -105,7 +105,7 @@ class Place:
         phase = "" if in_loop is None else linecache.getline(_LOOP, in_loop.f_lineno).strip()
         code = innermost.f_code
         name = f"{code.co_name} ({code.co_filename}:{innermost.f_lineno})"
-        return Place(rank, socket.gethostname(), waits, phase, name, late_s)
+        return RankStatus(rank, socket.gethostname(), waits, phase, name, late_s)
 
 
 def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
@@ -116,36 +116,36 @@ def _outwards(frame: FrameType | None) -> Iterator[FrameType]:
 
 @dataclass(frozen=True)
 class Findings:
-    """What the ranks have answered to an alarm."""
+    """The answers of the ranks to an alarm."""
 
-    places: Sequence[Place]
-    """Of those that answered, in rank order."""
+    statuses: Sequence[RankStatus]
+    """The statuses of those that answered, in rank order."""
     silent: Sequence[int]
     """Ranks that did not: their machine, process or interpreter stands still."""
 
     @property
-    def not_waiting(self) -> list[Place]:
-        return [place for place in self.places if not place.is_waiting]
+    def not_waiting(self) -> list[RankStatus]:
+        return [status for status in self.statuses if not status.is_waiting]
 
     @property
     def late_s(self) -> float:
-        return max(place.late_s for place in self.places)
+        return max(status.late_s for status in self.statuses)
 
     def describe(self, ranks_per_node: int) -> str:
         words = [f"rank {rank} (node {rank // ranks_per_node}) does not answer" for rank in self.silent]
-        words += [f"rank {place.rank} on {place.host} is in {place.frame}" for place in self.not_waiting]
+        words += [f"rank {status.rank} on {status.host} is in {status.frame}" for status in self.not_waiting]
         return "; ".join(words) or "all ranks wait for each other"
 
 
 class AlarmBell:
-    """How the ranks of a life hear of an alarm and answer it: keys of the store on which they have met.
+    """Lets the ranks of an attempt hear of an alarm and answer it: keys of the store on which they have met.
 
     A connection of its own, as the process group may be waiting on its one. Making it is collective.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        life = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many lives
+        attempt = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many attempts
         self._store: dist.Store | None = None
         if mesh.world_size > 1:
             if mesh.connect is not None:
@@ -153,10 +153,10 @@ class AlarmBell:
             else:
                 host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
                 store = dist.TCPStore(host, port, None, False, timedelta(seconds=STORE_S), wait_for_workers=False)
-            self._store = dist.PrefixStore(f"windlass/hang-{life}", store)
+            self._store = dist.PrefixStore(f"windlass/hang-{attempt}", store)
 
     def _try(self, ask: Callable[[dist.Store], Result], otherwise: Result) -> Result:
-        """What `ask` returns; `otherwise` from when on there is no store: its node is lost, and the job soon is."""
+        """Returns what `ask` does; `otherwise` once there is no store: its node is lost, and the job soon is."""
         if self._store is None:
             return otherwise
         try:
@@ -172,22 +172,22 @@ class AlarmBell:
     def ring(self) -> None:
         self._try(lambda store: store.set("alarm", ""), None)
 
-    def answer(self, place: Place) -> None:
-        self._try(lambda store: store.set(f"place-{place.rank}", json.dumps(asdict(place))), None)
+    def answer(self, status: RankStatus) -> None:
+        self._try(lambda store: store.set(f"place-{status.rank}", json.dumps(asdict(status))), None)
 
     def is_mine_to_tell(self) -> bool:
-        """Whether no other rank tells the user of this alarm."""
+        """True if no other rank tells the user of this alarm."""
         return self._try(lambda store: store.add("told", 1) == 1, self._mesh.rank == 0)
 
-    def findings(self, mine: Place) -> Findings:
-        places = {mine.rank: mine}
+    def findings(self, mine: RankStatus) -> Findings:
+        statuses = {mine.rank: mine}
         for rank in range(self._mesh.world_size):
             text = self._try(lambda store, key=f"place-{rank}": store.get(key) if store.check([key]) else None, None)
             if text is not None:
                 with suppress(Malformed):  # whoever wrote that, it does not say where the rank is
-                    places[rank] = convert(parse_json(text), Place)
-        silent = [rank for rank in range(self._mesh.world_size) if rank not in places]
-        return Findings([places[rank] for rank in sorted(places)], silent)
+                    statuses[rank] = convert(parse_json(text), RankStatus)
+        silent = [rank for rank in range(self._mesh.world_size) if rank not in statuses]
+        return Findings([statuses[rank] for rank in sorted(statuses)], silent)
 
 
 class Watchdog(Heartbeat):
@@ -227,7 +227,7 @@ class Watchdog(Heartbeat):
 
     @property
     def timeout_s(self) -> float:
-        """How long the step that comes may take."""
+        """The seconds that the step that comes may take."""
         if self._longest_s is None:
             return max(FIRST_STEP_S, self._timeout_s or 0.0)
         return self._timeout_s or max(LEAST_TIMEOUT_S, LONGEST_STEPS * self._longest_s)
@@ -249,16 +249,16 @@ class Watchdog(Heartbeat):
 
     def _end_with_words(self, late_s: float) -> None:
         """Does not return."""
-        place = Place.of_main_thread(self._mesh.rank, late_s)
+        status = RankStatus.of_main_thread(self._mesh.rank, late_s)
         self._write(f"step {self._step} was the last, and a next was begun {late_s:.1f} s ago; all threads:\n")
         faulthandler.dump_traceback(self._log)
-        self._bell.answer(place)
+        self._bell.answer(status)
         self._bell.ring()
         time.sleep(3 * self._look_s)  # the others look, answer, and write their stacks
         if self._mesh.rank != 0:
             time.sleep(LAST_WORDS_S)
         if self._bell.is_mine_to_tell():
-            self._tell(self._bell.findings(place))
+            self._tell(self._bell.findings(status))
         if self._mesh.rank == 0:
             time.sleep(LAST_WORDS_S)
         os._exit(EXIT_FAILURE)
@@ -278,8 +278,8 @@ class Watchdog(Heartbeat):
             self._step,
             seconds=findings.late_s,
             silent=list(findings.silent),
-            not_waiting=[asdict(place) for place in findings.not_waiting],
-            num_waiting=len(findings.places) - len(findings.not_waiting),
+            not_waiting=[asdict(status) for status in findings.not_waiting],
+            num_waiting=len(findings.statuses) - len(findings.not_waiting),
         )
 
 

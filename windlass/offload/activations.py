@@ -1,4 +1,4 @@
-"""What autograd saves for the backward pass, out of the device's memory until it is needed.
+"""Moves what autograd saves for the backward pass out of the device's memory until it is needed.
 
 A forward pass saves tensors in one order, and the backward pass needs them in about the opposite one. So what was saved
 last stays where it is, and what was saved first moves out: from a GPU to host memory, from there to the disk, written
@@ -22,17 +22,17 @@ from torch import Tensor
 
 from windlass.offload.arena import Arena, Buffer
 from windlass.offload.malloc import free_to_system
-from windlass.offload.saved import Block, Cast, Pack, Packer, View, storage_bytes
+from windlass.offload.saved import Cast, Pack, Packer, SavedStorage, View, storage_bytes
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
 
 MIN_BYTES = 1 << 20
-"""What is smaller stays: there is little to gain, and a transfer has its fixed cost."""
+"""Smaller tensors stay: there is little to gain, and a transfer has its fixed cost."""
 
 
 @dataclass
 class ActivationFigures:
-    """What has been moved so far."""
+    """The bytes that have been moved so far, and the wait for them."""
 
     host_bytes: int = 0
     """From a GPU to host memory."""
@@ -90,20 +90,20 @@ class ActivationOffload:
         # On a CPU the arena holds only what is on its way to the disk, or back.
         self._unwritten_limit = arena.num_bytes // 2 if device.type != "cpu" else 0
         self._lock = threading.RLock()  # a GPU's part of a backward pass runs in a thread of its own
-        self._near: dict[Block, None] = {}
+        self._near: dict[SavedStorage, None] = {}
         self._near_bytes = 0
-        self._unwritten: dict[Block, None] = {}
+        self._unwritten: dict[SavedStorage, None] = {}
         """In the arena alone."""
         self._unwritten_bytes = 0
-        self._moved: dict[Block, None] = {}
+        self._moved: dict[SavedStorage, None] = {}
         """In the order of moving, which is that of saving."""
-        self._ending: list[Block] = []
+        self._ending: list[SavedStorage] = []
         """Dead, with transfers under way."""
         self._spare_files: defaultdict[int, list[TierFile]] = defaultdict(list)
 
     @contextlib.contextmanager
     def offloaded(self) -> Iterator[None]:
-        """What is saved under it may move.
+        """Lets autograd's saved tensors move while it lasts.
 
         Raises:
             OffloadError: an earlier write failed.
@@ -118,16 +118,16 @@ class ActivationOffload:
         """Waits for what is under way. Nothing that was saved may be needed any more."""
         with self._lock:
             self._clean_up()
-            for block in self._ending:
-                block.settle()
+            for storage in self._ending:
+                storage.settle()
             self._clean_up()
 
     def _pack(self, tensor: Tensor) -> Pack:
         with self._lock:
             self._clean_up()
-            packed, new_block = self._packer.pack(tensor)
-            if new_block is not None:
-                self._add_near(new_block)
+            packed, new_storage = self._packer.pack(tensor)
+            if new_storage is not None:
+                self._add_near(new_storage)
                 self._move_out()
             return packed
 
@@ -139,187 +139,187 @@ class ActivationOffload:
         assert isinstance(packed, View)
         with self._lock:
             self._clean_up()
-            block = packed.saved.block
-            tensor = packed.of(self._bring(block))
+            storage = packed.saved.storage
+            tensor = packed.of(self._bring(storage))
             self._read_ahead()
             return tensor
 
-    def _add_near(self, block: Block) -> None:
-        self._near[block] = None
-        self._near_bytes += block.num_bytes
+    def _add_near(self, storage: SavedStorage) -> None:
+        self._near[storage] = None
+        self._near_bytes += storage.num_bytes
         self.figures.peak_near_bytes = max(self.figures.peak_near_bytes, self._near_bytes)
 
-    def _remove_near(self, block: Block) -> None:
-        if block in self._near:
-            del self._near[block]
-            self._near_bytes -= block.num_bytes
-        block.tensor = None
+    def _remove_near(self, storage: SavedStorage) -> None:
+        if storage in self._near:
+            del self._near[storage]
+            self._near_bytes -= storage.num_bytes
+        storage.tensor = None
 
     # ---- out ----
 
     def _move_out(self) -> None:
         """Moves what was saved first, until no more than the limit is left."""
-        for block in list(self._near) if self._near_bytes > self._near_limit else ():
-            tensor = block.tensor  # a block may die at any time
-            if tensor is None or block.num_bytes > self._arena.num_bytes:
+        for storage in list(self._near) if self._near_bytes > self._near_limit else ():
+            tensor = storage.tensor  # a storage may die at any time
+            if tensor is None or storage.num_bytes > self._arena.num_bytes:
                 continue
-            block.check_unchanged(tensor)
-            if not block.is_elsewhere and not self._copy_out(block, tensor):
+            storage.check_unchanged(tensor)
+            if not storage.is_elsewhere and not self._copy_out(storage, tensor):
                 return
-            self._remove_near(block)
+            self._remove_near(storage)
             if self._near_bytes <= self._near_limit:
                 return
 
-    def _copy_out(self, block: Block, tensor: Tensor) -> bool:
-        """Begins to copy a block into the arena, and on to the disk. False if there is no room."""
-        buffer = self._find_buffer(block, may_wait=True)
+    def _copy_out(self, storage: SavedStorage, tensor: Tensor) -> bool:
+        """Begins to copy a storage into the arena, and on to the disk. False if there is no room."""
+        buffer = self._find_buffer(storage, may_wait=True)
         if buffer is None:
             return False
         if self._device.type == "cpu":
             buffer.data.copy_(storage_bytes(tensor))
         else:
-            block.copying = self._staging.to_host(storage_bytes(tensor), buffer.data)
-            self.figures.host_bytes += block.num_bytes
-        block.buffer = buffer
-        self._moved[block] = self._unwritten[block] = None
-        self._unwritten_bytes += block.num_bytes
+            storage.copying = self._staging.to_host(storage_bytes(tensor), buffer.data)
+            self.figures.host_bytes += storage.num_bytes
+        storage.buffer = buffer
+        self._moved[storage] = self._unwritten[storage] = None
+        self._unwritten_bytes += storage.num_bytes
         while self._folder is not None and self._unwritten_bytes > self._unwritten_limit:
             self._write(next(iter(self._unwritten)))
         return True
 
-    def _write(self, block: Block) -> None:
-        """Begins to write a block of the arena to the disk."""
-        assert block.buffer is not None and self._folder is not None
-        if block.copying is not None:
-            self._wait(block.copying.synchronize)
-        spares = self._spare_files[block.num_bytes]
-        block.file = spares.pop() if spares else self._folder.create(block.num_bytes)
-        block.moving = block.file.write(block.buffer.data)
-        self.figures.write_bytes += block.num_bytes
-        self._forget_unwritten(block)
+    def _write(self, storage: SavedStorage) -> None:
+        """Begins to write a storage of the arena to the disk."""
+        assert storage.buffer is not None and self._folder is not None
+        if storage.copying is not None:
+            self._wait(storage.copying.synchronize)
+        spares = self._spare_files[storage.num_bytes]
+        storage.file = spares.pop() if spares else self._folder.create(storage.num_bytes)
+        storage.moving = storage.file.write(storage.buffer.data)
+        self.figures.write_bytes += storage.num_bytes
+        self._forget_unwritten(storage)
 
-    def _forget_unwritten(self, block: Block) -> None:
-        if block in self._unwritten:
-            del self._unwritten[block]
-            self._unwritten_bytes -= block.num_bytes
+    def _forget_unwritten(self, storage: SavedStorage) -> None:
+        if storage in self._unwritten:
+            del self._unwritten[storage]
+            self._unwritten_bytes -= storage.num_bytes
 
     # ---- back ----
 
-    def _bring(self, block: Block) -> Tensor:
-        """A tensor of the block's storage, for computations that follow."""
-        if block.tensor is None:
-            if block.buffer is None:
-                self._read(block, may_wait=True)
-            self._copy_back(block)
-        tensor = block.tensor
+    def _bring(self, storage: SavedStorage) -> Tensor:
+        """A tensor of the storage, for computations that follow."""
+        if storage.tensor is None:
+            if storage.buffer is None:
+                self._read(storage, may_wait=True)
+            self._copy_back(storage)
+        tensor = storage.tensor
         assert tensor is not None
-        block.check_unchanged(tensor)
-        self._staging.wait(tensor, block.arriving)
+        storage.check_unchanged(tensor)
+        self._staging.wait(tensor, storage.arriving)
         return tensor
 
-    def _read(self, block: Block, may_wait: bool) -> bool:
-        """Begins to read a block into the arena. False if there is no room."""
-        assert block.file is not None
-        buffer = self._find_buffer(block, may_wait)
+    def _read(self, storage: SavedStorage, may_wait: bool) -> bool:
+        """Begins to read a storage into the arena. False if there is no room."""
+        assert storage.file is not None
+        buffer = self._find_buffer(storage, may_wait)
         if buffer is None:
-            assert not may_wait, "the block has been in the arena before"
+            assert not may_wait, "the storage has been in the arena before"
             return False
         try:
-            block.moving = block.file.read(buffer.data)
+            storage.moving = storage.file.read(buffer.data)
         except BaseException:
             buffer.release()
             raise
-        block.buffer, block.is_reading = buffer, True
-        self.figures.read_bytes += block.num_bytes
+        storage.buffer, storage.is_reading = buffer, True
+        self.figures.read_bytes += storage.num_bytes
         return True
 
-    def _copy_back(self, block: Block) -> None:
-        """Begins to copy a block from its buffer to the device."""
-        assert block.buffer is not None
-        if block.is_reading:
-            assert block.moving is not None
-            self._wait(block.moving.wait)
+    def _copy_back(self, storage: SavedStorage) -> None:
+        """Begins to copy a storage from its buffer to the device."""
+        assert storage.buffer is not None
+        if storage.is_reading:
+            assert storage.moving is not None
+            self._wait(storage.moving.wait)
         if self._device.type == "cpu":
-            block.set_copy(block.buffer.data.clone(), None)
+            storage.set_copy(storage.buffer.data.clone(), None)
         else:
-            block.set_copy(*self._staging.to_device(block.buffer.data))
-        self._add_near(block)
+            storage.set_copy(*self._staging.to_device(storage.buffer.data))
+        self._add_near(storage)
 
     def _read_ahead(self) -> None:
         """Begins to bring what has moved, what was saved last first, as far as there is room."""
         may_copy = self._device.type != "cpu"
-        for block in reversed(list(self._moved)):
-            if block.tensor is not None or block not in self._moved:
+        for storage in reversed(list(self._moved)):
+            if storage.tensor is not None or storage not in self._moved:
                 continue
-            if block.buffer is None and not self._read(block, may_wait=False):
+            if storage.buffer is None and not self._read(storage, may_wait=False):
                 return
-            may_copy = may_copy and self._near_bytes + block.num_bytes <= self._near_limit
-            if may_copy and not (block.is_reading and not block.is_settled):
-                self._copy_back(block)
+            may_copy = may_copy and self._near_bytes + storage.num_bytes <= self._near_limit
+            if may_copy and not (storage.is_reading and not storage.is_settled):
+                self._copy_back(storage)
 
     # ---- room ----
 
-    def _find_buffer(self, wanted: Block, may_wait: bool) -> Buffer | None:
-        """Room for `wanted` in the arena; if need be that of a block that is needed later and is on the disk."""
+    def _find_buffer(self, wanted: SavedStorage, may_wait: bool) -> Buffer | None:
+        """Room for `wanted` in the arena; if need be that of a storage that is needed later and is on the disk."""
         while (buffer := self._arena.try_allocate(wanted.num_bytes)) is None:
             if not self._make_room(wanted, may_wait):
                 return None
         return buffer
 
-    def _make_room(self, wanted: Block, may_wait: bool) -> bool:
+    def _make_room(self, wanted: SavedStorage, may_wait: bool) -> bool:
         """Frees a buffer. False if none can be: without waiting, and of what is needed later than `wanted`."""
         if self._clean_up():
             return True
-        holders = [block for block in self._moved if block.buffer is not None]  # in the order of saving
-        for block in holders:
-            if block.tensor is not None and block.is_settled:
-                self._drop_buffer(block)  # it is back
+        holders = [storage for storage in self._moved if storage.buffer is not None]  # in the order of saving
+        for storage in holders:
+            if storage.tensor is not None and storage.is_settled:
+                self._drop_buffer(storage)  # it is back
                 return True
-        for block in holders:
-            if (may_wait or block.index < wanted.index) and block.file is not None and block.is_settled:
-                self._drop_buffer(block)
+        for storage in holders:
+            if (may_wait or storage.index < wanted.index) and storage.file is not None and storage.is_settled:
+                self._drop_buffer(storage)
                 return True
         if not may_wait:
             return False
-        for block in [*self._ending, *holders]:
-            if block.file is None and self._folder is not None:
-                self._write(block)
-            if block.file is not None:
-                self._wait(block.settle)
+        for storage in [*self._ending, *holders]:
+            if storage.file is None and self._folder is not None:
+                self._write(storage)
+            if storage.file is not None:
+                self._wait(storage.settle)
                 return True
         return False
 
-    def _drop_buffer(self, block: Block) -> None:
-        """Of a block that is elsewhere too. Raises OffloadError if its writing failed."""
-        assert block.buffer is not None
-        if block.moving is not None and not block.is_reading:
-            block.moving.wait()
-        block.buffer.release()
-        block.buffer, block.is_reading = None, False
-        if block.file is None:
-            self._forget_unwritten(block)
-            del self._moved[block]
+    def _drop_buffer(self, storage: SavedStorage) -> None:
+        """Gives back the buffer of a storage that is elsewhere too. Raises OffloadError if its writing failed."""
+        assert storage.buffer is not None
+        if storage.moving is not None and not storage.is_reading:
+            storage.moving.wait()
+        storage.buffer.release()
+        storage.buffer, storage.is_reading = None, False
+        if storage.file is None:
+            self._forget_unwritten(storage)
+            del self._moved[storage]
 
     def _clean_up(self) -> bool:
-        """Gives back what dead blocks hold; True if a buffer was among it."""
+        """Gives back what dead storages hold; True if a buffer was among it."""
         while self._packer.dead:
-            block = self._packer.dead.popleft()
-            self._packer.forget(block)
-            self._remove_near(block)
-            self._moved.pop(block, None)
-            self._forget_unwritten(block)
-            self._ending.append(block)
+            storage = self._packer.dead.popleft()
+            self._packer.forget(storage)
+            self._remove_near(storage)
+            self._moved.pop(storage, None)
+            self._forget_unwritten(storage)
+            self._ending.append(storage)
         gave_buffer = False
-        still: list[Block] = []
-        for block in self._ending:
-            if not block.is_settled:
-                still.append(block)
+        still: list[SavedStorage] = []
+        for storage in self._ending:
+            if not storage.is_settled:
+                still.append(storage)
                 continue
-            if block.buffer is not None:
-                block.buffer.release()
+            if storage.buffer is not None:
+                storage.buffer.release()
                 gave_buffer = True
-            if block.file is not None:
-                self._spare_files[block.num_bytes].append(block.file)
+            if storage.file is not None:
+                self._spare_files[storage.num_bytes].append(storage.file)
         self._ending = still
         return gave_buffer
 

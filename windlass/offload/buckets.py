@@ -52,8 +52,8 @@ class Slot:
         return with_local(self.like, local)
 
 
-class Layout:
-    """Where the state tensors of a bucket lie: wide dtypes first, so that all are aligned without a gap between them;
+class SlotTable:
+    """The slots of a bucket's state tensors: wide dtypes first, so that all are aligned without a gap between them;
     then by key, so that what several parameters have of one kind is one piece of memory.
 
     Args:
@@ -73,14 +73,14 @@ class Layout:
                 self.slots.append(Slot(parameter, key, on_meta(value), end))
                 end = self.slots[-1].end
         self.num_bytes = end
-        self._by_place = {(id(slot.parameter), slot.key): slot for slot in self.slots}
+        self._by_key = {(id(slot.parameter), slot.key): slot for slot in self.slots}
 
     def slot(self, parameter: Tensor, key: str) -> Slot | None:
-        return self._by_place.get((id(parameter), key))
+        return self._by_key.get((id(parameter), key))
 
     def holds(self, state: Iterable[tuple[Tensor, dict[str, Any]]]) -> bool:
-        """Whether there is a place for each tensor of `state`; some of them may be missing."""
-        for other in Layout(state).slots:
+        """True if there is a slot for each tensor of `state`; some of them may be missing."""
+        for other in SlotTable(state).slots:
             slot = self.slot(other.parameter, other.key)
             if slot is None or (slot.like.shape, slot.like.dtype) != (other.like.shape, other.like.dtype):
                 return False
@@ -91,7 +91,7 @@ class Layout:
 
 
 def is_stowed(value: Any) -> bool:
-    """Whether a value of an optimizer's state is worth keeping elsewhere."""
+    """True if a value of an optimizer's state is worth keeping elsewhere."""
     return isinstance(value, Tensor) and local_tensor(value).nbytes > SMALL_BYTES
 
 
@@ -119,7 +119,7 @@ def divide(parameters: Sequence[Tensor], max_numel: int = BUCKET_NUMEL) -> list[
 
 
 def spread(sizes: Sequence[int], budgets: Sequence[int | None]) -> list[int]:
-    """Which place each thing goes to: place i takes up to `budgets[i]` bytes (None: any); the rest goes after the last.
+    """Chooses a place for each thing: place i takes up to `budgets[i]` bytes (None: any); the rest goes after the last.
 
     A place's share is spread evenly over `sizes`, so that a step uses the slowest one all through.
     """

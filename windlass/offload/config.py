@@ -1,4 +1,4 @@
-"""What lies outside of the device's memory, and where. Torch-free."""
+"""The settings of offloading: which state lies outside of the device's memory, and where. Torch-free."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import ConfigError, require
 from windlass.registry import resolve
 
@@ -30,7 +31,7 @@ class OffloadKind(StrEnum):
 
 
 class WeightsPlace(StrEnum):
-    """Where weights are between their passes."""
+    """The places of weights between their passes."""
 
     memory = "memory"
     """On the device, as without offloading."""
@@ -46,27 +47,21 @@ class OffloadConfig:
     dir: str | None = None
     """`ssd`: a folder on a local disk, best a fast one; null is `offload/` in the run folder. Several runs may share
     it: each rank has a folder of its own there, which it removes at its end."""
-    max_device_bytes: int = 0
-    """Of the optimizer state so much stays on the device; for GPUs."""
-    max_host_bytes: int | None = None
+    max_device_bytes: int = bounded(0, at_least=0, fix="set it to 0")
+    """Optimizer state that stays on the device; for GPUs."""
+    max_host_bytes: int | None = bounded(None, at_least=0)
     """`ssd`: host memory for state that would else be on the disk; null is none."""
-    buffer_bytes: int = BUFFER_BYTES
+    buffer_bytes: int = bounded(BUFFER_BYTES, at_least=MIB)
     """Host memory of a rank for what is on its way to and from the disk; more if the largest tensors need it."""
     weights: WeightsPlace = WeightsPlace.memory
-    max_activation_bytes: int | None = None
+    max_activation_bytes: int | None = bounded(None, at_least=0)
     """`ssd`: of what the forward pass saves for backward, so much stays in memory and the rest goes to the disk; null
     keeps all."""
-    num_threads: int = 8
+    num_threads: int = bounded(8, at_least=1)
     """Transfers that a rank has under way: the depth of the disk's queue."""
 
     def __post_init__(self) -> None:
-        for key, fix in (
-            ("max_device_bytes", "set it to 0"),
-            ("max_host_bytes", "leave it null"),
-            ("max_activation_bytes", "leave it null"),
-        ):
-            value = getattr(self, key)
-            require(value is None or value >= 0, f"offload.{key}", value, "must not be negative", fix)
+        check_bounds(self, "offload")
         for key in ("dir", "max_host_bytes", "max_activation_bytes"):
             value = getattr(self, key)
             require(
@@ -83,17 +78,9 @@ class OffloadConfig:
             "needs a tier to stream from, and offload=none has none",
             "choose offload=ssd or offload=cpu",
         )
-        require(
-            self.buffer_bytes >= MIB,
-            "offload.buffer_bytes",
-            self.buffer_bytes,
-            "must be at least a MiB",
-            f"set offload.buffer_bytes={BUFFER_BYTES}",
-        )
-        require(self.num_threads >= 1, "offload.num_threads", self.num_threads, "must be at least 1", "set it to 8")
 
     def folder(self, run_dir: Path) -> Path | None:
-        """Below which ranks put their files; None if nothing goes to a disk."""
+        """The folder below which ranks put their files; None if nothing goes to a disk."""
         if self.name != OffloadKind.ssd:
             return None
         return run_dir / "offload" if self.dir is None else Path(self.dir)

@@ -41,7 +41,7 @@ class _Held:
     """On the device; the host memory itself on a CPU."""
     arrived: torch.cuda.Event | None = None
     is_used: bool = False
-    """Whether it was asked for, and not only brought ahead."""
+    """True if it was asked for, and not only brought ahead."""
 
 
 @dataclass
@@ -148,7 +148,7 @@ class Conveyor:
             self._release_faded()
 
     def begin_writes(self) -> None:
-        """Has the writing of everything that was taken back begin, and waits for the device if need be.
+        """Begins to write everything that was taken back, and waits for the device if need be.
 
         What has its home in host memory is there then.
         """

@@ -20,13 +20,13 @@ from pathlib import Path
 from windlass.errors import OffloadError
 
 PAGE_BYTES = 4096
-"""What addresses, offsets and lengths of direct transfers are multiples of."""
+"""Addresses, offsets and lengths of direct transfers are multiples of it."""
 O_DIRECT = getattr(os, "O_DIRECT", 0)
 """0 where the system has none (macOS): files then go through the page cache."""
 REFUSES_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 OWNER_ONLY = 0o600
 NUM_THREADS = 8
-"""Of 1, 2, 4 and 8 the fastest each way (`benchmarks/direct_io.py`); the CPU is the same for all."""
+"""The fastest of 1, 2, 4 and 8 each way (`benchmarks/direct_io.py`); the CPU is the same for all."""
 
 _FIXES = {
     errno.ENOSPC: "free space there, or set offload.dir to a disk with more",
@@ -53,7 +53,7 @@ def round_to_pages(num_bytes: int) -> int:
 
 
 class IOFigures:
-    """What an engine's files have moved so far: bytes, and seconds that threads were busy in the system's calls."""
+    """The bytes that an engine's files have moved so far, and the seconds that threads were in the system's calls."""
 
     def __init__(self) -> None:
         self.read_bytes, self.write_bytes = 0, 0
@@ -84,7 +84,7 @@ class Transfer:
 
     @property
     def is_done(self) -> bool:
-        """Whether all parts have ended, well or not."""
+        """True if all parts have ended, well or not."""
         return self._done.is_set()
 
     def wait(self) -> None:
@@ -132,7 +132,7 @@ class Engine:
             thread.start()
 
     def submit(self, *work: Callable[[], None]) -> Transfer:
-        """Has the threads do all of `work`, in any order.
+        """Gives all of `work` to the threads, in any order.
 
         Raises:
             RuntimeError: the engine is closed, or of the process that this one was forked from.
@@ -245,7 +245,7 @@ class DirectFile:
         self._figures.add_write(length, time.perf_counter() - begin)
 
     def num_links(self) -> int:
-        """How many names the file has."""
+        """The number of names that the file has."""
         return os.fstat(self.descriptor).st_nlink
 
     def close(self) -> None:
@@ -266,7 +266,7 @@ def _split(buffer: memoryview) -> tuple[memoryview, memoryview, memoryview]:
 
 
 def _from(done: int, whole: memoryview, page: memoryview) -> list[memoryview]:
-    """What is left of the two after `done` bytes."""
+    """The rest of the two after `done` bytes."""
     parts = [whole[done:], page[max(0, done - whole.nbytes) :]]
     return [part for part in parts if part.nbytes]
 

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_glibc() -> bool:
-    """Whether this process has glibc's malloc."""
+    """True if this process has glibc's malloc."""
     return hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
 
 
@@ -30,7 +30,7 @@ def give_back_free_memory() -> None:
 
 
 def free_to_system(min_bytes: int) -> None:
-    """From now on each allocation of this process of `min_bytes` or more is mapped, and unmapped when it is freed.
+    """Has malloc map each allocation of `min_bytes` or more from now on, and unmap it when it is freed.
 
     That costs page faults: a step with many short-lived tensors of this size takes somewhat longer. Where the C library
     is not glibc nothing is changed, and the reason logged.

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from windlass.offload.buckets import RESIDENT_NUMEL, Layout, divide, is_stowed, on_meta
+from windlass.offload.buckets import RESIDENT_NUMEL, SlotTable, divide, is_stowed, on_meta
 from windlass.offload.config import BUFFER_BYTES, OffloadKind
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import give_back_free_memory
+from windlass.offload.state_shapes import state_shapes
 from windlass.offload.state_store import Bucket, StateStore
 from windlass.offload.tier_file import TierFolder
-from windlass.offload.trial import trial_state
 from windlass.parallel.fragment import Tier, local_tensor
 from windlass.parallel.out_of_core import StateAtRest
 
@@ -111,7 +111,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             )
         self.inner, self.folder, self.weights = inner, folder, weights
         self.owns_folder = False
-        """Whether `close` removes the folder, or leaves that to another."""
+        """True if `close` removes the folder; else another does."""
         self._order = order
         super().__init__(inner.param_groups, inner.defaults)
         self.param_groups, self.state = inner.param_groups, inner.state
@@ -121,7 +121,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.before_step: list[Callable[[], None]] = []
         """Called before a step changes anything, but after the updates that the one before has put off."""
         self.is_deferring = False
-        """Whether `step` only takes the gradients, and each bucket is updated when `update` asks for it."""
+        """True if `step` only takes the gradients, and `update` updates each bucket."""
         self.give_back_free_memory: Callable[[], None] = give_back_free_memory
         """A plan notes only when it would be called."""
         self._pending: dict[Bucket, dict[Tensor, Tensor]] = {}
@@ -170,7 +170,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         if not self._is_reserved:
             states = {bucket: self._first_state(bucket) for bucket in self._buckets}
             for bucket, state in states.items():
-                bucket.layout = Layout(state)
+                bucket.slot_table = SlotTable(state)
             self.store.place(
                 self.folder, self.max_device_bytes, self.max_host_bytes, self.buffer_bytes, self._num_versions
             )
@@ -179,13 +179,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
                 if any(parameter in self.state for parameter, _ in state):
                     self.store.stow(bucket)
             self.give_back_free_memory()
-        return sum(bucket.layout.num_bytes for bucket in self._buckets)
+        return sum(bucket.slot_table.num_bytes for bucket in self._buckets)
 
     def _first_state(self, bucket: Bucket) -> list[tuple[Tensor, dict[str, Any]]]:
         """The state of the bucket, or one like that which it will have."""
         self.give_back_free_memory()  # the trials before have left holes, and the largest needs more than a step
         with self.weights_loaded(bucket.parameters):
-            states = trial_state(self.inner, bucket.parameters)
+            states = state_shapes(self.inner, bucket.parameters)
         # Only the shapes are wanted: as they come, they would add up to all of the state.
         return [
             (parameter, self.state.get(parameter) or {key: _shape_of(value) for key, value in state.items()})
@@ -320,18 +320,18 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     @property
     def has_pending(self) -> bool:
-        """Whether updates are put off."""
+        """True if updates are put off."""
         return bool(self._pending)
 
     # --- State in and out. ---
 
     @property
     def uses_disk(self) -> bool:
-        """Whether some of the state or the weights may be on a disk."""
+        """True if some of the state or the weights may be on a disk."""
         return self.folder is not None
 
     def has_weights_elsewhere(self, parameter: Tensor) -> bool:
-        """Whether the parameter's memory does not hold its weights now."""
+        """True if the parameter's memory does not hold its weights now."""
         return self.weights is not None and self.weights.is_elsewhere(parameter)
 
     def weights_loaded(

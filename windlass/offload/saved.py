@@ -1,4 +1,4 @@
-"""What autograd is given to keep in place of a tensor that may move, and how the tensor is made of it again."""
+"""Stands in for a tensor that may move: autograd keeps it, and the tensor is made of it again."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _VIEWS = ("TBackward0", "ViewBackward0", "AliasBackward0", "TransposeBackward0")
 _CAST = "ToCopyBackward0"
 
 
-class Block:
-    """A storage that was saved, and where its bytes are: in one or several places, which hold the same.
+class SavedStorage:
+    """A storage that autograd saved, and where its bytes are: in one or several places, which hold the same.
 
     Args:
-        index: rises with each block.
+        index: rises with each storage.
         tensor: of the storage, detached.
-        storage: its address.
+        address: of the storage.
     """
 
-    def __init__(self, index: int, tensor: Tensor, storage: int) -> None:
-        self.index, self.storage = index, storage
+    def __init__(self, index: int, tensor: Tensor, address: int) -> None:
+        self.index, self.address = index, address
         self.num_bytes = tensor.untyped_storage().nbytes()
         self.tensor: Tensor | None = tensor
         """Any tensor of the storage, or of a copy that was brought back."""
@@ -43,17 +43,17 @@ class Block:
         self.moving: Transfer | None = None
         """The last writing or reading of the file."""
         self.is_reading = False
-        """Whether `moving` fills the buffer."""
+        """True if `moving` fills the buffer."""
         self._version = tensor._version
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether the bytes are in the arena or on the disk."""
+        """True if the bytes are in the arena or on the disk."""
         return self.buffer is not None or self.file is not None
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is under way."""
+        """True if nothing is under way."""
         return (self.moving is None or self.moving.is_done) and (self.copying is None or self.copying.query())
 
     def settle(self) -> None:
@@ -73,20 +73,20 @@ class Block:
 
 
 class Saved:
-    """What views of a block share. Autograd's letting go of the last of them is the end of the block."""
+    """The handle that all views of a storage share: when autograd lets go of the last view, the storage ends."""
 
-    def __init__(self, block: Block, dead: deque[Block]) -> None:
-        self.block, self._dead = block, dead
+    def __init__(self, storage: SavedStorage, dead: deque[SavedStorage]) -> None:
+        self.storage, self._dead = storage, dead
 
     def __del__(self) -> None:
         # In whichever thread; the rest is for its owner to do.
-        self.block.tensor = None
-        self._dead.append(self.block)
+        self.storage.tensor = None
+        self._dead.append(self.storage)
 
 
 @dataclass(frozen=True)
-class Layout:
-    """How a tensor lies in its storage."""
+class ViewSpec:
+    """The view of a tensor on its storage."""
 
     dtype: torch.dtype
     offset: int
@@ -94,22 +94,22 @@ class Layout:
     stride: tuple[int, ...]
 
     @staticmethod
-    def of(tensor: Tensor) -> Layout:
-        return Layout(tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
+    def of(tensor: Tensor) -> ViewSpec:
+        return ViewSpec(tensor.dtype, int(tensor.storage_offset()), tensor.size(), tensor.stride())
 
 
 @dataclass(frozen=True)
 class View:
-    """A tensor of a block that may move."""
+    """A tensor of a storage that may move."""
 
     saved: Saved
-    layout: Layout
+    spec: ViewSpec
 
     def of(self, base: Tensor) -> Tensor:
         """The tensor, of the storage of `base`."""
-        layout = self.layout
-        empty = torch.empty(0, dtype=layout.dtype, device=base.device)
-        return empty.set_(base.untyped_storage(), layout.offset, layout.size, layout.stride)
+        spec = self.spec
+        empty = torch.empty(0, dtype=spec.dtype, device=base.device)
+        return empty.set_(base.untyped_storage(), spec.offset, spec.size, spec.stride)
 
 
 @dataclass(frozen=True)
@@ -118,12 +118,12 @@ class Cast:
 
     parameter: Tensor
     version: int
-    layout: Layout
+    spec: ViewSpec
 
     def make(self) -> Tensor:
         _check_version(self.parameter, self.version)
-        layout = self.layout
-        return self.parameter.detach().to(layout.dtype).as_strided(layout.size, layout.stride, layout.offset)
+        spec = self.spec
+        return self.parameter.detach().to(spec.dtype).as_strided(spec.size, spec.stride, spec.offset)
 
 
 Pack: TypeAlias = Tensor | View | Cast
@@ -139,35 +139,35 @@ class Packer:
 
     def __init__(self, device: torch.device, min_bytes: int) -> None:
         self._device, self._min_bytes = device, min_bytes
-        self.num_blocks = 0
-        """So far; the next block's index."""
-        self.dead: deque[Block] = deque()
-        """Blocks that nobody needs any more. Finalizers append to it, in any thread."""
+        self.num_storages = 0
+        """So far; the next storage's index."""
+        self.dead: deque[SavedStorage] = deque()
+        """Storages that nobody needs any more. Finalizers append to it, in any thread."""
         self._known: dict[int, tuple[StorageWeakRef, int, weakref.ref[Saved]]] = {}
         """By the address of a storage, which no other storage gets while there is a weak reference."""
 
-    def pack(self, tensor: Tensor) -> tuple[Pack, Block | None]:
-        """What to keep in place of `tensor`, and the block that is new by it."""
+    def pack(self, tensor: Tensor) -> tuple[Pack, SavedStorage | None]:
+        """Returns what autograd keeps in place of `tensor`, and the storage that is new by it."""
         if not self._is_worth(tensor):
             return tensor.detach(), None  # what still had its history would keep itself alive
         parameter = _parameter_of_cast(tensor)
         if parameter is not None:
-            return Cast(parameter, parameter._version, Layout.of(tensor)), None
+            return Cast(parameter, parameter._version, ViewSpec.of(tensor)), None
         reference = StorageWeakRef(tensor.untyped_storage())
         known = self._known.get(reference.cdata)
         if known is not None and known[1] == tensor._version and (saved := known[2]()) is not None:
-            return View(saved, Layout.of(tensor)), None
-        block = Block(self.num_blocks, tensor.detach(), reference.cdata)
-        saved = Saved(block, self.dead)
+            return View(saved, ViewSpec.of(tensor)), None
+        storage = SavedStorage(self.num_storages, tensor.detach(), reference.cdata)
+        saved = Saved(storage, self.dead)
         self._known[reference.cdata] = (reference, tensor._version, weakref.ref(saved))
-        self.num_blocks += 1
-        return View(saved, Layout.of(tensor)), block
+        self.num_storages += 1
+        return View(saved, ViewSpec.of(tensor)), storage
 
-    def forget(self, block: Block) -> None:
-        """To be called with each block of `dead`."""
-        known = self._known.get(block.storage)
+    def forget(self, storage: SavedStorage) -> None:
+        """Forgets a storage of `dead`; to be called with each."""
+        known = self._known.get(storage.address)
         if known is not None and known[2]() is None:
-            del self._known[block.storage]
+            del self._known[storage.address]
 
     def _is_worth(self, tensor: Tensor) -> bool:
         return (

@@ -31,7 +31,7 @@ class Staging:
         return host if self._stream is None else torch.empty_like(host, device=self.device)
 
     def wait(self, copy: Tensor, arrived: torch.cuda.Event | None) -> None:
-        """Has the computations that follow use `copy`."""
+        """Makes the computations that follow use `copy`."""
         if arrived is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(arrived)

@@ -1,4 +1,4 @@
-"""Where the optimizer state of buckets lies, and how it gets into the optimizer and out of it."""
+"""Keeps the optimizer state of buckets, and gets it into the optimizer and out of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from windlass.offload.arena import Arena
-from windlass.offload.buckets import Layout, is_elsewhere, spread
+from windlass.offload.buckets import SlotTable, is_elsewhere, spread
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFolder
@@ -22,7 +22,7 @@ class Bucket:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
-        self.layout = Layout(())
+        self.slot_table = SlotTable(())
         self.load: Load | None = None
         """None while the state is where the optimizer puts it: before `place`, and if there is none worth moving."""
 
@@ -36,7 +36,7 @@ class StateStore:
         """Once the buckets have their places."""
         self._viewed: tuple[Bucket, Tensor] | None = None
         self._is_viewed_new = False
-        """Whether what is viewed is to be sent home, before anything else is done with it."""
+        """True if the viewed state has to be written home before anything else is done with it."""
 
     def place(
         self,
@@ -48,29 +48,29 @@ class StateStore:
     ) -> None:
         """Decides which buckets stay on the device and which go to host memory, and makes the homes of all others.
 
-        Args: as `OffloadedOptimizer` has them. The buckets have their layouts.
+        Args: as `OffloadedOptimizer` has them. The buckets have their slot tables.
 
         Raises:
             DoesNotFit: there is not enough room.
         """
         device = next((p.device for bucket in self._buckets for p in bucket.parameters), torch.device("cpu"))
         budgets = [max_device_bytes, None if folder is None else max_host_bytes]
-        places = spread([bucket.layout.num_bytes for bucket in self._buckets], budgets)
+        places = spread([bucket.slot_table.num_bytes for bucket in self._buckets], budgets)
         on_disk: list[Bucket] = []
         for bucket, place in zip(self._buckets, places, strict=True):
             if place == 1:
-                memory = torch.empty(bucket.layout.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
+                memory = torch.empty(bucket.slot_table.num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
                 bucket.load = Load(memory)
             elif place == 2:
                 on_disk.append(bucket)
-        largest = max((bucket.layout.num_bytes for bucket in on_disk), default=1)
+        largest = max((bucket.slot_table.num_bytes for bucket in on_disk), default=1)
         arena = Arena(max(buffer_bytes if on_disk else 1, largest), pin=device.type == "cuda")
         self.conveyor = Conveyor(arena, Staging(device))
         if on_disk:
             assert folder is not None
-            folder.reserve(num_versions * sum(bucket.layout.num_bytes for bucket in on_disk))
+            folder.reserve(num_versions * sum(bucket.slot_table.num_bytes for bucket in on_disk))
             for bucket in on_disk:
-                bucket.load = Load(folder.create(bucket.layout.num_bytes))
+                bucket.load = Load(folder.create(bucket.slot_table.num_bytes))
 
     # --- For updates. ---
 
@@ -78,7 +78,7 @@ class StateStore:
         """Brings the bucket's state into the optimizer; returns the bytes that it lies in."""
         self.look_away()
         data = self._bytes_of(bucket)
-        for slot in bucket.layout.slots:
+        for slot in bucket.slot_table.slots:
             state = self._inner.state.get(slot.parameter)
             if state and slot.key in state and is_elsewhere(state[slot.key]):
                 state[slot.key] = slot.tensor_for_update(data)
@@ -92,7 +92,7 @@ class StateStore:
         """
         assert self.conveyor is not None and bucket.load is not None
         state = [(parameter, self._inner.state.get(parameter, {})) for parameter in bucket.parameters]
-        self._check_layout(bucket, state)
+        self._check_slots(bucket, state)
         self._pack(bucket, data, bucket.parameters)
         self.conveyor.take_back(bucket.load)
 
@@ -118,7 +118,7 @@ class StateStore:
         for bucket in self._buckets:
             places = [
                 StatePlace(slot.parameter, slot.key, slot.begin, slot.end)
-                for slot in bucket.layout.slots
+                for slot in bucket.slot_table.slots
                 if is_elsewhere(self._inner.state.get(slot.parameter, {}).get(slot.key))
             ]
             if bucket.load is not None and places:
@@ -131,7 +131,7 @@ class StateStore:
         if bucket is not None and any(is_elsewhere(value) for value in state.values()):
             data = self._look_at(bucket)
             for key in state:
-                slot = bucket.layout.slot(parameter, key)
+                slot = bucket.slot_table.slot(parameter, key)
                 if slot is not None:
                     state[key] = slot.tensor(data)
         return state
@@ -139,7 +139,7 @@ class StateStore:
     def put(self, bucket: Bucket, parameter: Tensor, state: dict[str, Any]) -> None:
         """Replaces the state of the bucket's `parameter`. Its other parameters had better come next."""
         if bucket.load is not None:
-            self._check_layout(bucket, [(parameter, state)])
+            self._check_slots(bucket, [(parameter, state)])
         self._inner.state[parameter] = dict(state)
         if bucket.load is not None:
             data = self._look_at(bucket)  # and its other parameters come next: it goes home once
@@ -162,7 +162,7 @@ class StateStore:
         return 0.0 if self.conveyor is None else self.conveyor.stall_s
 
     def num_bytes(self) -> dict[Tier, int]:
-        """Of this rank's state in host memory and on the disk; what is too small to move is not counted."""
+        """The bytes of this rank's state in host memory and on the disk, without tensors that are too small to move."""
         found = {Tier.host: 0, Tier.ssd: 0}
         for bucket in self._buckets:
             if bucket.load is not None:
@@ -185,17 +185,18 @@ class StateStore:
             self._viewed, self._is_viewed_new = (bucket, self._bytes_of(bucket)), False
         return self._viewed[1]
 
-    def _check_layout(self, bucket: Bucket, state: list[tuple[Tensor, dict[str, Any]]]) -> None:
-        if not bucket.layout.holds(state):
+    def _check_slots(self, bucket: Bucket, state: list[tuple[Tensor, dict[str, Any]]]) -> None:
+        if not bucket.slot_table.holds(state):
             raise ValueError(
-                f"{type(self._inner).__name__} keeps {Layout(state)} where its first step kept {bucket.layout}: state "
+                f"{type(self._inner).__name__} keeps {SlotTable(state)} where its first step kept "
+                f"{bucket.slot_table}: state "
                 "that changes its shape cannot be offloaded"
             )
 
     def _pack(self, bucket: Bucket, data: Tensor, parameters: Sequence[Tensor]) -> None:
         """Leaves shapes in the optimizer's state of `parameters`, and the tensors' bytes in `data`."""
         members = set(parameters)
-        for slot in bucket.layout.slots:
+        for slot in bucket.slot_table.slots:
             state = self._inner.state.get(slot.parameter, {})
             if slot.parameter not in members or slot.key not in state:
                 continue

@@ -31,12 +31,12 @@ from windlass.offload.direct_io import (
     round_to_pages,
     why_not_direct,
 )
-from windlass.offload.own_folder import OwnFolder, remove_leftovers
+from windlass.offload.process_scratch import ProcessScratch, remove_leftovers
 
 BLOCK_BYTES = 4 << 20
-"""What a thread moves at a time, and what a checksum is of."""
+"""The unit of transfers by a thread, and of checksums."""
 HEADER_BYTES = 64 << 10
-"""What lies before the data of a file, for the header of who pins it."""
+"""The room before the data of a file, for the header of a checkpoint that pins it."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_FOLDER = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 
 def file_bytes(num_bytes: int) -> int:
-    """What a file of `num_bytes` takes on the disk."""
+    """The room on the disk of a file of `num_bytes`."""
     return HEADER_BYTES + round_to_pages(num_bytes)
 
 
@@ -65,11 +65,11 @@ class TierFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             remove_leftovers(folder)
-            self._own = OwnFolder(folder, name)
+            self._scratch = ProcessScratch(folder, name)
         except OSError as error:
             fix = "set offload.dir to a folder on a local disk" if error.errno in _NO_FOLDER else None
             raise disk_error(folder, "cannot be used", error, fix) from error
-        self.path, self.engine = self._own.path, engine
+        self.path, self.engine = self._scratch.path, engine
         self._files: list[TierFile] = []
         self._numbers = itertools.count()
         self.reason_not_direct = why_not_direct(self.path)
@@ -100,10 +100,10 @@ class TierFolder:
 
     def close(self) -> None:
         """Removes the files and the folder, when what is under way has ended."""
-        if self._own.is_held:
+        if self._scratch.is_held:
             for file in self._files:
                 file._close()
-            self._own.remove()
+            self._scratch.remove()
 
     def _make_file(self, num_bytes: int) -> DirectFile:
         length = file_bytes(num_bytes)
@@ -228,7 +228,7 @@ class TierFile:
 
     @property
     def more_bytes(self) -> int:
-        """What the next write takes more of the disk while the present version is kept."""
+        """The room on the disk that the next write takes more while the present version is kept."""
         return 0 if self._spares else self.file_bytes
 
     @property
@@ -333,7 +333,7 @@ class TierFile:
         return version
 
     def _remove(self, version: _Version) -> None:
-        """Of this folder. Where the file has another name, it goes on under that one."""
+        """Removes a version from this folder. Where the file has another name, it stays under that one."""
         self._versions.remove(version)
         version.file.close()
         version.file.path.unlink(missing_ok=True)
@@ -358,7 +358,7 @@ def _blocks(view: memoryview) -> list[memoryview]:
 
 
 def _num_links(file: DirectFile) -> int:
-    """How many names a file has. Raises OffloadError if none, or if that cannot be told."""
+    """The number of names that a file has. Raises OffloadError if none, or if that cannot be told."""
     try:
         num_links = file.num_links()
         if num_links == 0:

@@ -15,13 +15,13 @@ from windlass.offload.activations import ActivationOffload
 from windlass.offload.arena import Arena
 from windlass.offload.config import OffloadConfig, WeightsPlace
 from windlass.offload.conveyor import Conveyor
-from windlass.offload.cut_passes import CutPasses
 from windlass.offload.direct_io import Engine
 from windlass.offload.malloc import free_to_system, give_back_free_memory
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import Passes, parameters_by_unit
+from windlass.offload.sharded_unit_hooks import ShardedUnitHooks
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder
+from windlass.offload.unit_hooks import UnshardedUnitHooks, parameters_by_unit
 from windlass.offload.weights import Weights, most_bytes
 
 STREAMED_MIN_BYTES = 8 << 20
@@ -30,7 +30,7 @@ STREAMED_MIN_BYTES = 8 << 20
 
 @dataclass(frozen=True)
 class OffloadFigures:
-    """What offloading has cost so far."""
+    """The costs of offloading so far."""
 
     stall_s: float = 0.0
     """Seconds that training has waited for transfers."""
@@ -46,7 +46,7 @@ class OffloadFigures:
 class Tiers:
     """Args:
     folder: below which the rank's files go; None keeps everything in host memory.
-    computes_in_bfloat16: streamed weights are kept in halves then (`windlass.offload.hilo`).
+    computes_in_bfloat16: streamed weights are kept in halves then (`windlass.offload.split_bf16`).
     is_checkpointed: checkpoints will pin files while steps write others.
     """
 
@@ -99,7 +99,7 @@ class Tiers:
         return self.folder.create(num_bytes)
 
     def stream_weights(self, model: nn.Module, units: Sequence[Sequence[nn.Module]]) -> Weights | None:
-        """What takes the weights of the model, which may be on the meta device yet; None if they stay.
+        """Makes the tier for the weights of the model, which may be on the meta device yet; None if they stay.
 
         They are to be added by unit, those of no unit together.
         """
@@ -147,13 +147,13 @@ class Tiers:
             is_cut: by FSDP2.
         """
         assert self.optimizer is not None
-        passes = CutPasses if is_cut else Passes
-        passes(model, units, self.optimizer, self.weights)
+        hooks = ShardedUnitHooks if is_cut else UnshardedUnitHooks
+        hooks(model, units, self.optimizer, self.weights)
         if self.weights is not None:
             self.give_back_free_memory()  # all weights have been drawn in it, a unit at a time
 
     def offloaded(self) -> AbstractContextManager[None]:
-        """What autograd saves under it may be moved."""
+        """Lets autograd's saved tensors move while it lasts."""
         return contextlib.nullcontext() if self.activations is None else self.activations.offloaded()
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor
 from windlass.offload.buckets import RESIDENT_NUMEL, divide
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import round_to_pages
-from windlass.offload.hilo import add_rest, split
+from windlass.offload.split_bf16 import add_rest, split
 from windlass.offload.tier_file import TierFile
 from windlass.parallel.autograd_shim import preserving_version
 from windlass.parallel.fragment import local_tensor
@@ -29,18 +29,18 @@ class _Group:
 
     parameters: list[Tensor]
     passing: Load
-    """What a pass computes with: the weights, or their upper halves."""
+    """The bytes that a pass computes with: the weights, or their upper halves."""
     rest: Load | None = None
     """The lower halves."""
     lowered: list[Tensor] = field(default_factory=list)
-    """A parameter: see `windlass.offload.hilo`."""
+    """A parameter: see `windlass.offload.split_bf16`."""
     num_users: int = 0
     is_whole: bool = False
-    """Whether what is in memory is the weights, and not their upper halves."""
+    """True if the weights are in memory, and not only their upper halves."""
 
     @property
     def room_bytes(self) -> int:
-        """Of the buffers that the group is written from."""
+        """The size of the buffers that the group is written from."""
         loads = [self.passing] if self.rest is None else [self.passing, self.rest]
         return sum(round_to_pages(load.num_bytes) for load in loads)
 
@@ -83,12 +83,12 @@ class Weights:
             self._release(group)
 
     def is_elsewhere(self, parameter: Tensor) -> bool:
-        """Whether the parameter's memory does not hold its weights now: it holds nothing, or rounded ones."""
+        """True if the parameter's memory does not hold its weights now: it holds nothing, or rounded ones."""
         group = self._groups.get(parameter)
         return group is not None and not (group.num_users and group.is_whole)
 
     def acquire(self, parameters: Iterable[Tensor]) -> None:
-        """Has what a pass computes with in the parameters' memory until `release`.
+        """Brings what a pass computes with into the parameters' memory, until `release`.
 
         With `in_halves` it is the weights rounded to bfloat16.
 

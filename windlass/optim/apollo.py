@@ -134,7 +134,7 @@ class Apollo(LowRankOptimizer):
         return self._kept((key, epoch), lambda: random_projection(width, rank, batch.group["seed"], epoch).to(device))
 
     def _kept(self, key: tuple[Any, int], make: Callable[[], Tensor]) -> Tensor:
-        """What `make` returned for `key` before; of each thing the two newest used are kept.
+        """Returns what `make` returned for `key` before; the two newest used of each thing are kept.
 
         Two, because parameters that were added later change their projection at other steps.
         """
@@ -172,7 +172,7 @@ def _norm(rows: Tensor) -> Tensor:
 
 
 def _sums(matrices: Tensor) -> Tensor:
-    """Of the elements of each of [k, rows, columns]: [k]. One by one, as threads share a sum that is alone."""
+    """The sums [k] over each matrix of [k, rows, columns]. One by one, as threads share a sum that is alone."""
     return torch.stack([matrix.sum() for matrix in matrices.unbind(0)])
 
 

@@ -1,4 +1,4 @@
-"""What the matrix optimizers share: checks, state that is cut as its parameter is, batches, plain AdamW for the rest.
+"""The base of the matrix optimizers: checks, state that is cut as its parameter is, batches, plain AdamW for the rest.
 
 An algorithm is a subclass that says which state a matrix has (`matrix_state`) and how a batch of matrices is updated
 (`update`, see `windlass.optim.lockstep`). It is written once: for plain tensors, and for DTensors cut along either
@@ -61,7 +61,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
     # What a subclass says.
 
     def is_matrix_group(self, group: Mapping[str, Any]) -> bool:
-        """Whether the group's parameters get the algorithm, and not AdamW."""
+        """True if the group's parameters get the algorithm, and not AdamW."""
         raise NotImplementedError
 
     def check_matrix(self, group: Mapping[str, Any], name: str, parameter: Tensor) -> None:
@@ -77,7 +77,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def gathered(self, batch: Batch) -> Gathered | None:
-        """What `update` brings together of each matrix in this step, where the matrices are cut; None for nothing.
+        """The parts of each matrix that `update` gathers in this step, where matrices are cut; None for nothing.
 
         Updates that gather run in waves, so that what is together at a time is bounded, and `batch.owners` is set.
         """

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, cast
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
 from windlass.registry import Registry
 
@@ -27,7 +28,7 @@ class Schedule(StrEnum):
 
 
 class InBackward(StrEnum):
-    """Whether the optimizer runs inside the backward pass, and how gradients are clipped then."""
+    """The ways to run the optimizer inside the backward pass, and to clip gradients then."""
 
     none = "none"
     """After it, as usual."""
@@ -38,29 +39,23 @@ class InBackward(StrEnum):
 
 @dataclass
 class OptimConfig:
-    """What every optimizer has: a learning rate and its schedule, and weight decay."""
+    """The settings of every optimizer: a learning rate and its schedule, and weight decay."""
 
     name: str = "adamw"
-    lr: float = 2e-3
-    weight_decay: float = 0.1
+    lr: float = bounded(2e-3, above=0, below=math.inf)
+    weight_decay: float = bounded(0.1, at_least=0)
     """Decoupled. Matrices decay; norms (and every other 1-D parameter) do not."""
     schedule: Schedule = Schedule.cosine
-    warmup_steps: int = 20
-    decay_fraction: float = 0.2
+    warmup_steps: int = bounded(20, at_least=0)
+    decay_fraction: float = bounded(0.2, at_least=0, at_most=1)
     """WSD: the share of `train.steps` at the end over which the rate falls."""
-    min_lr_ratio: float = 0.1
+    min_lr_ratio: float = bounded(0.1, at_least=0, at_most=1)
     """The rate at the last step over the peak rate."""
     in_backward: InBackward = InBackward.none
     """Use and free gradients during the backward pass, so that never all of them are in memory."""
 
     def __post_init__(self) -> None:
-        require(0 < self.lr < math.inf, "optim.lr", self.lr, "must be above 0 and finite", "set optim.lr=2e-3")
-        for key in ("weight_decay", "warmup_steps"):
-            value = getattr(self, key)
-            require(value >= 0, f"optim.{key}", value, "must not be negative", f"set optim.{key}=0")
-        for key in ("decay_fraction", "min_lr_ratio"):
-            value = getattr(self, key)
-            require(0 <= value <= 1, f"optim.{key}", value, "must be in [0, 1]", f"set optim.{key}=0.1")
+        check_bounds(self, "optim")
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return cast("torch.optim.Optimizer", OPTIMIZERS.build(self, model))
@@ -71,12 +66,11 @@ class AdamWConfig(OptimConfig):
     """Decoupled Weight Decay Regularization (Loshchilov and Hutter, 2019); torch's fused kernel."""
 
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    eps: float = bounded(1e-8, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.betas = checked_betas(self.betas)
-        require(self.eps > 0, "optim.eps", self.eps, "must be above 0", "set optim.eps=1e-8")
 
 
 class Granularity(StrEnum):
@@ -90,41 +84,29 @@ class Granularity(StrEnum):
 
 @dataclass
 class MatrixConfig(OptimConfig):
-    """What optimizers of matrices have. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
+    """The settings of optimizers of matrices. Embeddings, the head and vectors get AdamW, at `adamw_lr`."""
 
-    adamw_lr: float | None = None
+    adamw_lr: float | None = bounded(None, above=0, below=math.inf)
     """Null is `lr`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        rate = self.adamw_lr
-        rule = "must be above 0 and finite"
-        require(rate is None or 0 < rate < math.inf, "optim.adamw_lr", rate, rule, "leave it out")
 
 
 @dataclass
 class LowRankConfig(MatrixConfig):
-    """What optimizers of projected gradients have."""
+    """The settings of optimizers of projected gradients."""
 
     lr: float = 1e-2
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-6
-    rank: int | None = None
+    eps: float = bounded(1e-6, above=0, below=math.inf)
+    rank: int | None = bounded(None, at_least=1)
     """Null: 256 for models from 1B parameters, else a quarter of the width. Narrower matrices get AdamW."""
-    update_interval: int = 200
+    update_interval: int = bounded(200, at_least=1)
     """Steps between projections."""
-    scale: float = 1.0
+    scale: float = bounded(1.0, above=0, below=math.inf)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.betas = checked_betas(self.betas)
-        for key in ("eps", "scale"):
-            value = getattr(self, key)
-            require(0 < value < math.inf, f"optim.{key}", value, "must be above 0", "leave it out")
-        for key in ("rank", "update_interval"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"optim.{key}", value, "must be at least 1", "leave it out")
 
 
 @dataclass
@@ -150,14 +132,9 @@ class NaturalGaLoreConfig(GaLoreConfig):
     """Natural GaLore (2024): GaLore with natural gradients; see `windlass.optim.NaturalGaLore`."""
 
     name: str = "natural_galore"
-    history: int = 20
+    history: int = bounded(20, at_least=1)
     """Steps whose projected gradients estimate the Fisher information."""
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(self.history >= 1, "optim.history", self.history, "must be at least 1", "leave it out")
-        require(0 < self.damping < math.inf, "optim.damping", self.damping, "must be above 0", "leave it out")
+    damping: float = bounded(1e-3, above=0, below=math.inf)
 
 
 class LRAdjustment(StrEnum):
@@ -174,15 +151,10 @@ class MuonConfig(MatrixConfig):
     """Muon: An optimizer for hidden layers in neural networks (Jordan, 2024); see `windlass.optim.Muon`."""
 
     name: str = "muon"
-    momentum: float = 0.95
+    momentum: float = bounded(0.95, at_least=0, below=1)
     nesterov: bool = True
-    ns_steps: int = 5
+    ns_steps: int = bounded(5, at_least=1, at_most=99)
     adjust_lr_fn: LRAdjustment = LRAdjustment.match_rms_adamw
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.95")
-        require(1 <= self.ns_steps < 100, "optim.ns_steps", self.ns_steps, "must be in [1, 99]", "set optim.ns_steps=5")
 
 
 @dataclass
@@ -194,21 +166,16 @@ class CosmosConfig(MatrixConfig):
 
     name: str = "cosmos"
     betas: tuple[float, float] = (0.95, 0.95)
-    eps: float = 1e-8
-    rank: int = 64
-    gamma: float = 0.2
+    eps: float = bounded(1e-8, above=0, below=math.inf)
+    rank: int = bounded(64, at_least=1)
+    gamma: float = bounded(0.2, at_least=0, below=math.inf)
     """The weight of Muon's part."""
-    ratio: float = 0.2
+    ratio: float = bounded(0.2, above=0, below=math.inf)
     """The root mean square of an update, over `lr`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.betas = checked_betas(self.betas)
-        for key in ("eps", "ratio"):
-            value = getattr(self, key)
-            require(0 < value < math.inf, f"optim.{key}", value, "must be above 0 and finite", "leave it out")
-        require(self.rank >= 1, "optim.rank", self.rank, "must be at least 1", "set optim.rank=64")
-        require(0 <= self.gamma < math.inf, "optim.gamma", self.gamma, "must not be negative", "set optim.gamma=0.2")
 
 
 @dataclass
@@ -218,13 +185,8 @@ class SGDSaIConfig(OptimConfig):
     name: str = "sgd_sai"
     lr: float = 1e-2
     weight_decay: float = 1e-2
-    momentum: float = 0.9
-    eps: float = 1e-8
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "must be in [0, 1)", "set optim.momentum=0.9")
-        require(0 < self.eps < math.inf, "optim.eps", self.eps, "must be above 0 and finite", "set optim.eps=1e-8")
+    momentum: float = bounded(0.9, at_least=0, below=1)
+    eps: float = bounded(1e-8, above=0, below=math.inf)
 
 
 def checked_betas(betas: Sequence[float]) -> tuple[float, float]:

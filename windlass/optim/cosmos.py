@@ -19,7 +19,7 @@ from windlass.optim.param_groups import matrix_param_groups
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
 
 MIN_RESIDUAL = 1e-5
-"""What lies outside of the basis, over the whole, below which it is float32 rounding and no direction to follow."""
+"""The part outside of the basis, over the whole: below it is float32 rounding, and no direction to follow."""
 
 
 class Cosmos(WholeMatrixOptimizer):

@@ -84,7 +84,7 @@ class GaLore(LowRankOptimizer):
         batch.decay()
 
     def project(self, batch: Batch, projector: Tensor) -> Reply:
-        """What Adam gets: this rank's rows of R = G P, [k, own L, r]."""
+        """Returns what Adam gets: this rank's rows of R = G P, [k, own L, r]."""
         return (yield from sum_columns(batch, batch.project(projector)))
 
     def is_refresh(self, batch: Batch) -> bool:

@@ -128,7 +128,7 @@ class StepInBackward:
         self._previous_norm = None if norm is None else torch.tensor(norm, dtype=torch.float64)
 
     def _last_norm(self, like: Tensor) -> Tensor:
-        """Of the step before; 0, which clips nothing, at the first."""
+        """The norm of the step before; 0, which clips nothing, at the first."""
         return torch.zeros_like(like) if self._previous_norm is None else self._previous_norm.to(like)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What APOLLO and the GaLore family share: the param groups, the view, Adam on the projected gradient R = G P.
+"""The base of APOLLO and the GaLore family: the param groups, the view, Adam on the projected gradient R = G P.
 
 A matrix is seen with its longer dim L as rows, so G is (L, s), P (s, r), R and its moments (L, r). Cut along L, a rank
 projects its rows by itself. Cut along s, the ranks' partial products are summed into a cut along L, so the state is

@@ -100,7 +100,7 @@ class Muon(WholeMatrixOptimizer):
 
 
 def lr_ratio(adjustment: str | None, shape: tuple[int, ...]) -> float:
-    """What the learning rate of a matrix of `shape` is multiplied by."""
+    """The factor of the learning rate of a matrix of `shape`."""
     rows, columns = shape
     if adjustment == LRAdjustment.match_rms_adamw:
         return 0.2 * math.sqrt(max(rows, columns))

@@ -71,7 +71,7 @@ def _polynomial(gram: Tensor, coefficients: tuple[float, float, float]) -> Tenso
 
 
 def _product_of_steps(gram: Tensor, coefficients: tuple[float, float, float], num_steps: int) -> Tensor:
-    """What so many steps multiply X by, from the Gram matrix before them. All of these matrices commute."""
+    """The factor by which so many steps multiply X, from the Gram matrix before them. All of these matrices commute."""
     a = coefficients[0]
     polynomial = _polynomial(gram, coefficients)
     product = polynomial.clone()

@@ -15,7 +15,7 @@ from windlass.optim.config import LowRankConfig
 LARGE_MODEL_PARAMETERS = 1_000_000_000
 LARGE_MODEL_RANK = 256
 HEADS = ("lm_head", "head", "output", "embed_out", "score", "classifier")
-"""What the module that makes logits is called, by common model code."""
+"""The names of the module that makes logits, in common model code."""
 
 Named = list[tuple[str, torch.Tensor]]
 """Parameters with names, which torch's optimizers take and keep under "param_names"."""

@@ -42,7 +42,7 @@ class WarmupScheduler(torch.optim.lr_scheduler.LambdaLR):
         self.decay_fraction = decay_fraction
         self.min_lr_ratio = min_lr_ratio
         self.rates_before: list[float] | None = None
-        """Of each param group, what the state that was loaded last would have given the next update; None: unknown."""
+        """The rate of each param group that the newest loaded state would give the next update; None: unknown."""
         super().__init__(optimizer, self.factor)
 
     def factor(self, step: int) -> float:

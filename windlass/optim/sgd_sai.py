@@ -88,7 +88,7 @@ class SGDSaI(MatrixOptimizer):
             weight.addcmul_(momentum, scale.abs(), value=-batch.lr)
 
     def _are_measured(self, parameters: list[Tensor], scales: list[Tensor]) -> bool:
-        """Whether all have their gsnr, which is read from the device only until they do. The same on all ranks."""
+        """True if all have their gsnr, which is read from the device only until they do. The same on all ranks."""
         if self._measured.issuperset(parameters):
             return True
         known = torch.stack(scales).gt(0).tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one piece of memory, in whatever order: each place holds one, and there is no gap."""
+    """True if the elements fill one piece of memory, in whatever order: each place holds one, and there is no gap."""
     if tensor.is_contiguous():
         return True
     expected = 1
@@ -21,7 +21,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def shares_no_memory(tensor: Tensor) -> bool:
-    """Whether no two elements lie in one place, as they do in what `expand` returns. Such a tensor may be written to.
+    """True if no two elements lie in one place, as they do in what `expand` returns. Such a tensor may be written to.
 
     False too for the few odd cuts of memory (`as_strided`) of which it is hard to tell.
     """

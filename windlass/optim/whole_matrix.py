@@ -1,4 +1,4 @@
-"""What Muon and COSMOS share: param groups of matrices and of AdamW, and updates that need the whole matrix."""
+"""The base of Muon and COSMOS: param groups of matrices and of AdamW, and updates that need the whole matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from windlass.optim.base import MatrixOptimizer, require_key, require_matrix
 
 ADAMW_KEYS: Mapping[str, Any] = {"betas": (0.9, 0.95), "eps": 1e-8}
-"""What a group with `algorithm: "adamw"` has if it does not say otherwise; `lr` and `weight_decay` are the optimizer's
+"""The defaults of a group with `algorithm: "adamw"`; its `lr` and `weight_decay` are the optimizer's
 own then."""
 
 

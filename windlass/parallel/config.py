@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, cast
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import ConfigError, require
 from windlass.registry import OTHERS, Registry, resolve
 
@@ -42,32 +43,19 @@ class Sharding(StrEnum):
 class ParallelConfig:
     name: Sharding = Sharding.zero3
     cut: Cut = Cut.longer_dim
-    num_replicas: int | None = None
+    num_replicas: int | None = bounded(None, at_least=1, fix="leave it null for one replica a node")
     """hsdp: groups that each hold the whole model; null is one a node."""
-    timeout_s: float = 300.0
+    timeout_s: float = bounded(300.0, above=0)
     """A collective that waits longer fails."""
 
     def __post_init__(self) -> None:
-        require(
-            self.num_replicas is None or self.num_replicas >= 1,
-            "parallel.num_replicas",
-            self.num_replicas,
-            "must be at least 1",
-            "leave it null for one replica a node",
-        )
+        check_bounds(self, "parallel")
         require(
             self.num_replicas is None or self.name == Sharding.hsdp,
             "parallel.num_replicas",
             self.num_replicas,
             f"is a setting of parallel=hsdp, not of parallel={self.name}",
             "leave it out, or choose parallel=hsdp",
-        )
-        require(
-            self.timeout_s > 0,
-            "parallel.timeout_s",
-            self.timeout_s,
-            "must be above 0",
-            "set parallel.timeout_s=300",
         )
 
     def mesh_shape(self, world_size: int, local_world_size: int) -> tuple[int, int]:

@@ -1,1 +1,1 @@
-"""What a run will need, before it begins; and what the machine lacks for it."""
+"""Forecasts what a run will need, and finds what the machine lacks for it."""

@@ -1,4 +1,4 @@
-"""When the disk works and when a step waits for it: the order of calls and transfers, played with a clock.
+"""Plays the order of calls and transfers with a clock: when the disk works, and when a step waits for it.
 
 The disk does one thing after the other, in the order in which it was asked, while the step computes; where the step
 needs what has not come yet, it waits. What is read ahead of whom is in the order already, as the run's own conveyor
@@ -18,7 +18,7 @@ NUM_ROUNDS = 3
 
 @dataclass(frozen=True)
 class DiskSpeed:
-    """What a disk carries for one rank."""
+    """The rates of a disk for one rank."""
 
     read_bytes_per_s: float
     write_bytes_per_s: float
@@ -28,17 +28,17 @@ class DiskSpeed:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Of a step."""
+    """The use of the disk in a step."""
 
     busy_s: float = 0.0
     stall_s: float = 0.0
-    """What the step waits for."""
+    """The wait of the step."""
     cpu_s: float = 0.0
-    """What the step computes longer."""
+    """The time that the step computes longer."""
 
 
 def play(timeline: Sequence[Calls | DiskTransfer | DiskWait], call_s: Mapping[str, float], disk: DiskSpeed) -> DiskUse:
-    """How a step goes whose like came before it.
+    """The course of a step whose like came before it.
 
     Args:
         call_s: seconds of a call, by key.

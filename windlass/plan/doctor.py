@@ -55,7 +55,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """What was found. `fix` says what to do about a `warn` or a `fail`; None for a `pass`."""
+    """A finding. `fix` says what to do about a `warn` or a `fail`; None for a `pass`."""
 
     name: str
     status: Status
@@ -131,7 +131,7 @@ def _python() -> Check:
 
 
 def check_torch_version(version: str) -> Check:
-    """Whether windlass runs on torch `version`, and whether it was tested there."""
+    """Checks that windlass runs on torch `version`, and was tested there."""
     release = tuple(int(part) for part in version.split("+")[0].split(".")[:2])
     oldest, newest = (".".join(map(str, pair)) for pair in (OLDEST_TORCH, NEWEST_TORCH_TESTED))
     if release < OLDEST_TORCH:
@@ -283,7 +283,7 @@ def _matmul() -> Check:
 
 
 def _speed(folder: Path, measure: bool) -> Check:
-    """What `windlass plan` reckons with."""
+    """Checks the speeds that `windlass plan` reckons with."""
     machine = Machine(machine_key()) if measure else load_machine()
     measure_speed(machine, folder)
     save_machine(machine)

@@ -1,4 +1,4 @@
-"""What to change so that a run fits: the override that costs least time."""
+"""Finds the override that makes a run fit and costs least time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fix:
 
     overrides: list[str]
     keeps_result: bool
-    """Whether the run computes the same, but for rounding."""
+    """True if the run computes the same, but for rounding."""
     peak_bytes: float
     step_s: float
 
@@ -63,7 +63,7 @@ def _fitting(candidates: Sequence[Candidate], num_ranks: int, machine: Machine) 
 
 
 def _kinds(config: Config) -> Iterator[tuple[bool, list[list[Candidate]]]]:
-    """Whether it keeps the result, and what to try: of each place for the state, the leanest candidate last."""
+    """Yields whether the result stays, and what to try: for each place of the state, the leanest candidate last."""
     yield True, [list(_smaller_passes(config))]
     for elsewhere in _elsewhere(config):
         leanest = _leanest(elsewhere)
@@ -107,7 +107,7 @@ def _with_apollo(candidate: Candidate) -> Iterator[Candidate]:
 
 
 def _leanest(candidate: Candidate) -> Candidate:
-    """With the smallest passes."""
+    """The configuration with the smallest passes."""
     overrides, config = candidate
     *_, (more, changed) = [([], config), *_smaller_passes(config)]
     return [*overrides, *more], changed

@@ -35,10 +35,10 @@ SCALES_OF_SMALL_OBJECTS = (0.7, 0.85, 1.0, 1.25, 1.6)
 SCALE_OF_MANY = 2.0
 """For the upper end of the range."""
 COLLECTIVES_SPREAD = 0.35
-"""By how much several ranks may need more: gathered weights and gloo's copies cut up the heaps of several threads more
-than the replay of one knows (up to 0.29 was seen)."""
+"""The share that several ranks may need more: gathered weights and gloo's copies cut up the heaps of several threads
+more than the replay of one knows (up to 0.29 was seen)."""
 PROCESS_SPREAD = 0.1
-"""How far a process's own memory may be off, as a share of it."""
+"""The error of a process's own memory, as a share of it."""
 SECONDS_A_DAY = 86_400
 
 
@@ -53,7 +53,7 @@ class Tiers:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one rank holds, in bytes."""
+    """The memory of one rank, in bytes."""
 
     weights: int
     gradients: int
@@ -78,7 +78,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `windlass plan` says of a configuration."""
+    """The forecast of a configuration."""
 
     num_parameters: int
     num_ranks: int
@@ -86,10 +86,10 @@ class Plan:
     time: StepTime
     tokens_per_s: float
     comm_bytes: int
-    """Of a rank and step."""
+    """Bytes of a rank and step."""
     ssd_read_bytes: int
     ssd_write_bytes: int
-    """Of a rank and step."""
+    """Bytes of a rank and step."""
     ssd_written_tb_per_day: float
     """By all ranks of this machine together."""
     bottleneck: str
@@ -137,7 +137,7 @@ def _needs(config: Config, num_ranks: int, machine: Machine) -> tuple[Trace, Mem
 
 
 def memory_of(trace: Trace, process: int, process_at_end: int = 0, num_versions: int = 1) -> Memory:
-    """What a rank holds that does what `trace` says.
+    """The memory of a rank that does what `trace` says.
 
     Args:
         process: bytes of the process without tensors, and `process_at_end` while the report is drawn.
@@ -218,7 +218,7 @@ def _judge_memory(config: Config, num_ranks: int, memory: Memory) -> tuple[int, 
 
 
 def _judge_disk(config: Config, num_ranks: int, memory: Memory) -> tuple[bool, list[str]]:
-    """Whether the disk has room for what the ranks put there, and why."""
+    """Judges if the disk has room for what the ranks put there, and says why."""
     folder = config.offload.folder(Path(config.run_dir))
     if folder is None:
         return True, []
@@ -232,7 +232,7 @@ def _judge_disk(config: Config, num_ranks: int, memory: Memory) -> tuple[bool, l
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the disk that `folder` is to lie on."""
+    """The free bytes of the disk that `folder` is to lie on."""
     return shutil.disk_usage(existing_folder(folder)).free
 
 
@@ -259,7 +259,7 @@ def _break_even_tokens(time: StepTime, step_tokens: int) -> int | None:
 
 
 def _assumptions(config: Config) -> list[str]:
-    """What the run has and the forecast has not."""
+    """The costs that the run has and the forecast has not."""
     found = []
     if config.train.device == Device.cuda or (config.train.device == Device.auto and torch.cuda.is_available()):
         found.append(

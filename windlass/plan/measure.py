@@ -1,4 +1,4 @@
-"""What a plan has to know of this machine and that no trace tells: measured once, in less than a minute, and kept."""
+"""Measures what no trace tells a plan of this machine: once, in less than a minute, and keeps it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what is taken and given back to what the process holds: the C library's heap, replayed.
+"""Replays the C library's heap: from what is taken and given back to what the process holds.
 
 A process keeps memory that it has given back where the heap is cut up, and takes large pieces from the system and
 returns them at once. Both are decided by glibc's malloc, whose rules are few, so the replay finds the high-water mark
@@ -16,13 +16,13 @@ from windlass.plan.recorder import MMAP_THRESHOLD_MAX, MemoryEvent, MemoryKind
 PAGE_BYTES = 4096
 _HEADER_BYTES = 16
 _ALIGNMENT = 64
-"""Of tensors: torch asks for it."""
+"""The alignment of tensors, which torch asks for."""
 _MMAP_THRESHOLD = 128 * 1024
 _TOP_PAD = 128 * 1024
 _SLIVER_BYTES = 96
-"""What an aligned request asks for besides: the piece is cut off again and holds small objects for a while."""
+"""The bytes that an aligned request asks for besides: a piece that is cut off again and holds small objects."""
 SMALL_OBJECTS = 0.6
-"""How many slivers are taken for each tensor that lives. Small objects (autograd's nodes, torch's handles of tensors)
+"""The slivers that are taken for each tensor that lives. Small objects (autograd's nodes, torch's handles of tensors)
 keep holes from growing together; measured on whole runs of 1.6M to 134M parameters."""
 STREAMED_SMALL_OBJECTS = 0.75
 """The same where weights come and go; of runs of 58M to 368M parameters, that came out between 0.4 and 1.0, the most
@@ -45,9 +45,9 @@ class Heap:
         self.mmap_threshold = mmap_threshold or _MMAP_THRESHOLD
         self._trim_threshold = 2 * (MMAP_THRESHOLD_MAX if self._is_fixed else _MMAP_THRESHOLD)
         self.end = 0
-        """What the heap has taken from the system."""
+        """The end of what the heap has taken from the system."""
         self.top = 0
-        """Where its free end begins."""
+        """The begin of its free end."""
         self.mapped_bytes = 0
         self.high_water_bytes = 0
         self._small_objects = small_objects

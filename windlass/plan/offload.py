@@ -17,10 +17,10 @@ from windlass.offload.arena import Arena
 from windlass.offload.config import OffloadConfig, OffloadKind, WeightsPlace
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.direct_io import Transfer, round_to_pages
-from windlass.offload.passes import parameters_by_unit
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFile, TierFolder, file_bytes
 from windlass.offload.tiers import STREAMED_MIN_BYTES, Tiers
+from windlass.offload.unit_hooks import parameters_by_unit
 from windlass.offload.weights import Weights, most_bytes
 from windlass.plan.recorder import Recorder
 
@@ -75,9 +75,9 @@ class _Folder(TierFolder):
     def __init__(self, recorder: Recorder, arenas: dict[int, _Pages]) -> None:
         self._recorder, self._arenas = recorder, arenas
         self.num_bytes = 0
-        """Of all files' data."""
+        """The size of all files' data."""
         self.file_bytes = 0
-        """What the files take."""
+        """The room that the files take."""
 
     def reserve(self, num_bytes: int) -> None:
         """The plan says whether there is room."""
@@ -92,7 +92,7 @@ class _Folder(TierFolder):
 
 
 class _Pages:
-    """Which pages of an arena have been used."""
+    """The pages of an arena that have been used."""
 
     def __init__(self, recorder: Recorder, num_bytes: int) -> None:
         self._recorder, self._num_bytes = recorder, num_bytes
@@ -194,5 +194,5 @@ class PlannedTiers(Tiers):
 
     @property
     def buffer_bytes(self) -> int:
-        """Of host memory, that transfers have used."""
+        """The host memory that transfers have used."""
         return sum(pages.used_bytes for pages in self._pages.values())

@@ -24,12 +24,12 @@ MMAP_THRESHOLD_MAX = 32 << 20
 _COPIED_BY_GLOO = frozenset({"c10d._allgather_base_", "c10d._reduce_scatter_base_"})
 """Collectives of gloo that copy the longer one of their two tensors; the others work in place. Measured."""
 _SELDOM = 1 << 16
-"""One element in so many is found where a step looks for some: 16-bit rests that are ties (`windlass.offload.hilo`)."""
+"""A step finds one element in so many where it looks for some: 16-bit rests that are ties (`offload.split_bf16`)."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a kernel's time depends on of a tensor."""
+    """The facts of a tensor that a kernel's time depends on."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -48,9 +48,9 @@ class Op:
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(hash=False)
     num_bytes: int
-    """Of all tensors that go in and come out."""
+    """The size of all tensors that go in and come out."""
     flops: int
-    """Of matrix products and attention; 0 for others."""
+    """Operations of matrix products and attention; 0 for others."""
     is_view: bool
     """Touches no element."""
 
@@ -70,7 +70,7 @@ class Op:
 
 
 class MemoryKind(Enum):
-    """What happens to memory."""
+    """The kinds of what happens to memory."""
 
     take = "take"
     free = "free"
@@ -117,39 +117,39 @@ class DiskWait:
 
 @dataclass
 class Trace:
-    """What one rank does and holds."""
+    """The record of what one rank does and holds."""
 
     num_parameters: int = 0
-    """Of the whole model."""
+    """The parameters of the whole model."""
     weights_bytes: int = 0
-    """Of all weights, wherever they are between steps."""
+    """The size of all weights, wherever they are between steps."""
     gradient_bytes: int = 0
     optimizer_bytes: int = 0
-    """Of all of its state, wherever it is."""
+    """The size of all of the optimizer's state, wherever it is."""
     disk_weights_bytes: int = 0
     disk_optimizer_bytes: int = 0
-    """What of the two is on the disk between steps."""
+    """The part of the two that is on the disk between steps."""
     disk_file_bytes: int = 0
-    """What the files of that take."""
+    """The room that its files take."""
     buffer_bytes: int = 0
-    """Of host memory for what is on its way, as much as steps touch."""
+    """The host memory for what is on its way, as much as steps touch."""
     comm_bytes: int = 0
     """Logical bytes a step, as `comm/bytes` counts them."""
     ops: Counter[str] = field(default_factory=Counter)
     """Calls a step, by `Op.key`."""
     op_of: dict[str, Op] = field(default_factory=dict)
     timeline: list[Calls | DiskTransfer | DiskWait] = field(default_factory=list)
-    """What the last step does, in order."""
+    """The calls and transfers of the last step, in order."""
     memory: list[MemoryEvent] = field(default_factory=list)
     """From the start to the end of the last step."""
     fresh_bytes: int = 0
-    """Of a step where `mmap_threshold` is set: memory that comes from the system anew, and is in no timed call."""
+    """The memory that a step takes from the system anew where `mmap_threshold` is set, and that is in no timed call."""
     mmap_threshold: int | None = None
     """From which size on memory is given back to the system, where that is set."""
 
     @property
     def transfers(self) -> list[DiskTransfer]:
-        """Of the last step."""
+        """The disk's transfers in the last step."""
         return [event for event in self.timeline if isinstance(event, DiskTransfer)]
 
 
@@ -160,14 +160,14 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.trace = trace
         self.step = 1
-        """What a number that the host reads off a tensor is: of the optimizer, which counts steps in tensors."""
+        """The number that the host reads off a tensor: an optimizer counts steps in tensors."""
         self._blocks: dict[int, tuple[int, int]] = {}  # id of a storage that lives -> (block, bytes)
         self._references: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._num_blocks = 0
         self._repeats = 1
         self._mappings: dict[int, torch.UntypedStorage] = {}  # by id
         self.is_moving: Callable[[], bool] = lambda: False
-        """Whether what is called now is to bring, update or take back what is elsewhere."""
+        """True if what is called now brings, updates or takes back what is elsewhere."""
         self._num_transfers = 0
         self._is_paused = False
 
@@ -296,7 +296,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _found(func: Any, args: Any) -> torch.Tensor | None:
-    """What an operator gives whose result is as long as there is something to find; None for all others."""
+    """The result of an operator that is as long as there is something to find; None for all others."""
     if func is torch.ops.aten.nonzero.default:
         return args[0].new_empty((args[0].numel() // _SELDOM, args[0].ndim), dtype=torch.int64)
     if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:

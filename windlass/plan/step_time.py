@@ -1,4 +1,4 @@
-"""How long a step takes: the calls of a trace, each timed once on this machine at its own shapes.
+"""Times a step: the calls of a trace, each timed once on this machine at its own shapes.
 
 Kernels are far from any one bandwidth or FLOP rate: what a product of 64 columns, a transposed copy or a fresh page
 costs is measured and not assumed. A call is timed on tensors made for it, cut where they would be large, and the figure
@@ -26,7 +26,7 @@ from windlass.plan.recorder import MMAP_THRESHOLD_MAX, Calls, Op, TensorSpec, Tr
 MAX_REPLAY_BYTES = 96 << 20
 """Tensors of a call are cut to about this much: what is larger than any cache costs in proportion."""
 MAX_REPLAY_FLOPS = 2e9
-"""Of a matrix product, which is cut to this; its dims stay at 256 or more, where the rate hardly depends on them."""
+"""The most operations of a product that is timed; its dims stay at 256 or more, where the rate hardly changes."""
 MIN_PRODUCT_DIM = 256
 COLD_BYTES = 64 << 20
 """Calls take turns with as many copies of their arguments as together do not stay in a cache."""
@@ -34,11 +34,11 @@ MAX_COPIES = 32
 MIN_REPEATS, MAX_REPEATS = 4, 100
 REPEATS_BUDGET_S = 0.15
 FRESH_BYTES = 64 << 20
-"""Of a piece that no C library keeps for the next one to ask."""
+"""The size of a piece that no C library keeps for the next one to ask."""
 
 
 TIME_SPREAD = 0.15
-"""How far a step's time may be off, as a share of it."""
+"""The error of a step's time, as a share of it."""
 STALL_SHARE = 0.05
 """A step that waits for longer than this share of its time is bound by the disk."""
 
@@ -59,27 +59,27 @@ class StepTime:
     step: Range
     kernels_s: float
     overhead_s: float
-    """Of calling them: Python, autograd, the dispatcher."""
+    """Seconds of calling them: Python, autograd, the dispatcher."""
     comm_s: float
     disk_s: float = 0.0
-    """How long the disk works, most of it beside the above."""
+    """The seconds that the disk works, most of it beside the above."""
     stall_s: float = 0.0
-    """Of these, what the step waits for."""
+    """The part of these that the step waits for."""
     disk_cpu_s: float = 0.0
     """Processor time of transfers and their checksums, which a step that uses all cores is longer by."""
     pages_s: float = 0.0
-    """Of memory that is taken from the system anew, beyond what the kernels' own times have in them."""
+    """Seconds for memory that is taken from the system anew, beyond what the kernels' own times have in them."""
     moving_s: float = 0.0
-    """Of kernels and calls: updates, and what brings and takes back what is elsewhere; the same for any batch."""
+    """The part of kernels and calls that updates, brings and takes back what is elsewhere; the same for any batch."""
 
     @property
     def bottleneck(self) -> str:
-        """What the step would be shorter with more of."""
+        """The means with more of which the step would be shorter."""
         return "disk" if self.stall_s > STALL_SHARE * self.step.expected else "compute"
 
 
 def step_time(trace: Trace, machine: Machine, threads: int, disk: DiskSpeed | None = None) -> StepTime:
-    """How long a step takes on this machine; measures, and puts into `machine`, calls that it has not seen yet.
+    """The time of a step on this machine; measures, and puts into `machine`, calls that it has not seen yet.
 
     Args:
         disk: a rank's share of it; not needed where a step moves nothing.
@@ -126,7 +126,7 @@ def _call_s(op: Op, machine: Machine, threads: int) -> float:
 
 
 def _fresh_s_per_byte(machine: Machine, threads: int) -> float:
-    """What writing to memory costs more if the system has just given it."""
+    """The extra cost of writing to memory that the system has just given."""
     kept = f"{threads} fresh pages"
     if kept not in machine.op_s:
         used = torch.ones(FRESH_BYTES, dtype=torch.uint8)
@@ -136,8 +136,8 @@ def _fresh_s_per_byte(machine: Machine, threads: int) -> float:
 
 
 def _fresh_bytes_left_out(op: Op) -> int:
-    """What `op` makes, if it is a product, or attention, that takes it from the system anew and is timed on smaller
-    tensors, for whose result a heap has room."""
+    """The bytes that `op` makes, if it is a product, or attention, that takes them from the system anew and is timed on
+    smaller tensors, for whose result a heap has room."""
     made = op.num_bytes - _bytes((op.args, op.kwargs))
     return made if op.flops > MAX_REPLAY_FLOPS and made >= MMAP_THRESHOLD_MAX else 0
 
@@ -247,7 +247,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _index_bound(tree: Any) -> int:
-    """What integers must stay below to be valid rows, columns or classes of the matrices that they go with."""
+    """The bound below which integers are valid rows, columns or classes of the matrices that they go with."""
     specs = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, TensorSpec)]
     dims = [dim for spec in specs if spec.dtype.is_floating_point and len(spec.shape) == 2 for dim in spec.shape]
     counts = [leaf for leaf in tree_leaves(tree) if type(leaf) is int and leaf > 1]

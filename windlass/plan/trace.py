@@ -1,4 +1,4 @@
-"""What a step does, found by running the real model, optimizer and cut on tensors without storage.
+"""Traces a step by running the real model, optimizer and cut on tensors without storage.
 
 torch's fake tensors go through the same dispatcher, autograd and FSDP2 as real ones, so the operations, their shapes
 and the order in which memory is taken and given back are those of the run: no formula has to follow when the model, an
@@ -24,7 +24,7 @@ from windlass.data.batch import Batch
 from windlass.errors import ConfigError
 from windlass.models.spec import Model, count_parameters
 from windlass.offload.config import OffloadKind, WeightsPlace
-from windlass.offload.passes import parameters_by_unit
+from windlass.offload.unit_hooks import parameters_by_unit
 from windlass.offload.weights import Weights
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import Sharding
@@ -46,7 +46,7 @@ MAX_MICRO_STEPS = 3
 START_BYTES = 32 << 20
 """The largest piece that a process gives back before there is a model, at least: libraries and data are read."""
 NORMALS_BYTES, NUM_NORMALS_PIECES = 4, 6
-"""What an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
+"""The bytes that an element of a chunk takes while first weights are drawn, as often (`windlass.parallel.random`)."""
 NUM_STEPS = 3
 """The first makes the optimizer's state, the second finds it there, the third finds memory as the second left it."""
 
@@ -145,7 +145,7 @@ def _in_order(model: Model) -> Iterator[list[torch.nn.Parameter]]:
 
 
 def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -> None:
-    """What first weights take of memory, while they are drawn and after."""
+    """Records the memory of first weights, while they are drawn and after."""
     weights = [local_tensor(parameter) for parameter in parameters]
     for weight in weights:
         recorder.take(weight)
@@ -154,7 +154,7 @@ def _materialize(parameters: Sequence[torch.nn.Parameter], recorder: Recorder) -
 
 
 def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
-    """What `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
+    """Runs what `windlass.train.mock_step` computes, but for the places of state that is elsewhere."""
     traced, around = _traced(parts, batch), _standing_for_others(parts, recorder)
     if parts.tiers is None:
         run_step(parts, *traced, around=around)

@@ -1,7 +1,7 @@
 """`train.activation_checkpoint=auto`: what of the activations to save, to move and to compute again, from a trial step.
 
 The trial saves as little as can be and so finds out what memory is left, whatever the optimizer, the cut and the tiers
-take of it. With that, the machine's measured speed and a layer's costs, `choose_alpha` chooses; what it chose becomes
+take of it. With that, the machine's measured speed and a layer's costs, `choose_activations` chooses; that becomes
 part of the configuration. A run that goes on keeps it: how many tokens' activations are computed again is part of the
 bits that training comes to.
 """
@@ -24,9 +24,9 @@ from windlass.machine.memory import LOW_WATER_FRACTION, host_memory
 from windlass.machine.peak_flops import measured_matmul_flops
 from windlass.machine.speeds import Machine, existing_folder, load_machine, save_machine, ssd_key
 from windlass.models.config import LlamaConfig
-from windlass.offload.alpha import Activations, Choice, LayerCosts, Rates, choose_alpha
 from windlass.offload.config import OffloadKind
 from windlass.offload.optimizer import OffloadedOptimizer
+from windlass.offload.saved_fraction import Activations, Choice, LayerCosts, Rates, choose_activations
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import Tier, local_tensor
 from windlass.train.activation_costs import layer_costs
@@ -137,23 +137,23 @@ def _decide(parts: StepParts, costs: LayerCosts, num_layers: int, room: int, say
     rates = _rates(parts, _measured_machine(config, say))
     # On a GPU what has left it and is not on the disk yet lies in the buffers.
     host_bytes = parts.tiers.activation_buffer_bytes if on_gpu and rates.write_bytes_per_s and parts.tiers else 0
-    choice = choose_alpha(costs, num_layers, rates, room, host_bytes)
+    choice = choose_activations(costs, num_layers, rates, room, host_bytes)
     kind = {
         Activations.recompute: ActivationCheckpoint.full,
-        Activations.alpha: ActivationCheckpoint.fraction,
+        Activations.fraction: ActivationCheckpoint.fraction,
     }.get(choice.activations, ActivationCheckpoint.none)
     limit = config.offload.max_activation_bytes
     if limit is None and choice.host_bytes + choice.disk_bytes:
         limit = room
-    return Decision(kind, choice.alpha, limit, (_headline(choice), *choice.reasons))
+    return Decision(kind, choice.saved_fraction, limit, (_headline(choice), *choice.reasons))
 
 
 def _headline(choice: Choice) -> str:
-    share = f"{choice.alpha or 0:.0%} of the tokens"
+    share = f"{choice.saved_fraction or 0:.0%} of the tokens"
     how = {
         Activations.keep: "all activations are kept",
         Activations.swap: "all activations are kept or moved",
-        Activations.alpha: f"activations of {share} are kept or moved, the others' computed again",
+        Activations.fraction: f"activations of {share} are kept or moved, the others' computed again",
         Activations.recompute: "activations are computed again",
     }
     return f"{how[choice.activations]} (train.activation_checkpoint=auto)"

@@ -1,4 +1,4 @@
-"""What a layer's activations take, and what it costs to compute them again: what `choose_alpha` chooses by."""
+"""What a layer's activations take, and what it costs to compute them again: what `choose_activations` chooses by."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import flop_registry
 
 from windlass.models.config import LlamaConfig
 from windlass.models.llama import Block, rope_angles
-from windlass.offload.alpha import LayerCosts
+from windlass.offload.saved_fraction import LayerCosts
 
 
 def layer_costs(
@@ -36,8 +36,8 @@ def layer_costs(
         num_micro_batches: whose activations exist at a time: all of a step's where passes are layer-major, else 1.
     """
     tokens, hidden = batch_size * seq_len, config.hidden_size
-    always = _saved_bytes(config, dtype, batch_size, seq_len, device, alpha=0.0)
-    everything = _saved_bytes(config, dtype, batch_size, seq_len, device, alpha=1.0)
+    always = _saved_bytes(config, dtype, batch_size, seq_len, device, saved_fraction=0.0)
+    everything = _saved_bytes(config, dtype, batch_size, seq_len, device, saved_fraction=1.0)
     kv_width = config.num_kv_heads * config.head_dim
     # Multiplications and additions of the products. The last one of a layer, down, has only its input computed again.
     again = 2.0 * tokens * (2 * hidden * hidden + 2 * hidden * kv_width + 2 * hidden * config.intermediate_size)
@@ -90,7 +90,7 @@ def _tensors(tree: Any) -> dict[int, Tensor]:
 
 
 def _saved_bytes(
-    config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, alpha: float
+    config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, saved_fraction: float
 ) -> int:
     """Of the storages that autograd saves of a layer, but for its weights and their copies in `dtype`."""
     saved: dict[int, torch.UntypedStorage] = {}
@@ -102,7 +102,7 @@ def _saved_bytes(
 
     with FakeTensorMode(), device:
         block, x, rope = _layer(config, dtype, batch_size, seq_len, device)
-        block.alpha = alpha
+        block.saved_fraction = saved_fraction
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             block(x.view_as(x), rope, None)
         for constant in (rope, *block.parameters()):

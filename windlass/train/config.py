@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING
 
+from windlass.bounds import bounded, check_bounds
 from windlass.errors import require
-
-if TYPE_CHECKING:
-    pass
 
 
 class DType(StrEnum):
@@ -41,17 +38,19 @@ class Device(StrEnum):
 
 @dataclass
 class TrainConfig:
-    steps: int = 300
-    seed: int = 0
+    steps: int = bounded(300, at_least=1)
+    seed: int = bounded(0, at_least=0)
     deterministic: bool = False
     """Only deterministic kernels (`torch.use_deterministic_algorithms`). Needed for bitwise resumes on a GPU."""
-    batch_size: int = 8
+    batch_size: int = bounded(8, at_least=1)
     """Sequences a rank and micro-step."""
-    seq_len: int = 256
-    grad_accum_steps: int = 1
-    max_norm: float | None = 1.0
+    seq_len: int = bounded(256, at_least=1)
+    grad_accum_steps: int = bounded(1, at_least=1)
+    max_norm: float | None = bounded(1.0, above=0, fix="set train.max_norm=null to leave gradients as they are")
     """Largest global gradient norm; null does not clip."""
-    max_skipped_steps: int | None = 10
+    max_skipped_steps: int | None = bounded(
+        10, at_least=1, fix="set train.max_skipped_steps=10, or null to go on however many steps are skipped"
+    )
     """Steps in a row that are skipped, their gradients not being finite, which end the run; null goes on for ever. The
     checkpoints from before them are kept."""
     dtype: DType = DType.float32
@@ -61,39 +60,17 @@ class TrainConfig:
     to rounding."""
     compile: bool = False
     """Compile each block with `torch.compile`."""
-    eval_every: int = 100
+    eval_every: int = bounded(100, at_least=0)
     """Steps between evaluations; 0 evaluates only at the end."""
-    eval_samples: int = 128
+    eval_samples: int = bounded(128, at_least=1)
     """Most sequences of the validation split to evaluate, over all ranks; always the same ones."""
-    log_every: int = 10
+    log_every: int = bounded(10, at_least=1)
     mock_step: bool = True
     """Run forward, backward and optimizer once on made-up tokens before step 1: fails early on too little memory."""
     device: Device = Device.auto
 
     def __post_init__(self) -> None:
-        for key in ("steps", "batch_size", "seq_len", "grad_accum_steps", "eval_samples", "log_every"):
-            value = getattr(self, key)
-            require(value >= 1, f"train.{key}", value, "must be at least 1", f"give a positive train.{key}")
-        for key in ("seed", "eval_every"):
-            value = getattr(self, key)
-            require(value >= 0, f"train.{key}", value, "must not be negative", f"give a train.{key} of 0 or more")
-        require(
-            self.max_norm is None or self.max_norm > 0,
-            "train.max_norm",
-            self.max_norm,
-            "must be above 0",
-            "set train.max_norm=null to leave gradients as they are",
-        )
-        require(
-            self.max_skipped_steps is None or self.max_skipped_steps >= 1,
-            "train.max_skipped_steps",
-            self.max_skipped_steps,
-            "must be at least 1",
-            "set train.max_skipped_steps=10, or null to go on however many steps are skipped",
-        )
-        self._check_activations()
-
-    def _check_activations(self) -> None:
+        check_bounds(self, "train")
         kind, fraction = self.activation_checkpoint, self.activation_fraction
         needs_fraction = kind == ActivationCheckpoint.fraction
         require(

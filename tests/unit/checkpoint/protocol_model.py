@@ -15,7 +15,7 @@ from typing import Any
 from protocol_node import FOREVER, WHOLE, Job, Node, Part, Violation, step_of
 
 from windlass.checkpoint.agent.ledger import IN_FLIGHT, Busy, Ledger, Phase, Report, Slot, SnapshotId, Stale
-from windlass.checkpoint.memory.plan import RecoveryPlan, plan_recovery
+from windlass.checkpoint.snapshot.plan import RecoveryPlan, plan_recovery
 
 Event = tuple[Any, ...]
 """(kind, node or -1, ...)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from windlass.checkpoint.agent.ledger import Ledger, Phase, Slot, SnapshotId
-from windlass.checkpoint.memory.plan import Held
+from windlass.checkpoint.snapshot.plan import Held
 
 WHOLE = (Phase.prepared, Phase.committed)
 FOREVER = 1 << 30

@@ -69,11 +69,11 @@ def test_another_runs_checkpoint_among_ones_own_is_refused(is_named: bool, tmp_p
         shutil.copytree(tmp_path / "other" / name, tmp_path / "own" / name, dirs_exist_ok=True)
     folder = tmp_path / "own" / "step-00000002"
     assert [result.is_sound for result in inspect.verify(tmp_path / "own")] == [True, False]
-    life = Training(5).checkpointer(tmp_path / "own", mesh)
-    life.store.open_for_writing()
+    attempt = Training(5).checkpointer(tmp_path / "own", mesh)
+    attempt.store.open_for_writing()
     with pytest.raises(IncompatibleCheckpoint, match=r"step-00000002: is a checkpoint of another run"):
-        life.restore(folder) if is_named else life.restore_latest()
-    assert life.store.latest_step() == 1, "the pointer does not go there"
+        attempt.restore(folder) if is_named else attempt.restore_latest()
+    assert attempt.store.latest_step() == 1, "the pointer does not go there"
     assert (folder / MANIFEST).exists(), "nothing is renamed: it is not damaged"
 
 
@@ -99,11 +99,11 @@ def test_checkpoints_of_version_2_go_on(tmp_path: Path, mesh: Mesh) -> None:
         as_version_2(step_folder(tmp_path, step))
     (tmp_path / JOB).unlink()
     assert all(result.is_sound for result in inspect.verify(tmp_path))
-    life = Training(5)
-    checkpointer = life.checkpointer(tmp_path, mesh, keep=0)
+    attempt = Training(5)
+    checkpointer = attempt.checkpointer(tmp_path, mesh, keep=0)
     restored = checkpointer.restore_latest()
     assert restored is not None and restored.step == 2
-    assert life.bits() == training.bits()
+    assert attempt.bits() == training.bits()
     checkpointer.save(3)
     assert Manifest.read(step_folder(tmp_path, 3)).run == checkpointer.store.job_id()
     shutil.copy(tmp_path / "step-00000001" / MANIFEST, tmp_path / "step-00000002" / MANIFEST)

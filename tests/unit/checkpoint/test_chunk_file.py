@@ -21,9 +21,9 @@ from windlass.checkpoint.durable.chunk_file import (
     preamble,
     preamble_of_length,
 )
-from windlass.checkpoint.durable.stage import block_of, stage_chunks
+from windlass.checkpoint.durable.stage import spec_of, stage_chunks
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
-from windlass.checkpoint.image import DTYPE_BYTES, PAGE_BYTES, Block, Chunk, Entry, lay_out
+from windlass.checkpoint.image import DTYPE_BYTES, PAGE_BYTES, Chunk, Entry, FragmentSpec, lay_out
 from windlass.parallel.fragment import Fragment, fragment_of
 
 SHAPES = [(), (1,), (0,), (3, 0, 2), (5, 7), (2, 3, 4)]
@@ -60,7 +60,7 @@ def test_a_header_of_a_given_length_makes_a_file_of_data_a_chunk(tmp_path: Path)
     tensors = {"one": torch.arange(5, dtype=torch.int64), "two": torch.rand(3, 7), "three": torch.rand(2).half()}
     places, data = [], bytearray(b"\xee" * 4096)
     for (name, tensor), begin in zip(tensors.items(), (0, 40, 200), strict=True):
-        entry = Entry(block_of(fragment_of(name, tensor)), begin)
+        entry = Entry(spec_of(fragment_of(name, tensor)), begin)
         data[entry.begin : entry.end] = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
         places.append(entry)
     head = preamble_of_length(places, len(data), 8192)
@@ -82,7 +82,7 @@ def test_entries_say_where_the_bytes_are_in_the_file(tmp_path: Path) -> None:
         data = open_chunk(store.storage, chunk.sha256, chunk.size)
         assert chunk.entries[0].begin % PAGE_BYTES == 0
         for entry in chunk.entries:
-            tensor = tensors[entry.block.name]
+            tensor = tensors[entry.spec.name]
             assert bytes(data[entry.begin : entry.end]) == bytes(tensor.reshape(-1).view(torch.uint8).tolist())
 
 
@@ -108,7 +108,7 @@ def test_large_blocks_are_staged_in_parts_of_one_buffer(monkeypatch: pytest.Monk
     for chunk, data in stage_chunks([(fragment, whole)]):
         sizes.append(len(data))
         (entry,) = chunk.entries
-        block = entry.block
+        block = entry.spec
         index = tuple(slice(start, start + size) for start, size in zip(block.offset, block.shape, strict=True))
         found[index] = torch.frombuffer(bytearray(data), dtype=torch.float32).view(block.shape)
     assert sizes == [2800] * 10
@@ -120,14 +120,14 @@ def test_large_blocks_are_staged_in_parts_of_one_buffer(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("row_bytes", [1 << 20, 5 << 20, 40 << 20, 70 << 20])
 def test_no_chunk_has_two_parts_of_one_tensor(rows: int, row_bytes: int) -> None:
     """So the tensor's name will do for a key."""
-    blocks = [Block(name, "uint8", (rows, row_bytes), (0, 0), (rows, row_bytes)) for name in ("a", "b")]
+    blocks = [FragmentSpec(name, "uint8", (rows, row_bytes), (0, 0), (rows, row_bytes)) for name in ("a", "b")]
     for chunk in lay_out(blocks):
-        names = [entry.block.name for entry in chunk.entries]
+        names = [entry.spec.name for entry in chunk.entries]
         assert len(set(names)) == len(names)
 
 
 def test_two_parts_of_one_tensor_in_a_chunk_are_refused() -> None:
-    entries = [Entry(Block("w", "float32", (4,), (start,), (2,)), 4 * start) for start in (0, 2)]
+    entries = [Entry(FragmentSpec("w", "float32", (4,), (start,), (2,)), 4 * start) for start in (0, 2)]
     with pytest.raises(ValueError, match="two parts"):
         preamble(entries)
 
@@ -154,6 +154,6 @@ def test_names_of_chunks_and_of_nothing_else() -> None:
 
 def test_a_chunk_is_a_run_of_its_image() -> None:
     """The bytes come from anywhere in an image; what is written knows only the file."""
-    block = Block("w", "int32", (2,), (0,), (2,))
+    block = FragmentSpec("w", "int32", (2,), (0,), (2,))
     assert preamble([Entry(block, 0)]) == preamble([Entry(block, 8192)])
     assert Chunk((Entry(block, 8192),)).begin == 8192

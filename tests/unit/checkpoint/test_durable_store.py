@@ -269,9 +269,9 @@ def test_a_disk_that_fills_at_the_commit(name: str, local: DurableStore, monkeyp
 def test_a_commit_without_all_chunks_is_refused(store: DurableStore) -> None:
     written = put(store, [1, 2])
     with pytest.raises(ValueError, match="w1"):
-        partial = [chunk for chunk in written if chunk.entries[0].block.name == "w0"]
+        partial = [chunk for chunk in written if chunk.entries[0].spec.name == "w0"]
         block = written[1].entries[0]
-        half = type(block)(type(block.block)("w1", "uint8", (3 << 20,), (0,), (5,)), block.begin)
+        half = type(block)(type(block.spec)("w1", "uint8", (3 << 20,), (0,), (5,)), block.begin)
         store.commit(1, 0, 1, {}, [*partial, type(written[1])(written[1].sha256, written[1].size, True, (half,))])
     store.remove_leftovers()  # by somebody who thinks that nobody is writing
     with pytest.raises(RunFolderError, match="has lost 2 chunks"):

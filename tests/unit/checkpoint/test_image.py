@@ -13,8 +13,8 @@ from windlass.checkpoint.image import (
     DTYPE_BYTES,
     MAX_CHUNK_BYTES,
     PAGE_BYTES,
-    Block,
     Description,
+    FragmentSpec,
     chunks_from_json,
     chunks_to_json,
     image_bytes,
@@ -22,11 +22,11 @@ from windlass.checkpoint.image import (
 )
 
 
-def block(name: str, *shape: int, dtype: str = "float32") -> Block:
-    return Block(name, dtype, shape, (0,) * len(shape), shape)
+def block(name: str, *shape: int, dtype: str = "float32") -> FragmentSpec:
+    return FragmentSpec(name, dtype, shape, (0,) * len(shape), shape)
 
 
-def random_blocks(seed: int) -> list[Block]:
+def random_blocks(seed: int) -> list[FragmentSpec]:
     randomness = random.Random(seed)
     dtypes = list(DTYPE_BYTES)
     sizes = [0, 1, 3, 1000, CHUNK_BYTES // 8, 2 * CHUNK_BYTES, MAX_CHUNK_BYTES]
@@ -46,10 +46,10 @@ def test_an_image_holds_every_element_once_and_in_order(seed: int) -> None:
         assert end <= chunk.begin < end + PAGE_BYTES
         for entry in chunk.entries:
             assert entry.begin == (chunk.begin if entry is chunk.entries[0] else end), "no gaps in a chunk"
-            assert (entry.begin - chunk.begin) % DTYPE_BYTES[entry.block.dtype] == 0
+            assert (entry.begin - chunk.begin) % DTYPE_BYTES[entry.spec.dtype] == 0
             end = entry.end
         assert len(chunk.entries) == 1 or chunk.end - chunk.begin <= CHUNK_BYTES
-    parts = [entry.block for chunk in chunks for entry in chunk.entries]
+    parts = [entry.spec for chunk in chunks for entry in chunk.entries]
     for is_large in (True, False):
         names = [int(part.name[1:]) for part in parts if (part.nbytes >= CHUNK_BYTES) == is_large]
         assert names == sorted(names)
@@ -69,7 +69,7 @@ def test_an_image_of_nothing_is_empty() -> None:
 def test_small_blocks_share_a_chunk_and_large_ones_do_not() -> None:
     small = CHUNK_BYTES // 16
     chunks = lay_out([block("a", small), block("b", small), block("c", CHUNK_BYTES), block("d", small)])
-    assert [[entry.block.name for entry in chunk.entries] for chunk in chunks] == [["c"], ["a", "b", "d"]]
+    assert [[entry.spec.name for entry in chunk.entries] for chunk in chunks] == [["c"], ["a", "b", "d"]]
 
 
 def test_the_cut_is_of_names_and_shapes_alone() -> None:
@@ -80,7 +80,7 @@ def test_the_cut_is_of_names_and_shapes_alone() -> None:
 @pytest.mark.parametrize("shape", [(40, 3), (1, 40, 3), (7,), (1, 1), (5, 1000)])
 @pytest.mark.parametrize("max_bytes", [1, 24, 100, 10_000, 1 << 30])
 def test_parts_are_the_block_along_its_first_dim(shape: tuple[int, ...], max_bytes: int) -> None:
-    whole = Block("w", "float32", tuple(10 * size for size in shape), tuple(size for size in shape), shape)
+    whole = FragmentSpec("w", "float32", tuple(10 * size for size in shape), tuple(size for size in shape), shape)
     parts = whole.parts(max_bytes)
     dim = next((i for i, size in enumerate(shape) if size > 1), 0)
     row_bytes = whole.nbytes // shape[dim]
@@ -95,7 +95,7 @@ def test_parts_are_the_block_along_its_first_dim(shape: tuple[int, ...], max_byt
 
 
 def test_a_block_that_cannot_be_cut_stays_whole() -> None:
-    scalar = Block("w", "float64", (), (), ())
+    scalar = FragmentSpec("w", "float64", (), (), ())
     assert scalar.parts(1) == [scalar]
     assert scalar.nbytes == 8
 

@@ -18,11 +18,11 @@ from torch import nn
 
 from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
-from windlass.checkpoint.image import Block, image_bytes, lay_out
+from windlass.checkpoint.image import FragmentSpec, image_bytes, lay_out
 from windlass.checkpoint.manager import Checkpointer
-from windlass.checkpoint.memory import lazy_copy
-from windlass.checkpoint.memory.lazy_copy import Copy, Piece, pieces_of
-from windlass.checkpoint.memory.reader import CheckedBlocks, read_parts
+from windlass.checkpoint.snapshot import lazy_copy
+from windlass.checkpoint.snapshot.lazy_copy import Copy, CopyItem, copy_items
+from windlass.checkpoint.snapshot.reader import CheckedBlocks, read_parts
 from windlass.checksum import crc32c
 from windlass.optim.in_backward import StepInBackward
 from windlass.parallel.mesh import Mesh
@@ -50,13 +50,15 @@ def make_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
 
 def begin_copy(tensors: dict[str, torch.Tensor], head: bytes = b"") -> tuple[Copy, memoryview, dict[str, int], Outcome]:
     """A copy that is under way, its region, and where in that each tensor begins."""
-    blocks = [Block(name, "float32", tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for name, t in tensors.items()]
+    blocks = [
+        FragmentSpec(name, "float32", tuple(t.shape), (0,) * t.ndim, tuple(t.shape)) for name, t in tensors.items()
+    ]
     chunks = lay_out(blocks)
     region = memoryview(bytearray(-(-(len(head) + image_bytes(chunks)) // BLOCK_BYTES) * BLOCK_BYTES))
-    begins = {entry.block.name: len(head) + entry.begin for chunk in reversed(chunks) for entry in chunk.entries}
-    owners = {id(tensors[entry.block.name]): len(head) + entry.end for chunk in chunks for entry in chunk.entries}
+    begins = {entry.spec.name: len(head) + entry.begin for chunk in reversed(chunks) for entry in chunk.entries}
+    owners = {id(tensors[entry.spec.name]): len(head) + entry.end for chunk in chunks for entry in chunk.entries}
     outcome = Outcome()
-    return Copy(region, head, pieces_of(chunks, len(head), tensors), owners, outcome), region, begins, outcome
+    return Copy(region, head, copy_items(chunks, len(head), tensors), owners, outcome), region, begins, outcome
 
 
 def copied(region: memoryview, begin: int, like: torch.Tensor) -> torch.Tensor:
@@ -204,11 +206,11 @@ def test_an_error_in_the_copy_is_told_and_holds_nobody_up(monkeypatch: pytest.Mo
 def test_parts_of_a_large_block_keep_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("windlass.checkpoint.image.MAX_CHUNK_BYTES", 1000)
     tensors = {"w": torch.arange(3000.0).reshape(100, 30)}
-    blocks = [Block("w", "float32", (100, 30), (0, 0), (100, 30))]
+    blocks = [FragmentSpec("w", "float32", (100, 30), (0, 0), (100, 30))]
     chunks = lay_out(blocks)
-    pieces = pieces_of(chunks, 64, tensors)
+    pieces = copy_items(chunks, 64, tensors)
     assert len(pieces) > 10
-    assert all(isinstance(piece, Piece) and piece.begin % 4 == 0 for piece in pieces)
+    assert all(isinstance(piece, CopyItem) and piece.begin % 4 == 0 for piece in pieces)
     assert torch.equal(torch.cat([piece.source for piece in pieces]), tensors["w"].flatten())
 
 
@@ -249,7 +251,7 @@ def named_state(training: Training) -> dict[str, torch.Tensor]:
 def snapshot_content(checkpointer: Checkpointer, step: int) -> dict[str, torch.Tensor]:
     """What the slot of a committed step holds, its checksums compared."""
     assert checkpointer.snapshots is not None
-    folder = checkpointer.snapshots.memory.group.folder.path
+    folder = checkpointer.snapshots.coordinator.agents.folder.path
     for path in sorted(folder.glob("*.head")):
         files = SlotFiles(folder, int(path.stem))
         files.open()
@@ -262,8 +264,8 @@ def snapshot_content(checkpointer: Checkpointer, step: int) -> dict[str, torch.T
         found = {}
         for entry in [entry for chunk in part.chunks for entry in chunk.entries]:
             data = bytearray(files.data.view[part.begin + entry.begin : part.begin + entry.end])
-            dtype = getattr(torch, entry.block.dtype)
-            found[entry.block.name] = torch.frombuffer(data, dtype=dtype).reshape(entry.block.shape)
+            dtype = getattr(torch, entry.spec.dtype)
+            found[entry.spec.name] = torch.frombuffer(data, dtype=dtype).reshape(entry.spec.shape)
         return found
     raise AssertionError(f"no slot holds step {step}")
 

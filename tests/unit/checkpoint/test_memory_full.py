@@ -140,7 +140,7 @@ def test_without_memory_a_run_goes_on_as_durable(
         for agent in list_agents(shm):  # which nobody could tell that the job is over
             if agent.pid is not None:
                 os.kill(agent.pid, signal.SIGKILL)
-    life = Training(5)
-    restored = life.checkpointer(tmp_path, mesh).restore_latest()
+    attempt = Training(5)
+    restored = attempt.checkpointer(tmp_path, mesh).restore_latest()
     assert restored is not None and restored.step == 13
-    assert life.bits() == training.bits()
+    assert attempt.bits() == training.bits()

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from windlass.checkpoint.config import FailureDomain
-from windlass.checkpoint.memory.group import AgentGroup, MemorySettings
+from windlass.checkpoint.config import CheckpointConfig, FailureDomain
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch.main import _end_agents
@@ -41,9 +41,9 @@ def mesh_of(num_ranks: int, ranks_per_node: int) -> Mesh:
 def test_more_parity_than_nodes_is_refused_with_what_is_possible(
     num_ranks: int, ranks_per_node: int, domain: FailureDomain, fix: str, tmp_path: Path
 ) -> None:
-    settings = MemorySettings(num_parity_shards=3, failure_domain=domain, shm_dir=tmp_path)
+    settings = CheckpointConfig(num_parity_shards=3, failure_domain=domain, shm_dir=str(tmp_path))
     with pytest.raises(ConfigError) as raised:
-        AgentGroup(mesh_of(num_ranks, ranks_per_node), "a job", settings, tmp_path, keep=1)
+        AgentClients(mesh_of(num_ranks, ranks_per_node), "a job", settings, tmp_path)
     assert f"Fix: {fix}" in str(raised.value)
 
 

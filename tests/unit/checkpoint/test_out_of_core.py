@@ -259,8 +259,8 @@ def test_a_checkpoint_waits_for_updates_that_are_put_off_and_not_the_other_way_r
             assert run.optimizer.has_pending, "the updates are still made when the next forward wants them"
             assert checkpointer.store.steps() == [done for done in (2, 4) if done < step]
         else:
-            assert checkpointer.behind is not None
-            while checkpointer.behind.is_busy:
+            assert checkpointer.pinned_saver is not None
+            while checkpointer.pinned_saver.is_busy:
                 time.sleep(0.01)  # a lazy one would else be skipped
     checkpointer.save(6)
     assert checkpointer.store.steps() == [2, 4, 6] and are_sound(tmp_path / "checkpoints")

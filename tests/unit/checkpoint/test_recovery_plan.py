@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
-from windlass.checkpoint.memory.plan import Held, RecoveryPlan, newest_generation, plan_recovery
+from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, newest_generation, plan_recovery
 
 OLD, NEW = SnapshotId(1, 7), SnapshotId(1, 8)
 

@@ -10,7 +10,7 @@ from support.losses import count_tokens, forward_loss_sum, forward_loss_sums
 from windlass.data.batch import IGNORE_INDEX, Batch
 from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
-from windlass.models.micro_batch_fusion import over_slices
+from windlass.models.micro_batch_fusion import over_micro_batches
 
 VOCAB = 67
 SEQ_LEN = 24
@@ -63,7 +63,7 @@ def one_after_the_other(model: Llama, batches: list[Batch], masked: bool) -> tup
     return loss_sums, gradients_of(model)
 
 
-def layer_major(model: Llama, batches: list[Batch], masked: bool) -> tuple[list[torch.Tensor], Gradients]:
+def fused(model: Llama, batches: list[Batch], masked: bool) -> tuple[list[torch.Tensor], Gradients]:
     num_tokens = count_tokens(batches)
     loss_sums = forward_loss_sums(model, batches, masked)
     torch.autograd.backward([loss_sum / num_tokens for loss_sum in loss_sums])
@@ -80,7 +80,7 @@ def test_losses_and_gradients_have_the_bits_of_a_loop_over_micro_batches(
 ) -> None:
     batches = make_batches(num_slices)
     losses, gradients = one_after_the_other(build(dtype, recompute, tied), batches, masked=True)
-    found_losses, found = layer_major(build(dtype, recompute, tied), batches, masked=True)
+    found_losses, found = fused(build(dtype, recompute, tied), batches, masked=True)
     assert all(torch.equal(a, b) for a, b in zip(losses, found_losses, strict=True))
     assert found.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -90,8 +90,8 @@ def test_losses_and_gradients_have_the_bits_of_a_loop_over_micro_batches(
 def test_the_order_of_slices_matters_to_the_bits() -> None:
     """Otherwise the test above would not tell whether the order is right."""
     batches = make_batches(4)
-    _, gradients = layer_major(build(), batches, masked=True)
-    _, other = layer_major(build(), batches[::-1], masked=True)
+    _, gradients = fused(build(), batches, masked=True)
+    _, other = fused(build(), batches[::-1], masked=True)
     torch.testing.assert_close(gradients, other, rtol=1e-3, atol=1e-3)
     assert any(not torch.equal(gradients[name], other[name]) for name in gradients)
 
@@ -99,8 +99,8 @@ def test_the_order_of_slices_matters_to_the_bits() -> None:
 def test_documents_are_masked_only_where_wanted() -> None:
     batches = make_batches(2)
     expected, _ = one_after_the_other(build(), batches, masked=False)
-    found, _ = layer_major(build(), batches, masked=False)
-    masked, _ = layer_major(build(), batches, masked=True)
+    found, _ = fused(build(), batches, masked=False)
+    masked, _ = fused(build(), batches, masked=True)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(masked, found, strict=True))
 
@@ -112,8 +112,8 @@ def test_a_layer_runs_all_slices_before_its_neighbour_runs_one(recompute: bool) 
     for i, layer in enumerate(model.layers):
         layer.mlp.down_proj.register_full_backward_hook(lambda *_, i=i: seen.append(f"backward {i}"))
         layer.register_forward_hook(lambda *_, i=i: seen.append(f"forward {i}"))
-    layer_major(model, make_batches(3), masked=False)
-    assert seen[:3] == ["forward 0", "forward 1", "forward 2"], "a call a layer, whatever the number of slices"
+    fused(model, make_batches(3), masked=False)
+    assert seen[:3] == ["forward 0", "forward 1", "forward 2"], "a call a layer, whatever the number of micro-batches"
     runs = [(name, len(list(group))) for name, group in itertools.groupby(seen[3:])]
     assert runs == [("backward 2", 3), ("backward 1", 3), ("backward 0", 3)]
 
@@ -123,7 +123,7 @@ def test_each_unit_is_called_once_a_pass() -> None:
     calls: list[str] = []
     for name in ("embed_tokens", "norm", "lm_head"):
         model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-    layer_major(model, make_batches(3), masked=False)
+    fused(model, make_batches(3), masked=False)
     assert calls == ["embed_tokens", "norm", "lm_head"]
 
 
@@ -152,7 +152,7 @@ def test_logits_of_one_micro_batch_at_most_are_saved(tied: bool) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_that_are_computed_again_have_the_same_bits(tied: bool) -> None:
     batches = make_batches(3)
-    _, expected = layer_major(build(tied=tied), batches, masked=True)
+    _, expected = fused(build(tied=tied), batches, masked=True)
     model = build(tied=tied)
     loss_sums = forward_loss_sums(model, batches, mask_documents=True, keep_logits=False)
     torch.autograd.backward([loss_sum / count_tokens(batches) for loss_sum in loss_sums])
@@ -173,10 +173,10 @@ def test_without_gradients_it_is_the_loss_of_each_batch() -> None:
 def test_blocks_can_be_traced(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of `torch.compile` but the compiler."""
     batches = make_batches(2)
-    _, plain = layer_major(build(recompute=recompute), batches, masked=True)
+    _, plain = fused(build(recompute=recompute), batches, masked=True)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **_: compile_(*args, backend="aot_eager", fullgraph=True))
-    _, traced = layer_major(build(recompute=recompute, compile_blocks=True), batches, masked=True)
+    _, traced = fused(build(recompute=recompute, compile_blocks=True), batches, masked=True)
     torch.testing.assert_close(plain, traced, rtol=1e-3, atol=1e-3)
 
 
@@ -187,11 +187,11 @@ def test_slices_run_from_the_last_to_the_first_and_come_back_in_order() -> None:
         seen.append((x.item(), own + shared))
         return x + 1
 
-    found = over_slices(run, [torch.tensor(1.0), torch.tensor(2.0)], ["a", "b"], "z")
+    found = over_micro_batches(run, [torch.tensor(1.0), torch.tensor(2.0)], ["a", "b"], "z")
     assert seen == [(2.0, "bz"), (1.0, "az")]
     assert [x.item() for x in found] == [2.0, 3.0]
 
 
 def test_a_batch_alone_is_run_as_it_is() -> None:
     double: Callable[[torch.Tensor], torch.Tensor] = lambda x: 2 * x  # noqa: E731
-    assert torch.equal(over_slices(double, torch.ones(3)), torch.full((3,), 2.0))
+    assert torch.equal(over_micro_batches(double, torch.ones(3)), torch.full((3,), 2.0))

@@ -15,11 +15,13 @@ from windlass.offload.direct_io import Engine
 from windlass.offload.tier_file import TierFolder
 
 VOCAB, SEQ_LEN, WIDTH, INNER, HEADS, KV_WIDTH = 61, 40, 32, 48, 4, 16
-ALPHAS = [0.0, 0.3, 0.75, 1.0]
+FRACTIONS = [0.0, 0.3, 0.75, 1.0]
 Result = tuple[torch.Tensor, dict[str, torch.Tensor]]
 
 
-def build(alpha: float | None, dtype: torch.dtype = torch.float32, dropout: float = 0.0, layers: int = 2) -> Llama:
+def build(
+    saved_fraction: float | None, dtype: torch.dtype = torch.float32, dropout: float = 0.0, layers: int = 2
+) -> Llama:
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=WIDTH,
@@ -31,7 +33,7 @@ def build(alpha: float | None, dtype: torch.dtype = torch.float32, dropout: floa
         dropout=dropout,
     )
     model = config.build()
-    model.prepare(dtype, recompute=False, compile_blocks=False, saved_fraction=alpha)
+    model.prepare(dtype, recompute=False, compile_blocks=False, saved_fraction=saved_fraction)
     model.materialize(torch.device("cpu"), seed=0)
     return model
 
@@ -51,12 +53,14 @@ def run(model: Llama, masked: bool = False) -> Result:
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("saved_fraction", FRACTIONS)
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_fraction_gives_the_same_loss_and_gradients(alpha: float, masked: bool, dtype: torch.dtype) -> None:
+def test_any_fraction_gives_the_same_loss_and_gradients(
+    saved_fraction: float, masked: bool, dtype: torch.dtype
+) -> None:
     expected_loss, expected = run(build(None, dtype), masked)
-    loss, gradients = run(build(alpha, dtype), masked)
+    loss, gradients = run(build(saved_fraction, dtype), masked)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(loss, expected_loss, rtol=tolerance, atol=0)
     assert gradients.keys() == expected.keys()
@@ -70,10 +74,11 @@ def test_all_tokens_are_as_without_it_to_the_bit() -> None:
     assert all(torch.equal(gradients[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("saved_fraction", FRACTIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_a_fraction_has_its_own_bits(alpha: float, dropout: float) -> None:
-    (first_loss, first), (second_loss, second) = run(build(alpha, dropout=dropout)), run(build(alpha, dropout=dropout))
+def test_a_fraction_has_its_own_bits(saved_fraction: float, dropout: float) -> None:
+    first_loss, first = run(build(saved_fraction, dropout=dropout))
+    second_loss, second = run(build(saved_fraction, dropout=dropout))
     assert torch.equal(first_loss, second_loss)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -116,14 +121,14 @@ def count_calls(model: Llama, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]
     return seen
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("saved_fraction", FRACTIONS)
 def test_the_attention_runs_once_and_the_rest_again_for_the_other_tokens(
-    alpha: float, monkeypatch: pytest.MonkeyPatch
+    saved_fraction: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build(alpha, layers=1)
+    model = build(saved_fraction, layers=1)
     seen = count_calls(model, monkeypatch)
     run(model)
-    again = SEQ_LEN - round(alpha * SEQ_LEN)
+    again = SEQ_LEN - round(saved_fraction * SEQ_LEN)
     assert seen == {"attention": SEQ_LEN, "gate_proj": SEQ_LEN + again, "q_proj": SEQ_LEN + again}
 
 
@@ -146,8 +151,9 @@ def saved_bytes(model: Llama, batch: int) -> int:
 def test_what_is_kept_grows_with_the_fraction_alone() -> None:
     """Kept for every token: the layer's input, the attention's output and log-sum-exp."""
 
-    def of_two_layers(alpha: float | None) -> int:
-        return (saved_bytes(build(alpha, layers=3), batch=1) - saved_bytes(build(alpha, layers=1), batch=1)) // 4
+    def of_two_layers(saved_fraction: float | None) -> int:
+        three, one = (saved_bytes(build(saved_fraction, layers=layers), batch=1) for layers in (3, 1))
+        return (three - one) // 4
 
     always = 2 * SEQ_LEN * (2 * WIDTH + HEADS)
     # of both norms a number, the normal and the scaled tokens; queries, keys, values; the residual; the MLP's four
@@ -169,10 +175,10 @@ def offload(tmp_path: Path) -> Iterator[ActivationOffload]:
     arena.close()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_what_is_kept_can_be_moved(offload: ActivationOffload, alpha: float) -> None:
-    expected_loss, expected = run(build(alpha))
-    model = build(alpha)
+@pytest.mark.parametrize("saved_fraction", FRACTIONS)
+def test_what_is_kept_can_be_moved(offload: ActivationOffload, saved_fraction: float) -> None:
+    expected_loss, expected = run(build(saved_fraction))
+    model = build(saved_fraction)
     with offload.offloaded():
         loss = model(tokens()).float().square().mean()
     loss.backward()

@@ -267,7 +267,7 @@ WRITER = textwrap.dedent(
 
 
 def test_a_kill_while_writing_leaves_whole_lines(tmp_path: Path) -> None:
-    for life in range(2):
+    for attempt in range(2):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, tmp_path], stdout=subprocess.PIPE)
         assert writer.stdout is not None and writer.stdout.readline() == b"ready\n"
         writer.send_signal(signal.SIGKILL)
@@ -276,7 +276,7 @@ def test_a_kill_while_writing_leaves_whole_lines(tmp_path: Path) -> None:
         records = read_metrics(tmp_path)
         assert [record["step"] for record in records] == list(range(1, len(records) + 1))
         assert records[-1]["tokens"] == len(records) >= 50
-        assert len(replayed(tmp_path)) >= 50 * life
+        assert len(replayed(tmp_path)) >= 50 * attempt
         assert all(replay.bit_equal for replay in replayed(tmp_path))
 
 
@@ -367,11 +367,11 @@ def test_wandb_offline_needs_no_account_and_keeps_its_id(tmp_path: Path, monkeyp
     config = MetricsConfig(wandb=WandbMode.offline)
     secret = "do-not-store-me"
     ids = []
-    for life in range(2):
+    for attempt in range(2):
         with build(
-            run_dir, config=config, log_every=1, run_config={"hf_token": secret, "lr": 0.125}, resumed_at=life
+            run_dir, config=config, log_every=1, run_config={"hf_token": secret, "lr": 0.125}, resumed_at=attempt
         ) as metrics:
-            take_step(metrics, 1 + life, 0.4375 + life)
+            take_step(metrics, 1 + attempt, 0.4375 + attempt)
         ids.append((run_dir / "wandb_run_id").read_text().strip())
     assert ids[0] == ids[1]
     wandb.teardown()  # its background process writes behind; it ends with ours, and here now

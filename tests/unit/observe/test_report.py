@@ -42,7 +42,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def live(run_dir: Path, clock: Clock, first: int, last: int, state: dict[str, int] | None = None) -> Metrics:
-    """One life of a run of 100 steps, a second each, from step `first` to `last`."""
+    """One attempt of a run of 100 steps, a second each, from step `first` to `last`."""
     run = Metrics(
         run_dir,
         MetricsConfig(),
@@ -125,7 +125,7 @@ def test_the_page_sums_the_run_up(tmp_path: Path, clock: Clock) -> None:
         "Validation loss": "2.7500 (best 2.5000)",
         "Steps": "100",
         "Tokens": "100,000",
-        # 60 s, and 50 s with what came before their start; the 1000 s between two lives are nobody's
+        # 60 s, and 50 s with what came before their start; the 1000 s between two attempts are nobody's
         "Wall time": "0:01:50",
         "Tokens/s, median": "1,000",
         "MFU, median": "50.0 %",

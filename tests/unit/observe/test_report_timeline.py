@@ -10,15 +10,15 @@ pytest.importorskip("matplotlib")
 
 from matplotlib.figure import Figure
 
-from windlass.observe.report import Run
+from windlass.observe.report import RunHistory
 from windlass.observe.report_plots import LIGHT, _png
 from windlass.observe.report_timeline import (
     NUM_BINS,
     Bar,
     Pause,
+    attempts,
     draw_timeline,
     lanes,
-    lives,
     thinned,
     without_long_pauses,
 )
@@ -30,21 +30,21 @@ def event(time: float, kind: str, step: int, **fields: Any) -> dict[str, Any]:
     return {"time": T0 + time, "kind": kind, "step": step, **fields}
 
 
-def run_of(events: list[dict[str, Any]], progress: list[tuple[float, int]]) -> Run:
+def run_of(events: list[dict[str, Any]], progress: list[tuple[float, int]]) -> RunHistory:
     records = [{"step": step, "train/loss": 1.0, "time": T0 + time} for time, step in progress]
-    return Run("a run", records, events, [(T0 + time, step) for time, step in progress], [], None)
+    return RunHistory("a run", records, events, [(T0 + time, step) for time, step in progress], [], None)
 
 
-def killed_run(steps: int = 20, every: int = 2, num_kills: int = 1, log_every: int = 1) -> Run:
-    """Lives of `steps` steps of a second, each killed half a second after its last one; the next is up 5 s later."""
+def killed_run(steps: int = 20, every: int = 2, num_kills: int = 1, log_every: int = 1) -> RunHistory:
+    """Attempts of `steps` steps of a second, each killed half a second after its last one; the next is up 5 s later."""
     events, progress, now, step = [event(0, "start", 0)], [], 0.0, 0
-    for life in range(num_kills + 1):
-        if life:
+    for attempt in range(num_kills + 1):
+        if attempt:
             step -= step % every
-            source = ("local_ram", "parity", "durable")[life % 3]
+            source = ("local_ram", "parity", "durable")[attempt % 3]
             events += [
-                event(now + 4.9, "recovered", step, source=source, lost_nodes=life % 2, seconds=1.0),
-                event(now + 4.95, "restart", step, count=life),
+                event(now + 4.9, "recovered", step, source=source, lost_nodes=attempt % 2, seconds=1.0),
+                event(now + 4.95, "restart", step, count=attempt),
                 event(now + 5, "start", step),
             ]
             now += 5
@@ -62,8 +62,8 @@ def killed_run(steps: int = 20, every: int = 2, num_kills: int = 1, log_every: i
 
 def test_a_kill_is_a_pause_with_what_it_cost() -> None:
     # 21 steps: the last snapshot that counts is of step 20.
-    found, pauses = lives(killed_run(21, num_kills=1))
-    assert [(life.steps[0], life.steps[-1]) for life in found] == [(0, 21), (20, 41)]
+    found, pauses = attempts(killed_run(21, num_kills=1))
+    assert [(attempt.steps[0], attempt.steps[-1]) for attempt in found] == [(0, 21), (20, 41)]
     assert [(pause.begin - T0, pause.end - T0) for pause in pauses] == [(21.0, 26.0)]
     pause = pauses[0]
     assert (pause.step, pause.lost_steps, pause.was_stopped) == (20, (1, 1), False)
@@ -75,12 +75,12 @@ def test_steps_that_no_line_tells_of_are_a_range() -> None:
         [event(0, "start", 0), event(30, "recovered", 20, source="durable"), event(31, "start", 20)],
         [(10, 10), (20, 20), (25, 25), (40, 30)],
     )
-    assert lives(run)[1][0].lost_steps == (5, 9)
+    assert attempts(run)[1][0].lost_steps == (5, 9)
 
 
 def test_a_stop_on_request_loses_nothing() -> None:
     events = [event(0, "start", 0), event(11, "preempted", 10), event(500, "recovered", 10), event(501, "start", 10)]
-    (pause,) = lives(run_of(events, [(5, 5), (10, 10), (510, 15)]))[1]
+    (pause,) = attempts(run_of(events, [(5, 5), (10, 10), (510, 15)]))[1]
     assert pause.was_stopped and pause.lost_steps == (0, 0)
     assert (pause.begin - T0, pause.end - T0) == (11.0, 501.0)
 

@@ -102,8 +102,8 @@ def test_a_rank_that_hangs_is_told_from_those_that_wait_for_it(tmp_path: Path) -
     assert live(sleep_in_rank_1, tmp_path, 3) == [EXIT_FAILURE] * 3
     (event,) = hang_events(tmp_path)
     assert (event["kind"], event["step"], event["silent"], event["num_waiting"]) == ("hang", 7, [], 2)
-    (place,) = event["not_waiting"]
-    assert place["rank"] == 1 and place["frame"].startswith("sleep_in_rank_1 (")
+    (status,) = event["not_waiting"]
+    assert status["rank"] == 1 and status["frame"].startswith("sleep_in_rank_1 (")
     assert event["seconds"] >= TIMEOUT_S
     for rank in range(3):
         assert "in sleep_in_rank_1" in log_of(tmp_path, rank)
@@ -152,7 +152,7 @@ def hang_between_steps(mesh: Mesh, heartbeat: Heartbeat) -> None:
 def test_a_rank_that_hangs_between_steps_is_found_by_the_others(tmp_path: Path) -> None:
     assert live(hang_between_steps, tmp_path, 2) == [EXIT_FAILURE] * 2
     (event,) = hang_events(tmp_path)
-    assert [place["rank"] for place in event["not_waiting"]] == [0]
+    assert [status["rank"] for status in event["not_waiting"]] == [0]
     assert "in hang_between_steps" in log_of(tmp_path, 0)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from windlass.offload.buckets import Layout, divide, is_elsewhere, is_stowed, on_meta, spread
+from windlass.offload.buckets import SlotTable, divide, is_elsewhere, is_stowed, on_meta, spread
 from windlass.parallel.fragment import SMALL_BYTES
 
 State = list[tuple[Tensor, dict[str, Any]]]
@@ -36,15 +36,15 @@ tensors = st.tuples(st.integers(1, 3 * SMALL_BYTES), st.sampled_from(DTYPES))
 @given(st.lists(st.dictionaries(st.sampled_from(KEYS), tensors), max_size=6))
 def test_large_tensors_lie_back_to_back_and_aligned(kinds: list[dict[str, tuple[int, torch.dtype]]]) -> None:
     state = state_of(kinds)
-    layout = Layout(state)
+    table = SlotTable(state)
     stowed = [value for _, values in state for value in values.values() if value.nbytes > SMALL_BYTES]
-    assert len(layout.slots) == len(stowed)
-    assert layout.num_bytes == sum(value.nbytes for value in stowed)
+    assert len(table.slots) == len(stowed)
+    assert table.num_bytes == sum(value.nbytes for value in stowed)
     end = 0
-    for slot in layout.slots:
+    for slot in table.slots:
         assert slot.begin == end and slot.begin % slot.like.element_size() == 0
         end = slot.end
-    order = [(-slot.like.element_size(), slot.key) for slot in layout.slots]
+    order = [(-slot.like.element_size(), slot.key) for slot in table.slots]
     assert [size for size, _ in order] == sorted(size for size, _ in order), "wide ones first"
     runs = [kind for number, kind in enumerate(order) if number == 0 or order[number - 1] != kind]
     assert len(runs) == len(set(runs)), "those of a kind are one piece"
@@ -52,40 +52,40 @@ def test_large_tensors_lie_back_to_back_and_aligned(kinds: list[dict[str, tuple[
 
 def test_a_slot_is_a_view_of_the_bytes() -> None:
     state: State = [(torch.empty(1), {"wide": torch.zeros(30, 40), "half": torch.zeros(50, 60, dtype=torch.bfloat16)})]
-    layout = Layout(state)
-    data = torch.zeros(layout.num_bytes, dtype=torch.uint8)
-    for number, slot in enumerate(layout.slots):
+    table = SlotTable(state)
+    data = torch.zeros(table.num_bytes, dtype=torch.uint8)
+    for number, slot in enumerate(table.slots):
         slot.tensor(data).fill_(number + 1)
     assert torch.equal(data[:4800].view(torch.float32), torch.ones(1200))
     assert torch.equal(data[4800:].view(torch.bfloat16), torch.full((3000,), 2.0, dtype=torch.bfloat16))
     (parameter, _), key = state[0], "half"
-    assert (found := layout.slot(parameter, key)) is not None and found.tensor(data).shape == (50, 60)
-    assert layout.slot(parameter, "other") is None and layout.slot(torch.empty(1), key) is None
+    assert (found := table.slot(parameter, key)) is not None and found.tensor(data).shape == (50, 60)
+    assert table.slot(parameter, "other") is None and table.slot(torch.empty(1), key) is None
 
 
 def test_numbers_and_small_tensors_stay() -> None:
     values = {"step": torch.tensor(3.0), "count": 7, "small": torch.zeros(SMALL_BYTES, dtype=torch.uint8)}
     assert not any(is_stowed(value) for value in values.values())
-    layout = Layout([(torch.empty(1), values)])
-    assert (layout.num_bytes, str(layout)) == (0, "nothing")
+    table = SlotTable([(torch.empty(1), values)])
+    assert (table.num_bytes, str(table)) == (0, "nothing")
     assert is_stowed(torch.zeros(SMALL_BYTES + 1, dtype=torch.uint8))
 
 
-def test_a_layout_says_what_it_holds() -> None:
+def test_a_table_says_what_it_holds() -> None:
     state = state_of([{"a": (LARGE, torch.float32), "b": (LARGE, torch.int16)}])
     parameter, values = state[0]
-    layout = Layout(state)
-    assert str(layout) == f"a [{LARGE}] torch.float32, b [{LARGE}] torch.int16"
-    assert layout.holds(state) and layout.holds([]) and layout.holds([(parameter, {"a": values["a"]})])
-    assert layout.holds([(parameter, values | {"step": torch.tensor(1.0), "name": "x"})]), "these are not its business"
-    assert layout.holds([(parameter, {key: on_meta(value) for key, value in values.items()})])
+    table = SlotTable(state)
+    assert str(table) == f"a [{LARGE}] torch.float32, b [{LARGE}] torch.int16"
+    assert table.holds(state) and table.holds([]) and table.holds([(parameter, {"a": values["a"]})])
+    assert table.holds([(parameter, values | {"step": torch.tensor(1.0), "name": "x"})]), "these are not its business"
+    assert table.holds([(parameter, {key: on_meta(value) for key, value in values.items()})])
     for key, other in {
         "a": torch.zeros(LARGE + 1),
         "b": torch.zeros(LARGE, dtype=torch.float32),
         "c": torch.zeros(LARGE),
     }.items():
-        assert not layout.holds([(parameter, values | {key: other})])
-    assert not layout.holds([(torch.empty(1), values)]), "of another parameter"
+        assert not table.holds([(parameter, values | {key: other})])
+    assert not table.holds([(torch.empty(1), values)]), "of another parameter"
 
 
 def test_a_tensor_on_the_meta_device_is_elsewhere() -> None:

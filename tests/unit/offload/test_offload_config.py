@@ -23,7 +23,7 @@ RULES = {
     "offload=none offload.dir=/nvme": r"offload\.dir=/nvme: is a setting of offload=ssd, not of offload=none\. Fix: ",
     "offload=cpu offload.max_activation_bytes=0": r"offload\.max_activation_bytes=0: is a setting of offload=ssd, not",
     "offload=none offload.weights=streamed": r"offload\.weights=streamed: needs a tier .* Fix: choose offload=ssd or",
-    "offload=ssd offload.buffer_bytes=1048575": r"offload\.buffer_bytes=1048575: must be at least a MiB\. Fix: set ",
+    "offload=ssd offload.buffer_bytes=1048575": r"offload\.buffer_bytes=1048575: must be at least 1048576\. Fix: set ",
     "offload=ssd offload.num_threads=0": r"offload\.num_threads=0: must be at least 1\. Fix: ",
     "offload=disk": "offload",
     "offload=ssd offload.weights=gone": r"offload\.weights",

@@ -18,7 +18,7 @@ from torch import Tensor
 from windlass.errors import DoesNotFit, OffloadError
 from windlass.offload.arena import Arena
 from windlass.offload.direct_io import PAGE_BYTES, Engine
-from windlass.offload.own_folder import LOCK
+from windlass.offload.process_scratch import LOCK
 from windlass.offload.tier_file import BLOCK_BYTES, HEADER_BYTES, Pin, TierFile, TierFolder, file_bytes
 
 SIZES = [1, PAGE_BYTES, PAGE_BYTES + 1, BLOCK_BYTES - 1, BLOCK_BYTES, 2 * BLOCK_BYTES + 77]

@@ -60,7 +60,7 @@ def test_lists_become_tuples() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0.0}, r"optim\.lr=0\.0: must be above 0.*Fix: set optim\.lr=2e-3"),
+        ({"lr": 0.0}, r"optim\.lr=0\.0: must be above 0.*Fix: set optim\.lr=0\.002"),
         ({"lr": -1.0}, r"optim\.lr=-1\.0"),
         ({"lr": float("nan")}, r"optim\.lr=nan"),
         ({"lr": float("inf")}, r"optim\.lr=inf"),

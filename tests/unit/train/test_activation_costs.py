@@ -34,10 +34,10 @@ class Products(TorchDispatchMode):
         return result
 
 
-def run(alpha: float, batch_size: int) -> tuple[int, int, int]:
+def run(saved_fraction: float, batch_size: int) -> tuple[int, int, int]:
     """Bytes that a real pass of one layer saves, and FLOPs of the forward and the backward pass."""
     block = Block(config())
-    block.alpha = alpha
+    block.saved_fraction = saved_fraction
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,7 @@ class Codec:
 
     @property
     def engine(self) -> str:
-        """What computes: "isa-l" or "torch"."""
+        """The library that computes: "isa-l" or "torch"."""
         return self._engine.name
 
     def encode(self, data: Sequence[Memory], parity: Sequence[Memory]) -> None:
@@ -121,7 +121,7 @@ class Codec:
             self._engine.add(coefficients, source[0], target)
 
     def is_copy(self, row: int) -> bool:
-        """Whether parity `row` is data shard 0 itself: a mirror."""
+        """True if parity `row` is data shard 0 itself: a mirror."""
         return self.num_data_shards == 1 and int(self._parity_rows[row, 0]) == 1
 
     def reconstruct(self, shards: Mapping[int, Memory], missing: Mapping[int, Memory]) -> None:
@@ -210,7 +210,7 @@ def _matrix_product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _matrix_inverse(matrix: np.ndarray) -> np.ndarray:
-    """Of an (n, n) part of a parity matrix, by Gauss-Jordan elimination.
+    """The inverse of an (n, n) part of a parity matrix, by Gauss-Jordan elimination.
 
     Without a search for pivots: the leading parts of such a matrix are invertible too, so none is ever 0.
     """
@@ -336,5 +336,5 @@ def _pointers(places: list[int], offset: int) -> ctypes.Array[ctypes.c_void_p]:
 
 
 def _block_bytes(num_shards: int) -> int:
-    """Of a shard, in whole pages, so that aligned shards stay so."""
+    """The bytes of a shard that are computed at a time: whole pages, so that aligned shards stay so."""
     return max(16, _WORKING_BYTES // num_shards // 4096) * 4096

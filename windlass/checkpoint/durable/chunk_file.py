@@ -33,7 +33,7 @@ DTYPE_CODES = {
 FOLDER = "chunks"
 FILE = re.compile(r"([0-9a-f]{64})\.safetensors")
 FILLER = "windlass.filler."
-"""What names of bytes that mean nothing begin with."""
+"""The prefix of the names of bytes that mean nothing."""
 MAX_HEADER_BYTES = 100_000_000
 """As the `safetensors` library has it."""
 Part = tuple[str, str, tuple[int, ...], int, int]
@@ -64,7 +64,7 @@ def preamble(entries: Sequence[Entry]) -> bytes:
         ValueError: two entries are of the same tensor, which would have the same key.
     """
     begin = entries[0].begin
-    layout = {entry.block.name: _described(entry, entry.begin - begin) for entry in entries}
+    layout = {entry.spec.name: _described(entry, entry.begin - begin) for entry in entries}
     if len(layout) != len(entries):
         raise ValueError("a chunk has two parts of one tensor")
     header = json.dumps(layout, separators=(",", ":")).encode()
@@ -86,7 +86,7 @@ def preamble_of_length(entries: Sequence[Entry], num_bytes: int, length: int) ->
     for entry in entries:
         if entry.begin > end:
             layout[f"{FILLER}{len(layout)}"] = _filler(end, entry.begin)
-        layout[entry.block.name] = _described(entry, entry.begin)
+        layout[entry.spec.name] = _described(entry, entry.begin)
         end = entry.end
     if num_bytes > end:
         layout[f"{FILLER}{len(layout)}"] = _filler(end, num_bytes)
@@ -95,8 +95,8 @@ def preamble_of_length(entries: Sequence[Entry], num_bytes: int, length: int) ->
 
 
 def _described(entry: Entry, begin: int) -> dict[str, Any]:
-    dtype, shape = DTYPE_CODES[entry.block.dtype], list(entry.block.shape)
-    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + entry.block.nbytes]}
+    dtype, shape = DTYPE_CODES[entry.spec.dtype], list(entry.spec.shape)
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + entry.spec.nbytes]}
 
 
 def _filler(begin: int, end: int) -> dict[str, Any]:

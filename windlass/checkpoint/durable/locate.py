@@ -12,7 +12,7 @@ from windlass.os_errors import MISSING, remedy, said
 from windlass.untrusted import Malformed, read_yaml
 
 CONFIG_FILE = "config.yaml"
-"""Of a run folder."""
+"""The configuration's file in a run folder."""
 
 
 def find_checkpoint(path: Location) -> Location:

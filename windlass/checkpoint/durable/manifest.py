@@ -32,12 +32,12 @@ READ_VERSIONS = (2, VERSION)
 PARTIAL = "partial"
 """The key of a checkpoint's `info` that says that it has not all that a run needs: what it lacks begins anew."""
 RNG_PREFIX = "rng"
-"""What names of the states of generators of random numbers begin with."""
+"""The prefix of the names of the states of random generators."""
 STEP_FOLDER = re.compile(r"step-([0-9]{8,16})")
 RUN = re.compile(r"[0-9a-f]{16}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MAX_COUNT = 10**15
-"""Of steps, lives, ranks and bytes of a chunk."""
+"""The largest count of steps, attempts, ranks, and bytes of a chunk."""
 MAX_TIME = 250_000_000_000.0
 """Unix seconds of the year 9892: `time.localtime` takes no year of five digits."""
 
@@ -73,7 +73,7 @@ class StoredTensor:
 class Manifest:
     step: int
     generation: int
-    """How often the run had been started again when it wrote this."""
+    """The generation of the attempt that wrote it."""
     world_size: int
     time: float
     """Unix seconds."""
@@ -98,7 +98,7 @@ class Manifest:
         return found
 
     def problems(self) -> Iterator[str]:
-        """What of it no reader may use: everything that can be told before a chunk is opened."""
+        """Yields why no reader may use it: everything that can be told before a chunk is opened."""
         for key, limit in (("step", MAX_COUNT), ("generation", MAX_COUNT), ("world_size", MAX_COUNT)):
             if not 0 <= getattr(self, key) <= limit:
                 yield f"its {key} is {getattr(self, key)}"
@@ -196,7 +196,7 @@ class Manifest:
 
 @dataclass
 class _Document:
-    """What `manifest.json` holds, in this order."""
+    """The fields of `manifest.json`, in this order."""
 
     format: str
     version: int
@@ -205,7 +205,7 @@ class _Document:
 
 
 def is_of_optimizer(entry: object) -> bool:
-    """Whether the JSON state of an object is an optimizer's."""
+    """True if the JSON state of an object is an optimizer's."""
     return isinstance(entry, dict) and entry.keys() >= {"class", "param_groups", "numbers"}
 
 

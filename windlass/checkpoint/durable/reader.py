@@ -14,11 +14,11 @@ from windlass.checkpoint.tensors import TORCH_DTYPES, empty_on_host
 from windlass.parallel.fragment import Fragment
 
 OPEN_BYTES = 1 << 30
-"""Of chunks that are kept open, and in memory where they come from an object store. Neighbours are read together."""
+"""The most of chunks that stays open, and in memory if it comes from an object store: neighbours are read together."""
 
 
 class Source(Protocol):
-    """Where the bytes of stored fragments come from."""
+    """A source of the bytes of stored fragments."""
 
     def read(self, stored: StoredFragment) -> memoryview:
         """The bytes of a fragment, checked; `ValueError` if they are damaged, `OSError` if they cannot be read."""
@@ -44,7 +44,7 @@ class ChunkSource:
         self._open: OrderedDict[str, memoryview] = OrderedDict()
         self._parts = manifest.parts_of_chunks()
         self._unread = {sha256: {key for key, *_ in parts} for sha256, parts in self._parts.items()}
-        """Of each chunk, the keys that nobody has asked for yet. One that was read through is not kept open."""
+        """The keys of each chunk that nobody has asked for yet. One that was read through is not kept open."""
 
     def read(self, stored: StoredFragment) -> memoryview:
         data = self._open.get(stored.chunk)

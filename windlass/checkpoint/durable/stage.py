@@ -7,19 +7,19 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from windlass.checkpoint.image import Block, Chunk, lay_out
+from windlass.checkpoint.image import Chunk, FragmentSpec, lay_out
 from windlass.parallel.fragment import Fragment
 
 
-def block_of(fragment: Fragment) -> Block:
+def spec_of(fragment: Fragment) -> FragmentSpec:
     dtype = str(fragment.dtype).removeprefix("torch.")
-    return Block(fragment.name, dtype, fragment.global_shape, fragment.offset, fragment.shape)
+    return FragmentSpec(fragment.name, dtype, fragment.global_shape, fragment.offset, fragment.shape)
 
 
-def part_of(tensor: torch.Tensor, fragment: Fragment, block: Block) -> torch.Tensor:
-    """The part of the local `tensor`, which holds `fragment`, that is `block`."""
-    starts = [start - first for start, first in zip(block.offset, fragment.offset, strict=True)]
-    return tensor[tuple(slice(start, start + size) for start, size in zip(starts, block.shape, strict=True))]
+def part_of(tensor: torch.Tensor, fragment: Fragment, spec: FragmentSpec) -> torch.Tensor:
+    """The part of the local `tensor`, which holds `fragment`, that `spec` describes."""
+    starts = [start - first for start, first in zip(spec.offset, fragment.offset, strict=True)]
+    return tensor[tuple(slice(start, start + size) for start, size in zip(starts, spec.shape, strict=True))]
 
 
 class StageBuffer:
@@ -44,16 +44,16 @@ def stage_chunks(
     the state.
 
     Args:
-        fragments: blocks of tensors of different names, and the local tensors that hold them.
+        fragments: fragments of tensors of different names, and the local tensors that hold them.
         memory: for the buffer, where several calls are to share it.
     """
     tensors = {fragment.name: (fragment, tensor) for fragment, tensor in fragments}
-    chunks = lay_out(block_of(fragment) for fragment, _ in tensors.values())
+    chunks = lay_out(spec_of(fragment) for fragment, _ in tensors.values())
     buffer = (memory or StageBuffer()).of(max((chunk.end - chunk.begin for chunk in chunks), default=0) or 1)
     staged = torch.frombuffer(buffer, dtype=torch.uint8)
     for chunk in chunks:
         for entry in chunk.entries:
-            fragment, tensor = tensors[entry.block.name]
+            fragment, tensor = tensors[entry.spec.name]
             place = staged[entry.begin - chunk.begin : entry.end - chunk.begin]
-            place.view(fragment.dtype).view(entry.block.shape).copy_(part_of(tensor, fragment, entry.block))
+            place.view(fragment.dtype).view(entry.spec.shape).copy_(part_of(tensor, fragment, entry.spec))
         yield chunk, buffer[: chunk.end - chunk.begin]

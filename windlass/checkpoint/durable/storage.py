@@ -1,4 +1,4 @@
-"""Where checkpoints are kept: a folder of this machine or of a shared file system, or an object store.
+"""The storage of checkpoints: a folder of this machine or of a shared file system, or an object store.
 
 Whatever writes a checkpoint needs one promise from it: a name holds all of what was written under it, or is not there.
 Locations are `Path`s and, for object stores, URLs that fsspec knows. Torch-free: snapshot agents write checkpoints.

@@ -47,17 +47,17 @@ JOB = "job"
 STEP_PREFIX = "step-"
 GENERATION = re.compile(rb"[0-9]{1,15}")
 MAX_SMALL_BYTES = 4096
-"""Of the pointer, the fence and the identity."""
+"""The largest size of the pointer, the fence and the identity."""
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """What `latest.json` says."""
+    """The content of `latest.json`."""
 
     step: int
     folder: str
     sha256: str
-    """Of the manifest."""
+    """The manifest's."""
 
     def to_bytes(self) -> bytes:
         return json.dumps(vars(self)).encode()
@@ -73,7 +73,7 @@ class WrittenChunk:
 
     sha256: str
     size: int
-    """Of the file."""
+    """The file's, in bytes."""
     written: bool
     """False if it was there already."""
     entries: tuple[Entry, ...]
@@ -339,7 +339,7 @@ class DurableStore:
             return False
 
     def generation(self) -> int:
-        """The newest life of the run that has begun; 0 before the first."""
+        """The newest attempt of the run that has begun; 0 before the first."""
         with self._disk_errors():
             return self._fenced_generation()
 
@@ -402,7 +402,7 @@ class DurableStore:
         self.storage.write(POINTER, [Pointer(step, folder, sha256).to_bytes()])
 
     def _pointer(self) -> Pointer | None:
-        """What `latest.json` says; None if it is missing or damaged."""
+        """Reads `latest.json`; None if it is missing or damaged."""
         try:
             text = self.storage.read(POINTER, MAX_SMALL_BYTES)
             pointer = convert(parse_json(text), Pointer)
@@ -463,9 +463,9 @@ def _index(written: Sequence[WrittenChunk]) -> tuple[dict[str, StoredTensor], di
     tensors: dict[str, StoredTensor] = {}
     for chunk in written:
         for entry in chunk.entries:
-            block = entry.block
-            tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+            spec = entry.spec
+            tensor = tensors.setdefault(spec.name, StoredTensor(spec.global_shape, spec.dtype))
             tensor.fragments.append(
-                StoredFragment(chunk.sha256, block.name, entry.begin, entry.end, block.offset, block.shape)
+                StoredFragment(chunk.sha256, spec.name, entry.begin, entry.end, spec.offset, spec.shape)
             )
     return tensors, {chunk.sha256: chunk.size for chunk in written}

@@ -1,1 +1,1 @@
-"""How agents reach each other, and trainers theirs: authenticated, framed connections. Torch-free."""
+"""Authenticated, framed connections between agents, and from trainers to theirs. Torch-free."""

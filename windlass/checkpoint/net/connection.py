@@ -99,7 +99,7 @@ class Connection:
                     sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
     def settimeout(self, idle_s: float | None) -> None:
-        """How long a send or a receive waits without a byte moving before it gives the peer up; None: for ever."""
+        """Seconds without a moving byte after which a send or receive gives the peer up; None: it waits for ever."""
         with self._using() as sock:
             self._idle_s = idle_s
             sock.settimeout(idle_s)
@@ -166,7 +166,7 @@ class Connection:
         return header, payload_bytes
 
     def has_begun_to_send(self, wait_s: float) -> bool:
-        """Whether something is there to be received, or the end of the connection, within `wait_s`.
+        """True if something is there to be received, or the end of the connection, within `wait_s`.
 
         Raises:
             TransportError: the connection is closed.

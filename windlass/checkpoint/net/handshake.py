@@ -1,4 +1,4 @@
-"""Who may speak to a snapshot agent: both sides prove that they know the job's secret, before anything is parsed.
+"""The handshake with a snapshot agent: both sides prove that they know the job's secret, before anything is parsed.
 
 Four messages of fixed size: the connector greets with a nonce, the listener answers with its own, the connector proves
 itself with an HMAC-SHA256 over both nonces, and so does the listener. The role is part of what is proven, so a proof
@@ -108,7 +108,7 @@ def prove_as_listener(
 
 
 def proof(secret: bytes, role: bytes, connector_nonce: bytes, listener_nonce: bytes) -> bytes:
-    """What `role` sends to show that it knows `secret`; of a session, its key, which nobody sends.
+    """The proof that `role` sends to show that it knows `secret`; for a session, its key, which nobody sends.
 
     Unambiguous: all that follows the role has a fixed size.
     """

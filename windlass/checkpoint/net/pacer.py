@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 SLICE_BYTES = 1 << 20
-"""At most so much is sent between two looks at the pacer."""
+"""The most that is sent between two looks at the pacer."""
 BURST_S = 0.05
 """After a pause, what would have been allowed in so much time may go at once."""
 

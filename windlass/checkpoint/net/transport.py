@@ -1,4 +1,4 @@
-"""How snapshot agents, and the processes of a job, reach each other: authenticated TCP.
+"""Authenticated TCP between snapshot agents, and between the processes of a job.
 
 A listener gives each peer a thread. A stranger costs that thread for a few seconds at most, a line in the log at most
 once a second, and no memory: nothing that it sends is parsed (see `handshake`). There are never more than a few peers
@@ -37,7 +37,7 @@ __all__ = ["Connection", "Listener", "OtherSecret", "Pacer", "PeerClosed", "Refu
 MAX_UNPROVEN = 128
 """Peers in the handshake at a time."""
 MAX_UNPROVEN_OF_ADDRESS = 64
-"""Of these, from one address, or one network of IPv6: a flood from there leaves places to others."""
+"""The most of these from one address, or one network of IPv6: a flood from there leaves room for others."""
 FLOOD_PAUSE_S = 0.01
 """Before the next peer is taken in, after one was closed to make place: so who was taken in has
 `FLOOD_PAUSE_S * MAX_UNPROVEN_OF_ADDRESS` seconds to prove itself, however fast strangers come."""
@@ -186,7 +186,7 @@ class Listener:
         return dropped is not None
 
     def _take_place(self, origin: str) -> _Peer | None:
-        """Who has to go before one more peer comes from `origin`; nobody if there is place."""
+        """Makes room for one more peer from `origin`; returns the peer that has to go, None if there is room."""
         counts = Counter(peer.origin for peer in self._unproven)
         if counts[origin] < MAX_UNPROVEN_OF_ADDRESS:
             if len(self._unproven) < MAX_UNPROVEN:
@@ -230,7 +230,7 @@ class Listener:
         return True
 
     def _keep(self, peer: _Peer) -> None:
-        """From now on `peer` has proven itself, and makes place for nobody."""
+        """Marks `peer` as proven: it makes room for nobody from now on."""
         with self._lock:
             if peer.is_dropped:
                 raise RefusedPeer(_DROPPED)
@@ -289,7 +289,7 @@ def _connect(address: tuple[str, int], secret: bytes, timeout_s: float, pacer: P
 
 
 def _origin(host: str) -> str:
-    """What counts as one address: of IPv6 a network of 64 bits, in which a machine may take as many as it likes."""
+    """The part of an address that counts as one: in IPv6 the 64 bits of a network, in which a machine takes many."""
     address = ipaddress.ip_address(host.partition("%")[0])
     if isinstance(address, ipaddress.IPv4Address):
         return host

@@ -1,4 +1,4 @@
-"""What to go on from after all trainers died, decided from what the agents of all nodes hold. Pure and torch-free.
+"""Plans a recovery after all trainers died, from what the agents of all nodes hold. Pure and torch-free.
 
 Every new trainer decides for itself from the same answers, so all decide alike. What was committed had been prepared on
 all nodes, and any n - m of them give back the others. So the newest snapshot of which so many are left is at least as
@@ -25,16 +25,16 @@ class Held:
     snapshot: SnapshotId
     step: int
     layout: str
-    """A hash of how the job was cut."""
+    """A hash of how the job was sharded."""
     phase: Phase
     position: int
-    """Whose data it is: the place of a node in the generation that took it, which the node may have no more."""
+    """The position whose data it is: that of a node in the generation that took it, which the node may have no more."""
     num_nodes: int
     num_parity_shards: int
     num_resumes: int = 0
     """How often a resume from it was begun, since one has made a step."""
     is_sound: bool = True
-    """Whether its checksums hold."""
+    """True if its checksums hold."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -44,13 +44,13 @@ class Held:
         return Held(**document | {"snapshot": SnapshotId(*document["snapshot"]), "phase": Phase(document["phase"])})
 
     @property
-    def cut(self) -> _Cut:
-        return _Cut(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)
+    def key(self) -> _SnapshotKey:
+        return _SnapshotKey(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)
 
 
 @dataclass(frozen=True, order=True)
-class _Cut:
-    """What all parts of a snapshot have in common: parts that differ in any of it are never put together."""
+class _SnapshotKey:
+    """The facts that all parts of a snapshot have in common: parts that differ in any are never put together."""
 
     snapshot: SnapshotId
     step: int
@@ -75,7 +75,7 @@ class RecoveryPlan:
 
 
 def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX_RESUMES) -> RecoveryPlan | None:
-    """Chooses the newest snapshot of which n - m positions are left, sound, prepared or committed, and cut alike.
+    """Chooses the newest snapshot of which n - m positions are left, sound, prepared or committed, of one key.
 
     Args:
         held_by_node: what the agent of each node answered, in an order that all trainers agree on; nothing for a
@@ -85,17 +85,17 @@ def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX
     Returns:
         None if nothing in memory can be used.
     """
-    whole: dict[_Cut, dict[int, int]] = {}
+    whole: dict[_SnapshotKey, dict[int, int]] = {}
     for node, slots in enumerate(held_by_node):
         for held in slots:
             if held.phase in _WHOLE and held.is_sound:
-                whole.setdefault(held.cut, {}).setdefault(held.position, node)
+                whole.setdefault(held.key, {}).setdefault(held.position, node)
     everything = [held for slots in held_by_node for held in slots]
     usable = {
-        cut: holders
-        for cut, holders in whole.items()
-        if len(holders) >= cut.num_nodes - cut.num_parity_shards
-        and not _is_quarantined(cut.snapshot, everything, max_resumes)
+        key: holders
+        for key, holders in whole.items()
+        if len(holders) >= key.num_nodes - key.num_parity_shards
+        and not _is_quarantined(key.snapshot, everything, max_resumes)
     }
     if not usable:
         return None

@@ -1,4 +1,4 @@
-"""Lives of a job that follow each other: what they go on from, and with which agent."""
+"""Attempts of a job that follow each other: what they go on from, and with which agent."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_a_snapshot_is_given_up_after_two_resumes_that_made_no_step(tmp_path: Pa
                 time.sleep(0.002)
         seen = []
         for _ in range(3):
-            life = Training()
-            checkpointer = life.checkpointer(tmp_path, mesh, **settings)
+            attempt = Training()
+            checkpointer = attempt.checkpointer(tmp_path, mesh, **settings)
             restored = checkpointer.restore_latest()
             assert restored is not None
             seen.append(restored.step)
             for _ in range(num_steps):
                 checkpointer.wait_staged()
-                life.run(1)
+                attempt.run(1)
         checkpointer.close()
     # The second wait comes after a step: that one step was made is known then.
     assert seen == ([2, 2, 2] if num_steps == 2 else [2, 2, 1])

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from windlass.offload.hilo import BLOCK_NUMEL, add_rest, split
+from windlass.offload.split_bf16 import BLOCK_NUMEL, add_rest, split
 
 LARGEST = torch.finfo(torch.float32).max
 SMALLEST = 2.0**-149

@@ -1,4 +1,4 @@
-"""Snapshots of a run's objects into memory: what is copied, when, and what has come of it."""
+"""Takes snapshots of a run's objects into memory, and hears what has come of them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.durable.stage import spec_of
 from windlass.checkpoint.image import Chunk, chunks_to_json, describe, image_bytes, lay_out, round_up
-from windlass.checkpoint.memory.lazy_copy import Copy, pieces_of
-from windlass.checkpoint.memory.tier import MemoryTier
 from windlass.checkpoint.objects import CheckpointedObjects
-from windlass.checkpoint.pieces import Piece as ObjectPiece
+from windlass.checkpoint.pieces import Piece
+from windlass.checkpoint.snapshot.coordinator import SnapshotCoordinator
+from windlass.checkpoint.snapshot.lazy_copy import Copy, copy_items
 from windlass.errors import ConfigError
 
 HEAD_BYTES = 64 << 10
@@ -30,8 +30,8 @@ DECIDE_S = 5.0
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Of an image: the same from one snapshot to the next, until an optimizer makes its state."""
+class _ImageChunks:
+    """The chunks of an image: the same from one snapshot to the next, until an optimizer makes its state."""
 
     shape: list[tuple[Any, ...]]
     chunks: list[Chunk]
@@ -39,14 +39,17 @@ class _Layout:
     """The chunks as JSON."""
 
 
-class LazySnapshots:
-    """One snapshot at a time, of what `objects` hold, into what `memory` gives. Collective unless said otherwise."""
+class SnapshotSaver:
+    """Copies what `objects` hold into the slots that `coordinator` gets, one snapshot at a time.
 
-    def __init__(self, memory: MemoryTier, objects: CheckpointedObjects) -> None:
-        self.memory, self.objects = memory, objects
+    Collective unless said otherwise.
+    """
+
+    def __init__(self, coordinator: SnapshotCoordinator, objects: CheckpointedObjects) -> None:
+        self.coordinator, self.objects, self.mesh = coordinator, objects, coordinator.agents.mesh
         self._copy: Copy | None = None
         self._head_bytes = HEAD_BYTES
-        self._layout = _Layout([], [], "[]")
+        self._image = _ImageChunks([], [], "[]")
         self._owes_persist = False
         self._taken: tuple[int, bool] | None = None  # the newest step, and whether it is to be made durable
         self._is_in_flight = False
@@ -54,13 +57,14 @@ class LazySnapshots:
         self._persisting: set[int] = set()
         self._outcomes: dict[int, str] = {}  # of those that were last to be made durable
         self._events: list[dict[str, Any]] = []
-        before = memory.group.statuses[memory.group.node]["events"]  # told to trainers that are no more
+        before = coordinator.agents.statuses[coordinator.agents.node]["events"]  # told to trainers that are no more
         self._newest_event = before[-1]["number"] if before else 0
 
     def reserve(self, num_more_bytes: int) -> None:
         pieces, chunks, head = self._describe()
         del pieces
-        self.memory.reserve(self._head_bytes + image_bytes(chunks) + round_up(num_more_bytes, HEAD_BYTES) + len(head))
+        more_bytes = round_up(num_more_bytes, HEAD_BYTES)
+        self.coordinator.reserve(self._head_bytes + image_bytes(chunks) + more_bytes + len(head))
 
     def take(self, step: int, persist: bool) -> bool:
         """Begins a snapshot of `step`; False if the one before is not done.
@@ -78,7 +82,7 @@ class LazySnapshots:
         self.wait_staged()
         self.objects.settle()
         pieces, chunks, head = self._describe()
-        target = self.memory.begin(step, self._head_bytes + image_bytes(chunks), persist)
+        target = self.coordinator.begin(step, self._head_bytes + image_bytes(chunks), persist)
         if target is None:
             return False
         self._taken, self._is_in_flight, self._owes_persist = (step, target.persist), True, False
@@ -98,24 +102,24 @@ class LazySnapshots:
             self._copied(target.snapshot, checksums, error)
 
         owners = _ends(pieces, chunks, image)
-        self._copy = Copy(target.region, head, pieces_of(chunks, image, tensors), owners, finished)
+        self._copy = Copy(target.region, head, copy_items(chunks, image, tensors), owners, finished)
         return True
 
-    def _describe(self) -> tuple[list[ObjectPiece], list[Chunk], bytes]:
+    def _describe(self) -> tuple[list[Piece], list[Chunk], bytes]:
         pieces = self._pieces()
         fragments = [piece.fragment for piece in pieces]
         shape = [(part.name, part.dtype, part.offset, part.shape) for part in fragments]
-        if self._layout.shape != shape:
-            chunks = lay_out(block_of(part) for part in fragments)
-            self._layout = _Layout(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
-        rank = self.memory.group.mesh.rank
+        if self._image.shape != shape:
+            chunks = lay_out(spec_of(part) for part in fragments)
+            self._image = _ImageChunks(shape, chunks, json.dumps(chunks_to_json(chunks), separators=(",", ":")))
+        rank = self.mesh.rank
         objects = self.objects.json_state() if rank == 0 else {}
-        head = describe(rank, self._layout.text, objects)
+        head = describe(rank, self._image.text, objects)
         while len(head) > self._head_bytes:
             self._head_bytes = round_up(len(head) + len(head) // 4, HEAD_BYTES)
-        return pieces, self._layout.chunks, head
+        return pieces, self._image.chunks, head
 
-    def _pieces(self) -> list[ObjectPiece]:
+    def _pieces(self) -> list[Piece]:
         groups = list(self.objects.groups())
         if any(group.load is not None for group in groups):
             raise ConfigError(
@@ -127,11 +131,11 @@ class LazySnapshots:
         return [piece for group in groups for piece in group.pieces]
 
     def _copied(self, snapshot: SnapshotId, checksums: np.ndarray, error: Exception | None) -> None:
-        """In the copying thread."""
+        """Tells the agent how the copy ended. Runs in the copying thread."""
         if error is None:
-            self.memory.copied(snapshot, checksums)
+            self.coordinator.copied(snapshot, checksums)
         else:
-            self.memory.give_up(snapshot, f"{type(error).__name__}: {error}")
+            self.coordinator.give_up(snapshot, f"{type(error).__name__}: {error}")
 
     def wait_staged(self, parameters: Iterable[torch.Tensor] | None = None) -> None:
         """Returns when `parameters` and their state may change; all for None. Not collective."""
@@ -141,7 +145,7 @@ class LazySnapshots:
                 self._copy = None
 
     def poll(self) -> list[dict[str, Any]]:
-        """What has come of snapshots since the last call. Not collective."""
+        """Returns what has come of snapshots since the last call. Not collective."""
         self._look()
         events, self._events = self._events, []
         return events
@@ -150,11 +154,11 @@ class LazySnapshots:
         """Asks the agent, if there is something to be heard."""
         if not (self._is_in_flight or self._persisting):
             return
-        for event in self.memory.events(self._newest_event):
+        for event in self.coordinator.events(self._newest_event):
             self._newest_event = event.pop("number")
             kind = event["kind"]
             if kind in ("snapshot_committed", "snapshot_given_up"):
-                self.memory.count(is_failure=kind == "snapshot_given_up")
+                self.coordinator.count(is_failure=kind == "snapshot_given_up")
                 if event["step"] == self._newest_step:
                     self._is_in_flight = False
             if kind == "snapshot_given_up":
@@ -173,17 +177,17 @@ class LazySnapshots:
         if self._taken != (step, True):
             deadline = time.monotonic() + FREE_S
             while not self._begin(step, persist=True):
-                if self.memory.why_given_up or self.memory.group.mesh.decide(lambda: time.monotonic() > deadline):
+                if self.coordinator.why_given_up or self.mesh.decide(lambda: time.monotonic() > deadline):
                     return False
                 time.sleep(POLL_S)
         while True:
-            outcome = self.memory.group.mesh.decide(lambda: self._wait_for(step))
-            if outcome is not None or self.memory.reopen_if_lost():
+            outcome = self.mesh.decide(lambda: self._wait_for(step))
+            if outcome is not None or self.coordinator.reopen_if_lost():
                 self._taken = None
                 return outcome == "persisted"
 
     def _wait_for(self, step: int) -> str | None:
-        """How making `step` durable went, or None if that is still open after a while. On one rank."""
+        """Waits for a while for `step` to be durable; returns how it went, None if that is still open. On one rank."""
         deadline = time.monotonic() + DECIDE_S
         while time.monotonic() < deadline:
             self._look()
@@ -196,25 +200,25 @@ class LazySnapshots:
         """Waits for what is under way, and ends the agents."""
         self.wait_staged()
         deadline = time.monotonic() + FREE_S
-        while not self.memory.group.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
-            self.memory.reopen_if_lost()
-            if self.memory.why_given_up:
+        while not self.mesh.decide(lambda: self._is_idle() or time.monotonic() > deadline):
+            self.coordinator.reopen_if_lost()
+            if self.coordinator.why_given_up:
                 break
-        self.memory.group.mesh.barrier()
-        self.memory.end()
+        self.mesh.barrier()
+        self.coordinator.end()
 
     def _is_idle(self) -> bool:
         deadline = time.monotonic() + DECIDE_S
         while time.monotonic() < deadline:
-            if self.memory.is_idle():
+            if self.coordinator.is_idle():
                 return True
             time.sleep(POLL_S)
         return False
 
 
-def _ends(pieces: list[ObjectPiece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
-    """By a parameter's `id`, where in the region the last byte of it and of its state is."""
-    ends = {entry.block.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
+def _ends(pieces: list[Piece], chunks: list[Chunk], image_begin: int) -> dict[int, int]:
+    """The end in the region of each parameter and its state, by the parameter's `id`."""
+    ends = {entry.spec.name: image_begin + entry.end for chunk in chunks for entry in chunk.entries}
     owners: dict[int, int] = {}
     for piece in pieces:
         if piece.owner is not None:

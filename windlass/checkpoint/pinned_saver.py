@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from windlass.checkpoint.durable.chunk_file import preamble_of_length
-from windlass.checkpoint.durable.stage import block_of
+from windlass.checkpoint.durable.stage import spec_of
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.image import Entry
 from windlass.checkpoint.objects import CheckpointedObjects
@@ -43,16 +43,16 @@ class _Save:
     keep: int
     objects: dict[str, Any]
     copies: dict[str, torch.Tensor]
-    """By name, of what not only the optimizer's step changes."""
+    """Copies, by name, of tensors that not only the optimizer's step changes."""
     began: float
     is_put_off: bool
     pins: list[tuple[Pin, tuple[Entry, ...]]] = field(default_factory=list)
-    behind: list[PieceGroup] = field(default_factory=list)
-    """What is in memory, and is written behind the training."""
+    deferred: list[PieceGroup] = field(default_factory=list)
+    """The groups in memory that are written behind the training."""
     written: list[WrittenChunk] = field(default_factory=list)
 
 
-class SavesBehind:
+class PinnedSaver:
     """One checkpoint at a time. Collective unless said otherwise.
 
     Args:
@@ -65,7 +65,7 @@ class SavesBehind:
         self.store, self.objects, self.mesh, self.is_lazy = store, objects, mesh, is_lazy
         self.committed_step: int | None = None
         """The newest that was committed here."""
-        self._mesh_behind: Mesh | None = None
+        self._background_mesh: Mesh | None = None
         self._thread: threading.Thread | None = None
         self._put_off: _Save | None = None
         self._under_way: int | None = None
@@ -128,7 +128,7 @@ class SavesBehind:
         return self._put_off is not None or (self._thread is not None and self._thread.is_alive())
 
     def forget(self) -> None:
-        """What was committed is not what is in memory any more: another state was restored."""
+        """Forgets what was committed: another state was restored, and is in memory now."""
         self.committed_step = None
 
     def close(self) -> None:
@@ -155,7 +155,7 @@ class SavesBehind:
         has_pending = [optimizer.has_pending for optimizer in self.objects.out_of_core]
         is_put_off = any(all_gather_object(any(has_pending), self.mesh.group))
         objects = copy.deepcopy(self.objects.json_state())  # it is written while what it is of goes on
-        copies = self.objects.that_anything_changes()
+        copies = self.objects.clone_ownerless()
         save = _Save(step, generation, keep, objects, copies, time.perf_counter(), is_put_off)
         self._under_way = step
         if is_put_off:
@@ -169,13 +169,13 @@ class SavesBehind:
             self._begin(save)
 
     def _begin(self, save: _Save) -> None:
-        if self._mesh_behind is None:
+        if self._background_mesh is None:
             # Training's collectives and these must not meet in one group.
-            self._mesh_behind = self.mesh
+            self._background_mesh = self.mesh
             if self.mesh.group is not None:
                 group = dist.new_group(backend="gloo")
                 assert isinstance(group, dist.ProcessGroup), "every rank is in it"
-                self._mesh_behind = replace(self.mesh, group=group)
+                self._background_mesh = replace(self.mesh, group=group)
         self.objects.settle()
         self.objects.refresh_numbers(save.objects)
         try:
@@ -188,7 +188,7 @@ class SavesBehind:
                 raise
             self._fail(save, error)
             return
-        if save.behind and not save.is_put_off:
+        if save.deferred and not save.is_put_off:
             self._staged.clear()
         # A program that ends waits for it, so that no checkpoint is lost that was begun.
         self._thread = threading.Thread(target=self._run, args=(save,), name="windlass-checkpoint")
@@ -210,14 +210,14 @@ class SavesBehind:
         if not self.is_lazy:
             now = in_memory + now
         elif save.is_put_off:  # the step comes at once
-            save.behind = [_copied(group) for group in in_memory]
+            save.deferred = [_copied(group) for group in in_memory]
         else:
-            save.behind = in_memory
+            save.deferred = in_memory
         save.written = put_groups(self.store, now)
 
     def _run(self, save: _Save) -> None:
-        assert self._mesh_behind is not None
-        mesh = self._mesh_behind
+        assert self._background_mesh is not None
+        mesh = self._background_mesh
         try:
             of_ranks = all_gather_object(mesh.agree(lambda: self._put(save)), mesh.group)
             written = [chunk for rank in of_ranks for chunk in rank]
@@ -246,9 +246,9 @@ class SavesBehind:
         if self.mesh.device.type == "cuda":
             torch.cuda.set_device(self.mesh.device)
         try:
-            save.written += put_groups(self.store, save.behind)
+            save.written += put_groups(self.store, save.deferred)
         finally:
-            save.behind.clear()
+            save.deferred.clear()
             self._staged.set()
         for pin, entries in save.pins:
             save.written.append(self.store.put_file(pin.path, pin.read, entries))
@@ -264,7 +264,7 @@ def pinned(group: PieceGroup) -> tuple[Pin, tuple[Entry, ...]] | None:
         return None
     file = group.in_file.file
     found = zip(group.pieces, group.in_file.begins, strict=True)
-    entries = sorted((Entry(block_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
+    entries = sorted((Entry(spec_of(piece.fragment), begin) for piece, begin in found), key=lambda entry: entry.begin)
     header = preamble_of_length(entries, file.file_bytes - file.header_bytes, file.header_bytes)
     if header is None:
         return None  # so many small tensors that their names do not fit

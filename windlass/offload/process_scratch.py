@@ -16,14 +16,14 @@ import weakref
 from pathlib import Path
 
 LOCK = "windlass.lock"
-"""Held by the process that a folder belongs to, as long as it lives."""
+"""The lock file, held by the process that a folder belongs to as long as it lives."""
 
 _NAME = re.compile(r".+\.[0-9a-f]{16}")
 
 logger = logging.getLogger(__name__)
 
 
-class OwnFolder:
+class ProcessScratch:
     """A new folder `parent`/`name`.<random> that only this user can open, for files.
 
     It is removed at the end of the program at the latest, unless the process is killed.
@@ -39,11 +39,11 @@ class OwnFolder:
 
     @property
     def is_held(self) -> bool:
-        """Whether it is this process's still."""
+        """True while it is this process's."""
         return self._removal.alive
 
     def remove(self) -> None:
-        """With its files, which nothing may use any more."""
+        """Removes the folder with its files, which nothing may use any more."""
         self._removal()
 
     def _leave_to_parent(self) -> None:
@@ -51,7 +51,7 @@ class OwnFolder:
             os.close(self._lock)
 
 
-_held: weakref.WeakSet[OwnFolder] = weakref.WeakSet()
+_held: weakref.WeakSet[ProcessScratch] = weakref.WeakSet()
 
 
 def _after_fork() -> None:

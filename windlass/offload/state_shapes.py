@@ -1,4 +1,4 @@
-"""What state an optimizer will keep, before it keeps any."""
+"""Finds the state that an optimizer will keep, before it keeps any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from windlass.parallel.fragment import local_tensor
 
 
 @torch.no_grad()
-def trial_state(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
+def state_shapes(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> list[dict[str, Any]]:
     """The state that `parameters` will have after their first step, or their next one; its values mean nothing.
 
     An optimizer that says it itself (`empty_state`, as windlass's do) is asked. Any other makes a step on these

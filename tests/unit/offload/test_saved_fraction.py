@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from windlass.errors import DoesNotFit
-from windlass.offload.alpha import NUM_PARTS, TOLERANCE, Activations, Choice, LayerCosts, Rates, choose_alpha
+from windlass.offload.saved_fraction import (
+    NUM_PARTS,
+    TOLERANCE,
+    Activations,
+    Choice,
+    LayerCosts,
+    Rates,
+    choose_activations,
+)
 
 GIB = 1 << 30
 COSTS = LayerCosts(
@@ -18,12 +26,12 @@ GPU = Rates(flops_per_s=50e12, write_bytes_per_s=2e9, read_bytes_per_s=2e9, host
 
 
 def choose(rates: Rates, near_bytes: int = 0, host_bytes: int = 0) -> Choice:
-    return choose_alpha(COSTS, LAYERS, rates, near_bytes, host_bytes)
+    return choose_activations(COSTS, LAYERS, rates, near_bytes, host_bytes)
 
 
 def test_what_has_room_is_kept() -> None:
     choice = choose(GPU, near_bytes=4 * GIB)
-    assert (choice.activations, choice.alpha) == (Activations.keep, None)
+    assert (choice.activations, choice.saved_fraction) == (Activations.keep, None)
     assert choice.host_bytes == choice.disk_bytes == 0
     assert choice.pass_s == pytest.approx(3 * LAYERS * 1e12 / 50e12)
 
@@ -43,10 +51,10 @@ def test_a_disk_that_is_hardly_there_gets_only_inputs() -> None:
 
 def test_in_between_the_disk_is_as_busy_as_the_processor() -> None:
     choice = choose(GPU, near_bytes=GIB // 4, host_bytes=GIB)
-    assert choice.activations == Activations.alpha
-    assert choice.alpha is not None and 0 < choice.alpha < 1
+    assert choice.activations == Activations.fraction
+    assert choice.saved_fraction is not None and 0 < choice.saved_fraction < 1
     forward_s = LAYERS * COSTS.forward_flops / GPU.flops_per_s
-    again_s = (1 - choice.alpha) * LAYERS * COSTS.rest_flops / GPU.flops_per_s
+    again_s = (1 - choice.saved_fraction) * LAYERS * COSTS.rest_flops / GPU.flops_per_s
     part_s = LAYERS * COSTS.rest_bytes / NUM_PARTS / 2e9
     # In the forward pass the disk has just become the slowest, or is about to.
     assert choice.disk_bytes / 2e9 == pytest.approx(forward_s, abs=part_s)
@@ -56,8 +64,8 @@ def test_in_between_the_disk_is_as_busy_as_the_processor() -> None:
 def test_what_else_uses_the_disk_leaves_less_for_activations() -> None:
     alone = choose(GPU, host_bytes=GIB)
     shared = choose(dataclasses.replace(GPU, disk_busy_s=(0.3, 0.3)), host_bytes=GIB)
-    assert alone.alpha is not None and shared.alpha is not None
-    assert shared.alpha < alone.alpha
+    assert alone.saved_fraction is not None and shared.saved_fraction is not None
+    assert shared.saved_fraction < alone.saved_fraction
 
 
 def test_without_a_disk_the_host_has_to_hold_it() -> None:
@@ -65,7 +73,7 @@ def test_without_a_disk_the_host_has_to_hold_it() -> None:
     choice = choose(rates, near_bytes=GIB // 4, host_bytes=GIB // 2)
     assert choice.disk_bytes == 0
     assert choice.saved_bytes <= GIB // 4 + GIB // 2
-    assert choice.activations == Activations.alpha
+    assert choice.activations == Activations.fraction
     with pytest.raises(DoesNotFit, match="choose offload=ssd"):
         choose(rates, near_bytes=1 << 20, host_bytes=1 << 20)
 
@@ -82,17 +90,19 @@ def test_the_reasons_name_the_choice_and_what_it_was_held_against() -> None:
     what, _, times = choice.reasons[2].partition(": ")
     assert what == "modelled, forward and backward"
     names = [time.split(" ")[0] for time in times.split(", ")]
-    assert names == [f"alpha={choice.alpha:.3g}", "recompute", "alpha=0", "swap"]
+    assert names == [f"fraction={choice.saved_fraction:.3g}", "recompute", "fraction=0", "swap"]
 
 
 def test_kernels_that_go_through_memory_take_time_too() -> None:
     rates = Rates(1e12, memory_bytes_per_s=1e9)
     costs = dataclasses.replace(COSTS, forward_touched_bytes=2_000_000_000, rest_touched_bytes=1_000_000_000)
-    kept = choose_alpha(costs, LAYERS, rates, near_bytes=4 * GIB)
+    kept = choose_activations(costs, LAYERS, rates, near_bytes=4 * GIB)
     assert kept.pass_s == pytest.approx(3 * LAYERS * (1 + 2))
-    alpha_0 = choose_alpha(costs, LAYERS, rates, near_bytes=LAYERS * (costs.input_bytes + costs.attention_bytes))
-    assert (alpha_0.activations, alpha_0.alpha) == (Activations.alpha, 0)
-    assert alpha_0.pass_s == pytest.approx(LAYERS * (3 * (1 + 2) + 0.6 + 1))
+    inputs_only = choose_activations(
+        costs, LAYERS, rates, near_bytes=LAYERS * (costs.input_bytes + costs.attention_bytes)
+    )
+    assert (inputs_only.activations, inputs_only.saved_fraction) == (Activations.fraction, 0)
+    assert inputs_only.pass_s == pytest.approx(LAYERS * (3 * (1 + 2) + 0.6 + 1))
 
 
 rates_of_all_kinds = st.builds(

@@ -12,7 +12,6 @@ import os
 import secrets
 import socket
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ import numpy as np
 from windlass.checkpoint.agent.client import AgentClient, AgentError, NoMemory, TransportError
 from windlass.checkpoint.agent.folder import START_S, AgentFolder
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.config import FailureDomain
+from windlass.checkpoint.config import CheckpointConfig, FailureDomain
 from windlass.checkpoint.durable.storage import Location
-from windlass.checkpoint.memory.plan import Held, RecoveryPlan, plan_recovery
+from windlass.checkpoint.snapshot.plan import Held, RecoveryPlan, plan_recovery
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
@@ -38,36 +37,16 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.01
 
 
-@dataclass(frozen=True)
-class MemorySettings:
-    """Args:
-    num_parity_shards: how many failure domains may be lost at once.
-    num_slots: snapshots that have room on a node: 2, so that one is whole while the next is taken.
-    shm_dir: a folder of shared memory; None: the system's.
-    host: the address that agents listen on; None: that from which this node reaches the job's first.
-    lease_s: how long an agent waits for trainers to come back before it gives the job up.
-    max_send_bytes_per_s: what a node's agent sends at most; None: no limit.
-    """
-
-    num_parity_shards: int = 0
-    failure_domain: FailureDomain = FailureDomain.node
-    num_slots: int = 2
-    shm_dir: Path | None = None
-    host: str | None = None
-    lease_s: float = 600.0
-    max_send_bytes_per_s: float | None = None
-
-
-class AgentGroup:
-    """Collective unless said otherwise.
+class AgentClients:
+    """The clients of the agents of all nodes. Collective unless said otherwise.
 
     Args:
-        job: what names the job, alike on all nodes and in every life of it.
-        store: where agents write what is to be durable, and `keep` of how many checkpoints.
+        job: the name of the job, alike on all nodes and in every attempt of it.
+        store: where agents write what is to be durable.
     """
 
-    def __init__(self, mesh: Mesh, job: str, settings: MemorySettings, store: Location, keep: int) -> None:
-        self.mesh, self.job, self.settings, self.store, self.keep = mesh, job, settings, store, keep
+    def __init__(self, mesh: Mesh, job: str, settings: CheckpointConfig, store: Location) -> None:
+        self.mesh, self.job, self.settings, self.store = mesh, job, settings, store
         by_rank = settings.failure_domain == FailureDomain.rank
         self.ranks_per_node = 1 if by_rank else mesh.local_world_size
         if mesh.world_size % self.ranks_per_node:
@@ -91,13 +70,13 @@ class AgentGroup:
             )
         self.node = mesh.rank // self.ranks_per_node
         self.is_leader = mesh.rank % self.ranks_per_node == 0
-        """Whether this rank speaks for its node."""
+        """True if this rank speaks for its node."""
         member = f"r{mesh.local_rank}" if by_rank else ""
-        self.folder = AgentFolder.of(job, settings.shm_dir, member)
+        self.folder = AgentFolder.of(job, None if settings.shm_dir is None else Path(settings.shm_dir), member)
         self.client: AgentClient | None = None
         self.generation = 0
         self.statuses: list[dict[str, Any]] = []
-        """Of every node's agent, when all were asked last."""
+        """The status of every node's agent, when all were asked last."""
         self.verified: set[SnapshotId] = set()
         """Snapshots that all agents have read again."""
         self.distrusted: set[SnapshotId] = set()
@@ -115,7 +94,7 @@ class AgentGroup:
             RunFolderError: an agent does not start.
             ConfigError: two nodes share an agent.
         """
-        host = self.settings.host or _own_address()
+        host = self.settings.agent_host or _own_address()
         for is_turn in (self.is_leader, not self.is_leader):
             self.mesh.agree(lambda is_turn=is_turn: self._connect(host) if is_turn else None)
         self.refresh()
@@ -152,7 +131,7 @@ class AgentGroup:
         self.statuses = [answer for answer in answers if answer is not None]
 
     def plan(self) -> RecoveryPlan | None:
-        """What could be gone on from, by `statuses`. Not collective."""
+        """The plan of a recovery from what agents hold by `statuses`; None if there is nothing. Not collective."""
         held = [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
         return plan_recovery([[slot for slot in slots if slot.snapshot not in self.distrusted] for slots in held])
 
@@ -167,7 +146,7 @@ class AgentGroup:
         self._configure([] if plan is None else self._not_newer(plan.snapshot))
 
     def needs_protection(self, plan: RecoveryPlan) -> bool:
-        """Whether a snapshot is cut otherwise than this job: what is lost of it stays so until the next."""
+        """True if a snapshot is cut otherwise than this job: what is lost of it stays so until the next."""
         return (plan.num_nodes, plan.num_parity_shards) != (self.num_nodes, self.settings.num_parity_shards)
 
     def _not_newer(self, snapshot: SnapshotId) -> list[SnapshotId]:
@@ -194,7 +173,7 @@ class AgentGroup:
                     writer=self.positions[0],
                     keep=keep,
                     store=str(self.store),
-                    keep_durable=self.keep,
+                    keep_durable=self.settings.keep,
                     max_send_bytes_per_s=self.settings.max_send_bytes_per_s,
                 )
                 if self.is_leader
@@ -207,11 +186,11 @@ class AgentGroup:
         return host, port
 
     def newest_generation(self) -> int:
-        """Of all that agents know. Not collective."""
+        """The newest generation that agents know. Not collective."""
         return max((status["generation"] for status in self.statuses), default=0)
 
     def sources(self, plan: RecoveryPlan) -> dict[int, tuple[str, int]]:
-        """Where the agents are that hold each position of a snapshot."""
+        """The addresses of the agents that hold each position of a snapshot."""
         return {position: self.address_of(node) for position, node in plan.holders.items()}
 
     # --- Recovery. ---
@@ -244,9 +223,9 @@ class AgentGroup:
             for slot in self.statuses[min(plan.holders.values())]["slots"]
             if SnapshotId(*slot["snapshot"]) == plan.snapshot
         )
-        is_same_cut = not self.needs_protection(plan)
+        is_same_sharding = not self.needs_protection(plan)
         takers = {
-            position: self.positions.index(position) if is_same_cut else number % self.num_nodes
+            position: self.positions.index(position) if is_same_sharding else number % self.num_nodes
             for number, position in enumerate(plan.lost)
         }
 
@@ -301,7 +280,7 @@ class AgentGroup:
         self._configure([])
 
     def look(self, since: int = NEVER) -> dict[str, Any] | None:
-        """What training asks in its loop; it does not stand still for an agent that has stopped."""
+        """Asks for the agent's status from the training loop, which does not wait for an agent that has stopped."""
         if self.client is None:
             raise TransportError("there is no snapshot agent")
         return self.client.look(LOOK_S, brief=True, since=since)

@@ -1,4 +1,4 @@
-"""What happens around the forward and the backward pass of each unit of a model: its weights come and go, and updates
+"""Hooks around the forward and the backward pass of each unit of a model: its weights come and go, and updates
 that were put off are made just before the forward that needs them.
 
 A unit is a list of modules that run one after another, such as a layer, or a norm and the head.
@@ -27,8 +27,8 @@ def parameters_by_unit(model: nn.Module, units: Sequence[Sequence[nn.Module]]) -
     return [*found, [parameter for parameter in model.parameters() if id(parameter) not in of_units]]
 
 
-class UnitWeights:
-    """Which units' weights are in memory, and which come next; the base of what hooks on passes.
+class UnitHooks:
+    """The base of hooks on units: it knows which units' weights are in memory, and which come next.
 
     Args:
         model: what no unit names belongs to it as a whole.
@@ -82,10 +82,10 @@ class UnitWeights:
         self._optimizer.look_ahead()
 
 
-class Passes(UnitWeights):
-    """Hooks on a model that is not cut over ranks. What no unit names is there from forward to the end of backward.
+class UnshardedUnitHooks(UnitHooks):
+    """Hooks on a model that is not sharded. What no unit names is there from forward to the end of backward.
 
-    Args: as `UnitWeights`.
+    Args: as `UnitHooks`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What of the activations to keep, to move and to compute again: the choice that the modelled step time is least for.
+"""Chooses which activations to keep, to move and to compute again, so that the modelled step time is least.
 
 To move a byte costs time on the way out and on the way back, which is hidden as long as computations take longer; to
 compute it again costs operations, which nothing hides. So more tokens' activations are moved (see MEMO's alpha in
@@ -18,18 +18,18 @@ from windlass.errors import DoesNotFit
 NUM_PARTS = 64
 """Fractions that are tried are multiples of one part: figures that differ a little choose the same."""
 TOLERANCE = 1e-3
-"""Of the step time: less is not worth more bytes."""
+"""A smaller share of the step time is not worth more bytes."""
 MIB = 1 << 20
 
 
 class Activations(StrEnum):
-    """What becomes of a layer's activations between its forward and its backward pass."""
+    """The fate of a layer's activations between its forward and its backward pass."""
 
     keep = "keep"
     """They stay."""
     swap = "swap"
     """All are moved as far as there is no room."""
-    alpha = "alpha"
+    fraction = "fraction"
     """Those of a fraction of the tokens; the others are computed again."""
     recompute = "recompute"
     """The layer's input alone is kept, and moved as far as there is no room."""
@@ -37,25 +37,25 @@ class Activations(StrEnum):
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """Of one layer in one forward pass of this rank; in all micro-batches of a step, where passes are layer-major."""
+    """The costs of a layer in one forward pass of this rank; in all micro-batches of a step, where these are fused."""
 
     input_bytes: int
     attention_bytes: int
     """The attention's output and what its backward pass needs besides queries, keys and values."""
     rest_bytes: int
-    """What else autograd saves."""
+    """The rest of what autograd saves."""
     forward_flops: float
     rest_flops: float
     """To compute `rest_bytes` again from the layer's input and the attention's output."""
     forward_touched_bytes: int = 0
     """Read and written by what is no product: norms, rotations, gates."""
     rest_touched_bytes: int = 0
-    """Of them, to compute `rest_bytes` again."""
+    """The part of them that computes `rest_bytes` again."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What this rank gets of the machine."""
+    """The share of the machine that this rank gets."""
 
     flops_per_s: float
     write_bytes_per_s: float | None = None
@@ -66,30 +66,32 @@ class Rates:
     copy_bytes_per_s: float | None = None
     """On a CPU: of the copy between a tensor and a buffer, which the computation waits for. None takes no time."""
     memory_bytes_per_s: float | None = None
-    """Of kernels that go through memory and hardly compute. None: they take no time."""
+    """The rate of kernels that go through memory and hardly compute. None: they take no time."""
     disk_busy_s: tuple[float, float] = (0.0, 0.0)
-    """What else uses the disk during a forward and during a backward pass: optimizer state, weights."""
+    """Seconds that the disk is busy with other things (state, weights) in a forward and in a backward pass."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do, and what was expected of it."""
+    """A choice, and its expected costs."""
 
     activations: Activations
-    alpha: float | None
-    """With `Activations.alpha`; never 1, which is `swap`."""
+    saved_fraction: float | None
+    """With `Activations.fraction`; never 1, which is `swap`."""
     pass_s: float
     """A forward and a backward pass of the layers."""
     saved_bytes: int
     host_bytes: int
-    """Of these, moved from the GPU to the host."""
+    """The saved bytes that move from the GPU to the host."""
     disk_bytes: int
-    """Of these, moved to the disk."""
+    """The saved bytes that move to the disk."""
     reasons: tuple[str, ...] = ()
     """For people: what weighed, and the times of the choice and of the ends of what was tried."""
 
 
-def choose_alpha(costs: LayerCosts, num_layers: int, rates: Rates, near_bytes: int, host_bytes: int = 0) -> Choice:
+def choose_activations(
+    costs: LayerCosts, num_layers: int, rates: Rates, near_bytes: int, host_bytes: int = 0
+) -> Choice:
     """The least modelled time of a pass; of equals, the fewest bytes moved.
 
     Args:
@@ -100,7 +102,7 @@ def choose_alpha(costs: LayerCosts, num_layers: int, rates: Rates, near_bytes: i
         DoesNotFit: there is no disk, and not even the layers' inputs have room.
     """
     model = _Model(costs, num_layers, rates, near_bytes, host_bytes)
-    candidates = [model.recompute(), *(model.with_alpha(part / NUM_PARTS) for part in range(NUM_PARTS + 1))]
+    candidates = [model.recompute(), *(model.with_fraction(part / NUM_PARTS) for part in range(NUM_PARTS + 1))]
     possible = [choice for choice in candidates if choice is not None]
     if not possible:
         raise DoesNotFit(
@@ -125,12 +127,14 @@ class _Model:
     near_bytes: int
     host_bytes: int
 
-    def with_alpha(self, alpha: float) -> Choice | None:
-        """None if it has no room."""
+    def with_fraction(self, saved_fraction: float) -> Choice | None:
+        """The choice to save this fraction; None if it has no room."""
         costs = self.costs
-        saved = self.num_layers * (costs.input_bytes + costs.attention_bytes + round(alpha * costs.rest_bytes))
-        again_s = (1 - alpha) * self._compute_s(costs.rest_flops, costs.rest_touched_bytes)
-        return self._choice(Activations.alpha if alpha < 1 else Activations.swap, alpha, saved, again_s)
+        saved = self.num_layers * (costs.input_bytes + costs.attention_bytes + round(saved_fraction * costs.rest_bytes))
+        again_s = (1 - saved_fraction) * self._compute_s(costs.rest_flops, costs.rest_touched_bytes)
+        return self._choice(
+            Activations.fraction if saved_fraction < 1 else Activations.swap, saved_fraction, saved, again_s
+        )
 
     def recompute(self) -> Choice | None:
         saved = self.num_layers * self.costs.input_bytes
@@ -144,7 +148,7 @@ class _Model:
         memory = self.rates.memory_bytes_per_s
         return self.num_layers * (flops / self.rates.flops_per_s + (touched_bytes / memory if memory else 0.0))
 
-    def _choice(self, activations: Activations, alpha: float, saved: int, again_s: float) -> Choice | None:
+    def _choice(self, activations: Activations, saved_fraction: float, saved: int, again_s: float) -> Choice | None:
         rates = self.rates
         is_on_gpu = rates.host_bytes_per_s is not None
         moved = max(0, saved - self.near_bytes)
@@ -161,7 +165,7 @@ class _Model:
         read_s = to_disk / rates.read_bytes_per_s if rates.read_bytes_per_s else 0.0
         pass_s = max(forward_s + copy_s, link_s, write_s + rates.disk_busy_s[0])
         pass_s += max(2 * forward_s + again_s + copy_s, link_s, read_s + rates.disk_busy_s[1])
-        given = alpha if activations == Activations.alpha else None
+        given = saved_fraction if activations == Activations.fraction else None
         return Choice(activations, given, pass_s, saved, to_host, to_disk)
 
     def reasons(self, best: Choice, possible: list[Choice]) -> tuple[str, ...]:
@@ -185,4 +189,4 @@ def _mib(num_bytes: int) -> str:
 
 
 def _name(choice: Choice) -> str:
-    return choice.activations.value if choice.alpha is None else f"alpha={choice.alpha:.3g}"
+    return choice.activations.value if choice.saved_fraction is None else f"fraction={choice.saved_fraction:.3g}"

@@ -1,4 +1,4 @@
-"""What `windlass.offload.passes` does, for a model that FSDP2 has cut: weights are needed when they are gathered.
+"""Unit hooks for a model that FSDP2 has sharded: weights are needed when they are gathered.
 
 The shards of a unit's weights are in memory while FSDP2 reads them into a collective, and not a moment longer; what it
 gathers from them it keeps and frees by its own rules.
@@ -13,15 +13,15 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from windlass.offload.passes import UnitWeights
+from windlass.offload.unit_hooks import UnitHooks
 from windlass.parallel.autograd_shim import is_in_backward
 from windlass.parallel.fsdp_shim import around_unshard
 
 
-class CutPasses(UnitWeights):
-    """Hooks on a model that FSDP2 has cut, unit by unit.
+class ShardedUnitHooks(UnitHooks):
+    """Hooks on a model that FSDP2 has sharded, unit by unit.
 
-    Args: as `UnitWeights`.
+    Args: as `UnitHooks`.
     """
 
     def _attach(self, number: int, modules: Sequence[nn.Module]) -> None:

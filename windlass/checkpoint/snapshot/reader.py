@@ -1,4 +1,4 @@
-"""Reads a snapshot from the slots of all nodes as one would a checkpoint from disk: any block, whatever the cut."""
+"""Reads a snapshot from the slots of all nodes as a checkpoint from disk: any fragment, whatever the sharding."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from windlass.checkpoint.image import Chunk, Description, chunks_from_json, chun
 from windlass.checksum import crc32c
 
 KEPT_BYTES = 64 << 20
-"""Of what was read from other nodes: the next tensor may be in the same blocks."""
+"""The most that is kept of what was read from other nodes: the next tensor may be in the same blocks."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one rank's region holds."""
+    """The content of one rank's region."""
 
     position: int
     rank: int
     begin: int
-    """Of its image, from the start of the node's data."""
+    """The begin of its image, from the start of the node's data."""
     chunks: list[Chunk]
     objects: dict[str, Any]
 
@@ -40,7 +40,7 @@ class Part:
 
 
 def read_parts(files: SlotFiles) -> list[Part]:
-    """What the regions of a slot hold.
+    """Reads what the regions of a slot hold.
 
     Raises:
         ValueError: their bytes have changed.
@@ -118,7 +118,7 @@ class SlotSource:
         self._recent.clear()
 
     def _read_far(self, position: int, begin: int, end: int) -> memoryview:
-        """From another node, in whole blocks. What ranks hold alike is in few, a little on each node."""
+        """Reads from another node, in whole blocks. What ranks hold alike is in few, a little on each node."""
         first, count = begin // BLOCK_BYTES, max(1, -(-end // BLOCK_BYTES) - begin // BLOCK_BYTES)
         recent_first, recent = self._recent.get(position, (0, np.empty(0, np.uint8)))
         if first < recent_first or (first + count - recent_first) * BLOCK_BYTES > recent.size:
@@ -152,12 +152,10 @@ def manifest_of(step: int, generation: int, world_size: int, parts: list[Part]) 
         objects |= part.objects
         for chunk in part.chunks:
             for entry in chunk.entries:
-                block = entry.block
-                tensor = tensors.setdefault(block.name, StoredTensor(block.global_shape, block.dtype))
+                spec = entry.spec
+                tensor = tensors.setdefault(spec.name, StoredTensor(spec.global_shape, spec.dtype))
                 begin = part.begin + entry.begin
                 tensor.fragments.append(
-                    StoredFragment(
-                        str(part.position), block.name, begin, begin + block.nbytes, block.offset, block.shape
-                    )
+                    StoredFragment(str(part.position), spec.name, begin, begin + spec.nbytes, spec.offset, spec.shape)
                 )
     return Manifest(step, generation, world_size, time.time(), objects, tensors, {})

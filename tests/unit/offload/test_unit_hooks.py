@@ -15,8 +15,8 @@ from support.tiered import STREAMED, Outcome, TieredRun, await_transfers, tiered
 from windlass.errors import OffloadError
 from windlass.offload.buckets import RESIDENT_NUMEL
 from windlass.offload.optimizer import OffloadedOptimizer
-from windlass.offload.passes import Passes
 from windlass.offload.tier_file import HEADER_BYTES
+from windlass.offload.unit_hooks import UnshardedUnitHooks
 from windlass.parallel.autograd_shim import is_in_backward
 
 SSD = ("offload=ssd", "offload.buffer_bytes=1048576")
@@ -193,7 +193,7 @@ def test_hooks_come_off(tmp_path: Path) -> None:
     assert optimizer.has_pending
     units = [list(unit.modules) for unit in run.model.units()]
     before = len(run.model.layers[0]._forward_pre_hooks)
-    Passes(run.model, units, optimizer, None).remove()
+    UnshardedUnitHooks(run.model, units, optimizer, None).remove()
     assert len(run.model.layers[0]._forward_pre_hooks) == before
     run.evaluate()
     assert not optimizer.has_pending, "an evaluation is of the weights after the step"

@@ -21,11 +21,11 @@ from windlass.checksum import crc32c
 from windlass.parallel.fragment import local_tensor
 
 RING_BYTES = 32 << 20
-"""Of each of the two pinned buffers."""
+"""The size of each of the two pinned buffers."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopyItem:
     """A contiguous tensor and where its bytes go, from the start of the region."""
 
     source: torch.Tensor
@@ -37,8 +37,8 @@ class Copy:
 
     Args:
         region: this rank's part of the slot, from a multiple of `BLOCK_BYTES`.
-        head: what goes before the pieces; copied at once.
-        pieces: in the order of their places.
+        head: what goes before the items; copied at once.
+        items: in the order of their places.
         owners: by `id`, where in the region the last byte of a parameter and of its state is; for `wait`.
         finished: called in the copying thread with a CRC32C a block, or with the error that ended the copy.
     """
@@ -47,11 +47,11 @@ class Copy:
         self,
         region: memoryview,
         head: bytes,
-        pieces: list[Piece],
+        items: list[CopyItem],
         owners: dict[int, int],
         finished: Callable[[np.ndarray, Exception | None], None],
     ) -> None:
-        self._region, self._pieces, self._owners, self._finished = region, pieces, owners, finished
+        self._region, self._items, self._owners, self._finished = region, items, owners, finished
         self._checksums = np.zeros(-(-len(region) // BLOCK_BYTES), np.uint32)
         self._progress = threading.Condition()
         self._copied = 0  # bytes of the region; all before them are in place
@@ -59,7 +59,7 @@ class Copy:
         self._blocks = 0
         region[: len(head)] = head
         self._ready: torch.cuda.Event | None = None
-        if any(piece.source.is_cuda for piece in pieces):
+        if any(item.source.is_cuda for item in items):
             self._ready = torch.cuda.Event()
             self._ready.record()  # after whatever is still computing what is to be copied
         threading.Thread(target=self._run, name="windlass-snapshot", daemon=True).start()
@@ -83,12 +83,12 @@ class Copy:
         error: Exception | None = None
         try:
             address = ctypes.addressof(ctypes.c_char.from_buffer(self._region))
-            for source, nbytes, begin in self._host_pieces():
+            for source, nbytes, begin in self._host_items():
                 self._copy(source, nbytes, address, begin)
             self._sum_blocks(len(self._region))
         except Exception as caught:  # told to who waits for the snapshot; training goes on
             error = caught
-        self._pieces.clear()
+        self._items.clear()
         with self._progress:
             self._is_done = True
             self._progress.notify_all()
@@ -114,22 +114,22 @@ class Copy:
             self._checksums[number] = crc32c(self._region[number * BLOCK_BYTES : (number + 1) * BLOCK_BYTES])
         self._blocks = max(self._blocks, num_whole)
 
-    def _host_pieces(self) -> Iterator[tuple[int, int, int]]:
-        """(address, bytes, place) of each piece, in memory that stays as it is until the next is asked for."""
+    def _host_items(self) -> Iterator[tuple[int, int, int]]:
+        """(address, bytes, place) of each item, in memory that stays as it is until the next is asked for."""
         if self._ready is None:
-            for piece in self._pieces:
-                yield piece.source.data_ptr(), piece.source.nbytes, piece.begin
+            for item in self._items:
+                yield item.source.data_ptr(), item.source.nbytes, item.begin
             return
         yield from self._through_ring(self._ready)
 
     def _through_ring(self, ready: torch.cuda.Event) -> Iterator[tuple[int, int, int]]:
-        """From a GPU: while one buffer's bytes go on into the slot, the other is filled."""
-        device = next(piece.source.device for piece in self._pieces if piece.source.is_cuda)
+        """Copies from a GPU: while one buffer's bytes go on into the slot, the other is filled."""
+        device = next(item.source.device for item in self._items if item.source.is_cuda)
         stream = torch.cuda.Stream(device)
         stream.wait_event(ready)
         ring = [torch.empty(RING_BYTES, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         in_flight: list[tuple[torch.cuda.Event, int, int, int]] = []
-        for number, (part, begin) in enumerate(_parts(self._pieces, RING_BYTES)):
+        for number, (part, begin) in enumerate(_parts(self._items, RING_BYTES)):
             buffer = ring[number % 2]
             with torch.cuda.stream(stream):
                 buffer[: part.numel()].copy_(part, non_blocking=True)
@@ -149,28 +149,28 @@ def _arrived(waiting: tuple[torch.cuda.Event, int, int, int]) -> tuple[int, int,
     return source, nbytes, begin
 
 
-def _parts(pieces: Iterable[Piece], max_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """The bytes of the pieces, at most `max_bytes` at a time, and their places."""
-    for piece in pieces:
-        data = piece.source.reshape(-1).view(torch.uint8)
+def _parts(items: Iterable[CopyItem], max_bytes: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """The bytes of the items, at most `max_bytes` at a time, and their places."""
+    for item in items:
+        data = item.source.reshape(-1).view(torch.uint8)
         for start in range(0, data.numel(), max_bytes):
-            yield data[start : start + max_bytes], piece.begin + start
+            yield data[start : start + max_bytes], item.begin + start
 
 
-def pieces_of(chunks: Iterable[Chunk], image_begin: int, tensors: dict[str, torch.Tensor]) -> list[Piece]:
-    """Where the parts of local `tensors`, by name, go in a region whose image begins at `image_begin`.
+def copy_items(chunks: Iterable[Chunk], image_begin: int, tensors: dict[str, torch.Tensor]) -> list[CopyItem]:
+    """The parts of local `tensors`, by name, and where they go in a region whose image begins at `image_begin`.
 
-    A block of a tensor that is not contiguous in memory is copied here and now.
+    A part that is not contiguous in memory is copied here and now.
     """
-    pieces = []
+    items = []
     taken: dict[str, int] = {}  # elements: the parts of a tensor come in order
     for chunk in chunks:
         for entry in chunk.entries:
-            local = tensors[entry.block.name]
+            local = tensors[entry.spec.name]
             flat = local_tensor(local).contiguous().reshape(-1)
-            start = taken.get(entry.block.name, 0)
-            count = entry.block.nbytes // flat.element_size()
-            taken[entry.block.name] = start + count
+            start = taken.get(entry.spec.name, 0)
+            count = entry.spec.nbytes // flat.element_size()
+            taken[entry.spec.name] = start + count
             if count:
-                pieces.append(Piece(flat[start : start + count], image_begin + entry.begin))
-    return pieces
+                items.append(CopyItem(flat[start : start + count], image_begin + entry.begin))
+    return items

@@ -11,7 +11,7 @@ from lion_pytorch import Lion
 from support.optimizers import CASES, make, parameters_of
 from torch import Tensor
 
-from windlass.offload.trial import trial_state
+from windlass.offload.state_shapes import state_shapes
 
 SHAPES: list[tuple[int, ...]] = [(24, 32), (32, 24), (40,)]
 OTHERS: dict[str, Callable[[list], torch.optim.Optimizer]] = {
@@ -50,7 +50,7 @@ def test_it_is_the_state_of_the_first_step_and_leaves_no_trace(name: str) -> Non
     other.grad = gradient = torch.ones_like(other)
     weights, settings = [parameter.detach().clone() for parameter in params], settings_of(optimizer)
     rng_state = torch.get_rng_state()
-    found = trial_state(optimizer, params[:2])
+    found = state_shapes(optimizer, params[:2])
 
     assert torch.equal(torch.get_rng_state(), rng_state)
     assert settings_of(optimizer) == settings
@@ -76,7 +76,7 @@ def test_state_that_is_there_already_stays(kind: type[torch.optim.Optimizer]) ->
     before = {
         parameter: {key: value.clone() for key, value in optimizer.state[parameter].items()} for parameter in params
     }
-    found = trial_state(optimizer, params)
+    found = state_shapes(optimizer, params)
     assert all(found) and [state.keys() for state in found] == [found[0].keys()] * len(params)
     for parameter, state in before.items():
         assert optimizer.state[parameter].keys() == state.keys()
@@ -88,7 +88,7 @@ def test_it_may_be_asked_for_in_the_middle_of_a_backward_pass() -> None:
     params = parameters_of([(24, 24)] * 3)
     optimizer = torch.optim.AdamW(params)
     found = []
-    params[2].register_post_accumulate_grad_hook(lambda _: found.extend(trial_state(optimizer, params)))
+    params[2].register_post_accumulate_grad_hook(lambda _: found.extend(state_shapes(optimizer, params)))
     (torch.ones(2, 24) @ params[0] @ params[1] @ params[2]).sum().backward()
     assert all(parameter.grad is not None for parameter in params) and len(found) == 3
 
@@ -97,7 +97,7 @@ def test_a_learning_rate_that_is_a_tensor_stays_the_same_tensor() -> None:
     """Whoever holds it too may set it."""
     params, lr = parameters_of([(24, 32)]), torch.tensor(0.1)
     optimizer = torch.optim.AdamW(params, lr=lr)
-    trial_state(optimizer, params)
+    state_shapes(optimizer, params)
     assert optimizer.param_groups[0]["lr"] is lr and float(lr) == float(torch.tensor(0.1))
 
 
@@ -105,7 +105,7 @@ def test_a_scheduler_does_not_take_it_for_a_step() -> None:
     (parameter,) = params = parameters_of([(24, 32)])
     optimizer = torch.optim.SGD(params, lr=0.1, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    trial_state(optimizer, params)
+    state_shapes(optimizer, params)
     parameter.grad = torch.ones_like(parameter)
     with pytest.warns(UserWarning, match=r"lr_scheduler\.step\(\)` before `optimizer\.step"):
         scheduler.step()
@@ -138,6 +138,6 @@ def test_an_optimizer_that_keeps_something_for_all_parameters_together_is_refuse
     with pytest.raises(
         ValueError, match=r"Counting changes 'count' of its param groups in a step: .* use an optimizer"
     ):
-        trial_state(optimizer, params)
+        state_shapes(optimizer, params)
     assert settings_of(optimizer) == settings
     assert torch.equal(params[0], weight) and params[0].grad is None

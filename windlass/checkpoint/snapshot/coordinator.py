@@ -1,4 +1,4 @@
-"""The tier of snapshots in memory: what all ranks do together to take one."""
+"""Coordinates snapshots in memory: what all ranks do together to take one."""
 
 from __future__ import annotations
 
@@ -17,41 +17,41 @@ from windlass.checkpoint.agent.ledger import Busy, SnapshotId, Stale
 from windlass.checkpoint.agent.slots import Region, SharedFile
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.image import round_up
-from windlass.checkpoint.memory.group import AgentGroup
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.errors import ConfigError, DoesNotFit, RunFolderError
 
 logger = logging.getLogger(__name__)
 
 _FREE, _BUSY, _GONE, _FULL = 0, -1, -2, -3
-"""What a node's agent is to a snapshot that is due."""
+"""The states of a node's agent when a snapshot is due."""
 MAX_FAILURES = 5
 """Snapshots in a row that did not come to be in memory: then it is given up."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a rank's snapshot goes."""
+    """The place of a rank's snapshot."""
 
     snapshot: SnapshotId
     persist: bool
-    """Whether the ranks have agreed to make it durable."""
+    """True if the ranks have agreed to make it durable."""
     region: memoryview | None
     """Whole blocks: what the rank asked for, and padding. None if this node's agent was lost meanwhile: then no node
     will commit the snapshot."""
 
 
-class MemoryTier:
+class SnapshotCoordinator:
     """Collective unless said otherwise."""
 
-    def __init__(self, group: AgentGroup) -> None:
-        self.group = group
+    def __init__(self, agents: AgentClients) -> None:
+        self.agents = agents
         self._newest: SnapshotId | None = None
         self._given_up: SnapshotId | None = None
         """The newest that this rank could not take part in."""
         self._maps: dict[tuple[str, int, int], SharedFile] = {}
         self._failures = 0
         self.why_given_up: str | None = None
-        """Why there is no tier in memory any more, on all ranks alike; None while there is one."""
+        """The reason why there are no snapshots in memory any more, on all ranks alike; None while there are."""
 
     def reserve(self, region_bytes: int) -> None:
         """Takes the memory that snapshots of `region_bytes` a rank need.
@@ -61,22 +61,20 @@ class MemoryTier:
         """
         _, node_bytes = self._regions([int(size) for size in self._gather(region_bytes).flatten()])
 
-        group = self.group
-
         def reserve_mine() -> None:
             try:
-                self.group.ask("reserve", node_bytes=node_bytes)
+                self.agents.ask("reserve", node_bytes=node_bytes)
             except NoMemory as error:
                 raise DoesNotFit(
                     "checkpoint.shm_dir",
-                    group.folder.path,
-                    f"{group.settings.num_slots} snapshots need {error.needed_bytes / 2**20:,.0f} MiB of shared memory "
-                    f"on this node, and {error.free_bytes / 2**20:,.0f} MiB are free",
+                    self.agents.folder.path,
+                    f"{self.agents.settings.num_slots} snapshots need {error.needed_bytes / 2**20:,.0f} MiB of shared "
+                    f"memory on this node, and {error.free_bytes / 2**20:,.0f} MiB are free",
                     "make it larger (`mount -o remount,size=... /dev/shm`, `docker run --shm-size=...`), "
                     "set checkpoint.shm_dir to another folder, or checkpoint=durable",
                 ) from error
 
-        self.group.mesh.agree(lambda: reserve_mine() if self.group.is_leader else None)
+        self.agents.mesh.agree(lambda: reserve_mine() if self.agents.is_leader else None)
 
     def begin(self, step: int, region_bytes: int, persist: bool) -> Target | None:
         """Takes a slot on all nodes, or on none: None if the snapshot before is not done, or an agent was lost.
@@ -94,16 +92,16 @@ class MemoryTier:
             return None
         regions, node_bytes = self._regions([int(size) for size in answers])
         snapshot = self._next_id()
-        mine = next(region for region in regions if region.rank == self.group.mesh.rank)
+        mine = next(region for region in regions if region.rank == self.agents.mesh.rank)
         try:
-            answer = self.group.ask(
+            answer = self.agents.ask(
                 "begin",
                 snapshot=snapshot,
                 step=step,
-                rank=self.group.mesh.rank,
+                rank=self.agents.mesh.rank,
                 regions=[[region.position, region.rank, region.offset, region.nbytes] for region in regions],
                 node_bytes=node_bytes,
-                world_size=self.group.mesh.world_size,
+                world_size=self.agents.mesh.world_size,
                 layout=_layout_hash(regions, node_bytes),
                 persist=bool(wants.any()),
             )
@@ -125,7 +123,7 @@ class MemoryTier:
     def copied(self, snapshot: SnapshotId, checksums: np.ndarray) -> None:
         """This rank's region is whole. Not collective; from any thread."""
         try:
-            self.group.ask("copied", checksums.view(np.uint8), snapshot=snapshot, rank=self.group.mesh.rank)
+            self.agents.ask("copied", checksums.view(np.uint8), snapshot=snapshot, rank=self.agents.mesh.rank)
         except (Stale, TransportError) as error:
             logger.warning("snapshot %s is lost: %s", tuple(snapshot), error)
 
@@ -133,28 +131,28 @@ class MemoryTier:
         """Not collective."""
         self._given_up = snapshot
         try:
-            self.group.ask("abort", snapshot=snapshot, why=why)
+            self.agents.ask("abort", snapshot=snapshot, why=why)
         except (AgentError, TransportError) as error:
             logger.warning("%s", error)
 
     def events(self, since: int) -> list[dict[str, Any]]:
-        """What this node's agent did after event number `since`. Not collective."""
+        """Returns what this node's agent did after event number `since`. Not collective."""
         try:
-            status = self.group.look(since)
+            status = self.agents.look(since)
         except TransportError:
             return []
         return [] if status is None else status["events"]
 
     def is_idle(self) -> bool:
-        """Whether this node's agent has nothing to do any more. Not collective."""
+        """True if this node's agent has nothing to do any more. Not collective."""
         try:
-            status = self.group.look()
+            status = self.agents.look()
         except TransportError:
             return True
         return status is not None and status["in_flight"] is None and not status["is_persisting"]
 
     def reopen_if_lost(self) -> bool:
-        """Whether a node's agent is gone, or was started anew. It is brought back then, with what it left."""
+        """Brings a node's agent back that is gone, or was started anew, with what it left; True if there was one."""
         is_lost = bool((self._gather(self._state()) == _GONE).any())
         if is_lost:
             self._reopen()
@@ -162,38 +160,38 @@ class MemoryTier:
 
     def end(self) -> None:
         """The job is over: the agents leave, and leave nothing behind. Not collective."""
-        if self.group.client is not None:
+        if self.agents.client is not None:
             try:
-                self.group.ask(
-                    "end", rank=self.group.mesh.rank, num_local_ranks=self.group.ranks_per_node, persist=False
+                self.agents.ask(
+                    "end", rank=self.agents.mesh.rank, num_local_ranks=self.agents.ranks_per_node, persist=False
                 )
             except (AgentError, TransportError) as error:
                 logger.warning("%s", error)
-                if self.group.is_leader:
-                    self.group.folder.remove_if_left()
-            self.group.client.close()
-            self.group.client = None
+                if self.agents.is_leader:
+                    self.agents.folder.remove_if_left()
+            self.agents.client.close()
+            self.agents.client = None
 
     def _state(self) -> int:
         if self._failures >= MAX_FAILURES:
             return _FULL
         try:
-            status = self.group.look()
+            status = self.agents.look()
         except TransportError:
             return _GONE
         if status is None:
             return _BUSY
         if not status["is_configured"]:
             return _GONE
-        return _FREE if status["is_free"] and status["generation"] == self.group.generation else _BUSY
+        return _FREE if status["is_free"] and status["generation"] == self.agents.generation else _BUSY
 
     def _regions(self, region_bytes: list[int]) -> tuple[list[Region], int]:
-        """Where each rank's region lies, and the data of the node that has the most."""
+        """Lays out each rank's region; returns them, and the bytes of the node that has the most."""
         regions, largest = [], 0
-        for node in range(self.group.num_nodes):
+        for node in range(self.agents.num_nodes):
             offset = 0
-            for rank in range(node * self.group.ranks_per_node, (node + 1) * self.group.ranks_per_node):
-                regions.append(Region(self.group.positions[node], rank, offset, region_bytes[rank]))
+            for rank in range(node * self.agents.ranks_per_node, (node + 1) * self.agents.ranks_per_node):
+                regions.append(Region(self.agents.positions[node], rank, offset, region_bytes[rank]))
                 offset += round_up(region_bytes[rank], BLOCK_BYTES)
             largest = max(largest, offset)
         return regions, largest
@@ -209,29 +207,29 @@ class MemoryTier:
 
     def _reopen(self) -> None:
         try:
-            self.group.reopen()
+            self.agents.reopen()
         except (RunFolderError, ConfigError) as error:  # on all ranks
             self.why_given_up = str(error)
             return
-        if self._given_up is not None and self._given_up.generation == self.group.generation:
+        if self._given_up is not None and self._given_up.generation == self.agents.generation:
             # The agent that was told may have been the one that was lost, and the other nodes wait to hear of it.
             self.give_up(self._given_up, "a rank could not begin it, or copy into it")
 
     def _next_id(self) -> SnapshotId:
         """Numbers begin again in each generation."""
-        is_first = self._newest is None or self._newest.generation != self.group.generation
+        is_first = self._newest is None or self._newest.generation != self.agents.generation
         self._newest = SnapshotId(
-            self.group.generation, 1 if is_first or self._newest is None else self._newest.number + 1
+            self.agents.generation, 1 if is_first or self._newest is None else self._newest.number + 1
         )
         return self._newest
 
     def _gather(self, *values: int) -> torch.Tensor:
         """`values` of every rank: int64, a row a rank."""
-        group = self.group.mesh.host_group
+        group = self.agents.mesh.host_group
         mine = torch.tensor([values], dtype=torch.int64)
         if group is None:
             return mine
-        gathered = torch.empty(self.group.mesh.world_size, len(values), dtype=torch.int64)
+        gathered = torch.empty(self.agents.mesh.world_size, len(values), dtype=torch.int64)
         dist.all_gather(list(gathered.split(1)), mine, group=group)
         return gathered
 

@@ -1,4 +1,4 @@
-"""What each rank of `recovery.py` runs: a life from its start, over the restore and its parts, to the kill."""
+"""What each rank of `recovery.py` runs: an attempt from its start, over the restore and its parts, to the kill."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from loop_variants import Tokens, synthetic_batches
 from windlass.checkpoint import Checkpointer, manager
 from windlass.checkpoint.agent.slots import SharedFile
 from windlass.checkpoint.agent.stripes import Stripes
-from windlass.checkpoint.memory.group import AgentGroup
+from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.conf.schema import Config
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import all_gather_object
@@ -60,7 +60,7 @@ class Settings:
 
 @dataclass
 class Recovery:
-    """How one rank of a new life went on."""
+    """How one rank of a new attempt went on."""
 
     source: str | None
     """None: there was nothing to go on from."""
@@ -148,7 +148,7 @@ def live(settings: Settings, rank: int, variables: dict[str, str], parent: Conne
     )
     watch.timed("agents", checkpointer.open)()
     assert checkpointer.snapshots is not None
-    _watch_restore(watch, checkpointer, checkpointer.snapshots.memory.group)
+    _watch_restore(watch, checkpointer, checkpointer.snapshots.coordinator.agents)
     restored = checkpointer.restore_latest()
     step = 0 if restored is None else restored.step
     watch.timed("first step", trainer.step)(checkpointer)
@@ -162,12 +162,12 @@ def live(settings: Settings, rank: int, variables: dict[str, str], parent: Conne
         time.monotonic(),
         num_parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
     )
-    _measure_limits(recovery, trainer, mesh, checkpointer.snapshots.memory.group)
+    _measure_limits(recovery, trainer, mesh, checkpointer.snapshots.coordinator.agents)
     parent.send(recovery)
     _train_on(trainer, checkpointer, step + 1, parent)
 
 
-def _watch_restore(watch: Stopwatch, checkpointer: Checkpointer, memory: AgentGroup) -> None:
+def _watch_restore(watch: Stopwatch, checkpointer: Checkpointer, memory: AgentClients) -> None:
     manager.plan_restore = watch.timed("plan", manager.plan_restore)
     manager.open_snapshot = watch.timed("open", manager.open_snapshot)
     for owner, name, part in (
@@ -193,7 +193,7 @@ def _train_on(trainer: Trainer, checkpointer: Checkpointer, step: int, parent: C
 # --- Limits. ---
 
 
-def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: AgentGroup) -> None:
+def _measure_limits(recovery: Recovery, trainer: Trainer, mesh: Mesh, memory: AgentClients) -> None:
     weights = [local_tensor(parameter) for parameter in trainer.model.parameters()]
     tensors = local_tensors(trainer.model, trainer.optimizer)
     state = tensors[len(weights) :]
@@ -237,7 +237,7 @@ def _new_memory(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _stripes(memory: AgentGroup) -> Stripes:
+def _stripes(memory: AgentClients) -> Stripes:
     memory.refresh()
     slot = memory.statuses[0]["slots"][0]
     return Stripes(slot["num_nodes"], slot["num_parity_shards"], slot["node_bytes"])
