@@ -300,7 +300,8 @@ def report(
     print(f"swap: gradients: {differences['swap']} (bar: same bits)")
     print(
         f"\nchoose_activations, from {rates.flops_per_s / 1e9:,.0f} GFLOP/s, "
-        f"{(rates.write_bytes_per_s or 0) / 1e9:.2f} GB/s to and {(rates.read_bytes_per_s or 0) / 1e9:.2f} GB/s from the disk: {choice.activations.value}"
+        f"{(rates.write_bytes_per_s or 0) / 1e9:.2f} GB/s to and {(rates.read_bytes_per_s or 0) / 1e9:.2f} GB/s from "
+        f"the disk: {choice.activations.value}"
     )
     for reason in choice.reasons:
         print(f"  {reason}")
