@@ -87,7 +87,7 @@ class TieredRun:
         self.optimizer = build_optimizer(self.config, self.model, self.tiers)
         buckets = self.optimizer.bucket_parameters() if isinstance(self.optimizer, OffloadedOptimizer) else ()
         self.in_backward: StepInBackward | None = self.config.optim.build_in_backward(
-            self.optimizer, self.config.train.max_norm, self.mesh.shard_group, buckets
+            self.optimizer, self.config.train.max_norm, buckets
         )
         if self.tiers is not None:
             self.tiers.attend(self.model, modules_of_units(self.model), is_cut=self.mesh.device_mesh is not None)
@@ -103,7 +103,7 @@ class TieredRun:
     def step(self) -> float:
         """One step of the training loop; returns its loss."""
         batches = self.batches()
-        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.group))
+        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.data_group))
         passes = [batches] if self.is_layer_major else [[batch] for batch in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batches in enumerate(passes):
@@ -121,7 +121,7 @@ class TieredRun:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
-        return float(all_reduce(total, self.mesh.group)) / num_tokens
+        return float(all_reduce(total, self.mesh.data_group)) / num_tokens
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from windlass.parallel.fragment import local_tensor
+from windlass.parallel.fragment import local_tensor, with_local
 from windlass.parallel.layout import Layout
 
 ALIGNMENT = 64
@@ -127,7 +126,7 @@ class Batch:
         # New state, or restored, or in another batch before: from now on it is together.
         packed = torch.stack(parts)
         for state, part in zip(self.states, packed, strict=True):
-            state[key] = _with_memory(state[key], part)
+            state[key] = with_local(state[key], part)
         return packed
 
     def subtract(self, step: Tensor) -> None:
@@ -204,12 +203,3 @@ def matrix_squares(rows: Tensor) -> Tensor:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def _with_memory(tensor: Tensor, local: Tensor) -> Tensor:
-    """A tensor like `tensor` whose part in this process is `local`."""
-    if not isinstance(tensor, DTensor):
-        return local
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )

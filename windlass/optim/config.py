@@ -12,7 +12,6 @@ from windlass.errors import ConfigError, require
 
 if TYPE_CHECKING:
     import torch
-    import torch.distributed as dist
     from torch import nn
 
     from windlass.optim.in_backward import StepInBackward
@@ -70,7 +69,6 @@ class OptimConfig:
         self,
         optimizer: torch.optim.Optimizer,
         max_norm: float | None,
-        group: dist.ProcessGroup | None,
         buckets: Sequence[Sequence[torch.Tensor]] = (),
     ) -> StepInBackward | None:
         """Hooks that run `optimizer` in the backward pass, if that is configured.
@@ -99,7 +97,7 @@ class OptimConfig:
         )
         from windlass.optim.in_backward import StepInBackward
 
-        return StepInBackward(optimizer, self.in_backward, max_norm, group, buckets=buckets)
+        return StepInBackward(optimizer, self.in_backward, max_norm, buckets=buckets)
 
     def build_scheduler(self, optimizer: torch.optim.Optimizer, num_steps: int) -> WarmupScheduler:
         from windlass.optim.scheduler import WarmupScheduler

@@ -1,4 +1,4 @@
-"""How the model is cut over ranks. Torch-free."""
+"""The axes that ranks are laid out along, and how the model is sharded over them. Torch-free."""
 
 from __future__ import annotations
 
@@ -17,15 +17,30 @@ if TYPE_CHECKING:
     from windlass.parallel.mesh import Mesh
 
 
+class Axis(StrEnum):
+    """The axes that a mesh of ranks may have (docs/design/axes.md)."""
+
+    replicate = "replicate"
+    """Each of its ranks holds the whole of what the others hold."""
+    shard = "shard"
+    """FSDP2 gathers weights along it, and scatters gradients."""
+    tensor = "tensor"
+    """Its ranks have the same samples, and each computes with a part of the matrices."""
+
+
+DATA_AXES = (Axis.replicate, Axis.shard)
+"""Ranks that differ along these have samples of their own. All others share theirs."""
+
+
 class Cut(StrEnum):
-    """The dim along which a matrix is cut; see `windlass.parallel.zero.placement`."""
+    """The dim along which a matrix is sharded; see `windlass.parallel.zero.placement`."""
 
     longer_dim = "longer_dim"
     dim0 = "dim0"
 
 
 class Sharding(StrEnum):
-    """What is cut over ranks (ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020)."""
+    """Names what is sharded over ranks (ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020)."""
 
     none = "none"
     ddp = "ddp"
@@ -67,8 +82,8 @@ class ParallelConfig:
             "set parallel.timeout_s=300",
         )
 
-    def mesh_shape(self, world_size: int, local_world_size: int) -> tuple[int, int]:
-        """(replicas, shards): how `world_size` ranks are laid out.
+    def mesh_axes(self, world_size: int, local_world_size: int) -> dict[Axis, int]:
+        """The number of ranks along each axis of `world_size` ranks, the outermost axis first.
 
         Raises:
             ConfigError: the layout does not divide the world size.
@@ -81,9 +96,9 @@ class ParallelConfig:
                 "choose parallel=ddp, zero1, zero2, zero3 or hsdp, or set launch.nproc_per_node=1",
             )
         if self.name == Sharding.ddp:
-            return world_size, 1
+            return {Axis.replicate: world_size, Axis.shard: 1}
         if self.name != Sharding.hsdp:
-            return 1, world_size
+            return {Axis.shard: world_size}
         num_replicas = self.num_replicas
         if num_replicas is None:
             num_replicas = max(1, world_size // local_world_size)
@@ -94,11 +109,14 @@ class ParallelConfig:
                 f"must divide the number of ranks, {world_size}",
                 f"choose one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}",
             )
-        return num_replicas, world_size // num_replicas
+        return {Axis.replicate: num_replicas, Axis.shard: world_size // num_replicas}
 
     def build(self, device: torch.device, connect: Callable[[float], Store] | None = None) -> Mesh:
-        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank. `connect`: see
-        `Mesh.start`."""
+        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank.
+
+        Args:
+            connect: see `Mesh.start`.
+        """
         from windlass.parallel.mesh import Mesh
 
         return Mesh.start(self, device, connect)

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from windlass.data.loader import Batch
@@ -26,7 +25,7 @@ from windlass.offload.config import OffloadKind, WeightsPlace
 from windlass.offload.optimizer import OffloadedOptimizer
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM
-from windlass.parallel.config import Sharding
+from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.parallel.random import CHUNK_ELEMENTS
@@ -123,7 +122,7 @@ def _build(config: Config, mesh: Mesh, tiers: PlannedTiers | None, recorder: Rec
                 weights.add(parameters)
     optimizer = build_optimizer(config, model, tiers)
     buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
-    in_backward = config.optim.build_in_backward(optimizer, train.max_norm, mesh.shard_group, buckets)
+    in_backward = config.optim.build_in_backward(optimizer, train.max_norm, buckets)
     if tiers is not None:
         tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
     return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)
@@ -205,28 +204,11 @@ def _mesh_without_peers(config: Config, num_ranks: int) -> Iterator[Mesh]:
         raise ConfigError(
             "plan", "...", "cannot be made in a process that is a rank of a run", "run `windlass plan` on its own"
         )
-    num_replicas, num_shards = config.parallel.mesh_shape(num_ranks, num_ranks)
-    device, group, device_mesh = torch.device("cpu"), None, None
     if num_ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
-        group = dist.group.WORLD
-        is_hybrid = config.parallel.name in (Sharding.ddp, Sharding.hsdp)
-        shape, names = (
-            ((num_replicas, num_shards), ("replicate", "shard")) if is_hybrid else ((num_shards,), ("shard",))
-        )
-        device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     try:
-        yield Mesh(
-            rank=0,
-            local_rank=0,
-            world_size=num_ranks,
-            local_world_size=num_ranks,
-            num_replicas=num_replicas,
-            num_shards=num_shards,
-            device=device,
-            group=group,
-            device_mesh=device_mesh,
-        )
+        ranks = RankEnvironment(0, num_ranks, 0, num_ranks)
+        yield Mesh.lay_out(ranks, config.parallel.mesh_axes(num_ranks, num_ranks), torch.device("cpu"))
     finally:
         if num_ranks > 1:
             dist.destroy_process_group()

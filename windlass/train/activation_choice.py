@@ -93,7 +93,7 @@ def decide(parts: StepParts, say: Callable[[str], None]) -> Decision:
     """
     mesh = parts.mesh
     costs = _costs(parts)
-    room = min(all_gather_object(_room(parts, mock_step(parts), costs), mesh.group))
+    room = min(all_gather_object(_room(parts, mock_step(parts), costs), mesh.world))
     return mesh.decide(lambda: _decide(parts, costs, room, say))
 
 

@@ -180,8 +180,8 @@ class Run(StepParts):
             batch_size=train.batch_size,
             seq_len=train.seq_len,
             max_samples=train.eval_samples,
-            rank=self.mesh.rank,
-            world_size=self.mesh.world_size,
+            data_rank=self.mesh.data_rank,
+            num_data_ranks=self.mesh.num_data_ranks,
             borders=self.config.data.borders,
         )
         result = evaluate(self.model, self.sharder, batches, self.mask_documents, self.mesh, goes_on)
@@ -281,8 +281,8 @@ def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh) -> Loader:
         dataset,
         batch_size=train.batch_size,
         seq_len=train.seq_len,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        data_rank=mesh.data_rank,
+        num_data_ranks=mesh.num_data_ranks,
         seed=train.seed,
         shuffle=config.data.shuffle,
         borders=config.data.borders,
@@ -376,4 +376,4 @@ def total_peak_flops(config: Config, mesh: Mesh) -> float:
     if peak is None:
         mesh.barrier()
         peak = peak_device_flops(mesh.device, getattr(torch, config.train.dtype.value))
-    return float(all_reduce(torch.tensor(peak, dtype=torch.float64), mesh.host_group))
+    return float(all_reduce(torch.tensor(peak, dtype=torch.float64), mesh.world))

@@ -48,6 +48,6 @@ def evaluate(
         goes_on()
     model.train()
     sharder.free_gathered(model)
-    all_reduce(totals, mesh.group)
+    all_reduce(totals, mesh.data_group)
     loss_sum, num_tokens = totals.tolist()
     return Evaluation(loss_sum / max(1.0, num_tokens), int(num_tokens), time.perf_counter() - begin)

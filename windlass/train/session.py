@@ -212,7 +212,7 @@ def _record_config(config: Config, mesh: Mesh) -> None:
 
 def _build_parts(config: Config, mesh: Mesh, stack: ExitStack) -> StepParts:
     train_config = config.train
-    torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
+    torch.manual_seed(train_config.seed * 1_000_003 + mesh.data_rank)  # dropout differs between samples
     torch.use_deterministic_algorithms(train_config.deterministic)
     tiers = mesh.agree(lambda: build_tiers(config, mesh))
     if tiers is not None:
@@ -220,7 +220,7 @@ def _build_parts(config: Config, mesh: Mesh, stack: ExitStack) -> StepParts:
     model, sharder = build_model(config, mesh, tiers)
     optimizer = build_optimizer(config, model, tiers)
     buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
-    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, mesh.shard_group, buckets)
+    in_backward = config.optim.build_in_backward(optimizer, train_config.max_norm, buckets)
     if tiers is not None:
         tiers.attend(model, modules_of_units(model), is_cut=mesh.device_mesh is not None)
     return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)

@@ -74,7 +74,7 @@ def real_parts(config: Config) -> StepParts:
     optimizer = build_optimizer(config, model, tiers)
     assert isinstance(optimizer, OffloadedOptimizer)
     buckets = optimizer.bucket_parameters()
-    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, None, buckets)
+    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, buckets)
     tiers.attend(model, modules_of_units(model), is_cut=False)
     optimizer.reserve()
     return StepParts(config, mesh, model, sharder, optimizer, in_backward, tiers)

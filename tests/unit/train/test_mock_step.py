@@ -57,7 +57,7 @@ def make_parts(*overrides: str) -> tuple[StepParts, WarmupScheduler]:
     tiers = build_tiers(config, mesh)
     model, sharder = build_model(config, mesh, tiers)
     optimizer = build_optimizer(config, model, tiers)
-    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, mesh.shard_group, ())
+    in_backward = config.optim.build_in_backward(optimizer, config.train.max_norm, ())
     if tiers is not None:
         tiers.attend(model, modules_of_units(model), is_cut=False)
     scheduler = config.optim.build_scheduler(optimizer, 10)

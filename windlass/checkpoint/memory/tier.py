@@ -227,7 +227,7 @@ class MemoryTier:
 
     def _gather(self, *values: int) -> torch.Tensor:
         """`values` of every rank: int64, a row a rank."""
-        group = self.group.mesh.host_group
+        group = self.group.mesh.world
         mine = torch.tensor([values], dtype=torch.int64)
         if group is None:
             return mine
