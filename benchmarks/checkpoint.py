@@ -87,7 +87,7 @@ def measure_rank(settings: Settings) -> dict[str, Any]:
         copies.append(statistics.median(limit.measure() for _ in range(COPIES_A_ROUND)))
         latest = "  ".join(f"{name} {blocks[name][-1].wall_s:.1f} s" for name in settings.names)
         say(f"round {round_number + 1}/{settings.rounds}: {latest}  copy {copies[-1]:.3f} s")
-    state_bytes = sum(all_gather_object(limit.num_bytes, mesh.group))
+    state_bytes = sum(all_gather_object(limit.num_bytes, mesh.world))
     for variant in variants.values():
         variant.close()
     num_parameters = count_parameters(trainer.model)

@@ -102,7 +102,7 @@ def train(job: Job, tokens: Path) -> dict[str, Any]:
     config = job.config()
     optimizer = config.build(model)
     scheduler = build_scheduler(config, optimizer, job.num_steps)
-    loader = Loader(dataset, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, rank=0, world_size=1, seed=job.seed)
+    loader = Loader(dataset, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, data_rank=0, num_data_ranks=1, seed=job.seed)
     curve: dict[str, list[float]] = {"tokens": [], "val_loss": []}
     num_tokens, begin, optimizer_s = 0, time.perf_counter(), 0.0
     for step in range(1, job.num_steps + 1):
@@ -118,7 +118,12 @@ def train(job: Job, tokens: Path) -> dict[str, Any]:
         num_tokens += count
         if step % EVAL_EVERY == 0 or step == job.num_steps:
             batches = evaluation_batches(
-                validation, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, max_samples=EVAL_SAMPLES, rank=0, world_size=1
+                validation,
+                batch_size=BATCH_SIZE,
+                seq_len=SEQ_LEN,
+                max_samples=EVAL_SAMPLES,
+                data_rank=0,
+                num_data_ranks=1,
             )
             curve["tokens"].append(num_tokens)
             curve["val_loss"].append(evaluate(model, objective, batches, False, mesh).loss)

@@ -103,7 +103,7 @@ def check_losses(settings: Settings, mesh: Mesh, tokens: Path) -> dict[str, list
         batches = real_batches(config, mesh, tokens)
         variant = Windlass(config, mesh, tokens) if name == "windlass" else peer(name, config, mesh, batches)
         found = torch.tensor(variant.run(CHECK_STEPS), dtype=torch.float64)
-        if name != "windlass" and mesh.group is not None:  # each rank has the mean of its own tokens
+        if name != "windlass" and mesh.world is not None:  # each rank has the mean of its own tokens
             dist.all_reduce(found)
             found /= mesh.world_size
         losses[name] = found.tolist()

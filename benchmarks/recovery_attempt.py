@@ -221,7 +221,7 @@ def _slowest(mesh: Mesh, action: Callable[[], object]) -> float:
     mesh.barrier()
     begin = time.perf_counter()
     action()
-    return max(all_gather_object(time.perf_counter() - begin, mesh.group))
+    return max(all_gather_object(time.perf_counter() - begin, mesh.world))
 
 
 @torch.no_grad()
@@ -267,4 +267,4 @@ def _loopback_seconds(num_bytes: int, mesh: Mesh) -> float:
                 sender.recv(1)
                 for _ in range(count):
                     sender.sendall(buffer)
-    return all_gather_object(seconds, mesh.group)[0]
+    return all_gather_object(seconds, mesh.world)[0]

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard
 
 from windlass.checkpoint import Checkpointer
 from windlass.errors import IncompatibleCheckpoint
-from windlass.parallel.config import ParallelConfig, Sharding
+from windlass.parallel.config import Axis, ParallelConfig, Sharding
 from windlass.parallel.mesh import Mesh
 
 SHAPES = [(34, 49), (48, 20), (40, 40), (3, 64)]
@@ -39,7 +39,7 @@ def build(name: str, mesh: Mesh, **options: Any) -> tuple[nn.Module, torch.optim
 
         def longer(parameter: torch.Tensor) -> Shard:
             wide = parameter.ndim == 2 and parameter.shape[1] > parameter.shape[0]
-            return Shard(1 if wide and parameter.shape[1] % mesh.num_shards == 0 else 0)
+            return Shard(1 if wide and parameter.shape[1] % mesh.size(Axis.shard) == 0 else 0)
 
         fully_shard(model, mesh=mesh.device_mesh, shard_placement_fn=longer)
     parameters = list(model.parameters())

@@ -193,8 +193,8 @@ def delivered_once(config: runs.Config, attempts: list[tuple[int, int, int, int]
                 dataset,
                 batch_size=batch_size,
                 seq_len=config.train.seq_len,
-                rank=rank,
-                world_size=num_ranks,
+                data_rank=rank,
+                num_data_ranks=num_ranks,
                 seed=config.train.seed,
                 borders=config.data.borders,
                 cursor=cursor,
@@ -204,7 +204,12 @@ def delivered_once(config: runs.Config, attempts: list[tuple[int, int, int, int]
             loader.close()
         cursor, step = cursor + steps * 12, last_step
     whole = Loader(
-        dataset, batch_size=len(rows), seq_len=config.train.seq_len, rank=0, world_size=1, seed=config.train.seed
+        dataset,
+        batch_size=len(rows),
+        seq_len=config.train.seq_len,
+        data_rank=0,
+        num_data_ranks=1,
+        seed=config.train.seed,
     )
     undivided = [row.tobytes() for row in next(whole).input_ids.numpy()]
     whole.close()

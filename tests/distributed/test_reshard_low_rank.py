@@ -38,7 +38,7 @@ def live(directory: Path, num_replicas: int | None, dtype: torch.dtype, settings
     sharding = "zero3" if num_replicas is None else "hsdp"
     mesh = Layout(sharding, num_replicas=num_replicas).parallel_config().build(torch.device("cpu"))
     is_first = not directory.exists()
-    if mesh.group is not None:
+    if mesh.world is not None:
         torch.distributed.barrier()
     model = CutMatrices(mesh, seed=0 if is_first else 99, dtype=dtype)
     optimizer = RowMoment(model.parameters(), **settings, seed=0 if is_first else 99)

@@ -119,11 +119,11 @@ def seen_once(config: runs.Config, lives: list[tuple[int, int]]) -> bool:
     cursor = 0
     for num_ranks, num_steps in lives:
         for rank in range(num_ranks):
-            loader = Loader(dataset, batch_size=1, rank=rank, world_size=num_ranks, cursor=cursor, **common)
+            loader = Loader(dataset, batch_size=1, data_rank=rank, num_data_ranks=num_ranks, cursor=cursor, **common)
             rows += [next(loader).input_ids.numpy().tobytes() for _ in range(num_steps)]
             loader.close()
         cursor += num_ranks * num_steps
-    whole = Loader(dataset, batch_size=cursor, rank=0, world_size=1, **common)
+    whole = Loader(dataset, batch_size=cursor, data_rank=0, num_data_ranks=1, **common)
     undivided = [row.tobytes() for row in next(whole).input_ids.numpy()]
     whole.close()
     return np.array_equal(sorted(rows), sorted(undivided))

@@ -184,10 +184,10 @@ def delivered_once(config: runs.Config) -> bool:
     for (first, num_ranks), (last, _) in zip(starts, [*starts[1:], (end, 0)], strict=True):
         cursor = len(rows)
         for rank in range(num_ranks):
-            loader = Loader(dataset, batch_size=1, rank=rank, world_size=num_ranks, cursor=cursor, **common)
+            loader = Loader(dataset, batch_size=1, data_rank=rank, num_data_ranks=num_ranks, cursor=cursor, **common)
             rows += [next(loader).input_ids.numpy().tobytes() for _ in range(last - first)]
             loader.close()
-    whole = Loader(dataset, batch_size=len(rows), rank=0, world_size=1, **common)
+    whole = Loader(dataset, batch_size=len(rows), data_rank=0, num_data_ranks=1, **common)
     undivided = [row.tobytes() for row in next(whole).input_ids.numpy()]
     whole.close()
     return np.array_equal(sorted(rows), sorted(undivided)) and samples_of(runs.checkpoints(config)) == len(rows)

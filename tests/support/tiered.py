@@ -102,7 +102,7 @@ class TieredRun:
     def step(self) -> float:
         """One step of the training loop; returns its loss."""
         batches = self.batches()
-        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.group))
+        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.data_group))
         passes = [batches] if self.is_layer_major else [[batch] for batch in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batches in enumerate(passes):
@@ -115,7 +115,7 @@ class TieredRun:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.steps_taken += 1
-        return float(all_reduce(total, self.mesh.group)) / num_tokens
+        return float(all_reduce(total, self.mesh.data_group)) / num_tokens
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -76,8 +76,8 @@ def ragged_batch(step: int, micro_step: int, vocab_size: int) -> Batch:
 
 
 def rows_of_rank(batch: Batch, mesh: Mesh) -> Batch:
-    rows = GLOBAL_ROWS // mesh.world_size
-    mine = slice(mesh.rank * rows, (mesh.rank + 1) * rows)
+    rows = GLOBAL_ROWS // mesh.num_data_ranks
+    mine = slice(mesh.data_rank * rows, (mesh.data_rank + 1) * rows)
     return Batch(batch.input_ids[mine], batch.labels[mine], batch.document_ids[mine])
 
 
@@ -109,10 +109,10 @@ def train_steps(
     """Losses of the steps, as the loop computes them."""
     losses: list[float] = []
     before = [local_tensor(parameter).clone() for parameter in model.parameters()]
-    in_backward = make_in_backward(layout, optimizer, mesh)
+    in_backward = make_in_backward(layout, optimizer)
     for step in steps:
         batches = [rows_of_rank(ragged_batch(step, i, layout.vocab_size), mesh) for i in range(layout.grad_accum_steps)]
-        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), mesh.group))
+        num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), mesh.data_group))
         total = torch.zeros(())
         for i, batch in enumerate(batches):
             sharder.begin_micro_step(model, is_last=i == len(batches) - 1)
@@ -128,17 +128,16 @@ def train_steps(
             in_backward.finish()
             assert all(parameter.grad is None for parameter in model.parameters())
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(all_reduce(total.double(), mesh.group)) / num_tokens)
+        losses.append(float(all_reduce(total.double(), mesh.data_group)) / num_tokens)
     assert_finite(losses, len(steps))
     assert_moved(before, map(local_tensor, model.parameters()))
     return losses
 
 
-def make_in_backward(layout: Layout, optimizer: torch.optim.Optimizer, mesh: Mesh) -> StepInBackward | None:
+def make_in_backward(layout: Layout, optimizer: torch.optim.Optimizer) -> StepInBackward | None:
     mode = InBackward(layout.in_backward)
     # Small buckets, so that a step has several.
-    options = {"group": mesh.shard_group, "bucket_numel": 5000}
-    return None if mode == InBackward.none else StepInBackward(optimizer, mode, layout.max_norm, **options)
+    return None if mode == InBackward.none else StepInBackward(optimizer, mode, layout.max_norm, bucket_numel=5000)
 
 
 def whole_weights(model: Llama) -> dict[str, torch.Tensor]:
@@ -169,7 +168,7 @@ def toy_run(layout: Layout, num_steps: int) -> dict[str, Any]:
         "losses": losses,
         "weights": {name: value.numpy() for name, value in weights.items()} if mesh.rank == 0 else None,
         "carried": carried,
-        "has_group": mesh.group is not None,
+        "has_group": mesh.world is not None,
         "local_numel": sum(local_tensor(parameter).numel() for parameter in model.parameters()),
     }
     mesh.stop()

@@ -295,7 +295,7 @@ class Checkpointer:
         self.objects.settle()
         objects = self.objects.json_state()
         try:
-            of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.group)
+            of_ranks = all_gather_object(self.mesh.agree(self._put_chunks), self.mesh.world)
             written = [chunk for rank in of_ranks for chunk in rank]
             self.mesh.decide(lambda: self._commit(step, objects, written))
         except Exception:

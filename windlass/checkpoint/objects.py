@@ -8,6 +8,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from windlass.checkpoint.durable.manifest import PARTIAL, RNG_PREFIX, Manifest
 from windlass.checkpoint.durable.reader import CheckpointReader
@@ -72,6 +74,14 @@ class CheckpointedObjects:
         """The optimizers that keep something outside of memory."""
         return [state.out_of_core for state in self.optimizers.values() if state.out_of_core is not None]
 
+    def _device_mesh(self) -> DeviceMesh | None:
+        """torch's mesh of all ranks, of a parameter where the loop made torch's process group; None if none has it."""
+        if self.mesh.device_mesh is not None:
+            return self.mesh.device_mesh
+        parameters = (parameter for module in self.modules.values() for parameter in module.parameters())
+        meshes = (parameter.device_mesh for parameter in parameters if isinstance(parameter, DTensor))
+        return next((mesh for mesh in meshes if mesh.size() == self.mesh.world_size), None)
+
     def settle(self) -> None:
         """Makes every update that was put off; to be called before anything is said or restored. Collective."""
         for optimizer in self.out_of_core:
@@ -82,7 +92,7 @@ class CheckpointedObjects:
 
         First what is in memory, and then, in an order that reads it once, what is not.
         """
-        share = ReplicaShare(self.mesh.rank, self.mesh.world_size)
+        share = ReplicaShare(self.mesh.rank, self.mesh.world_size, self._device_mesh())
         weights = WeightGroups(self.out_of_core)
         in_memory: list[Piece] = []
         elsewhere: list[PieceGroup] = []

@@ -82,7 +82,7 @@ class PinnedSaver:
         Raises:
             RunFolderError: a disk is full or refuses; earlier checkpoints are intact.
         """
-        if self.is_lazy and any(all_gather_object(self.is_busy, self.mesh.group)):
+        if self.is_lazy and any(all_gather_object(self.is_busy, self.mesh.world)):
             self._events.append({"kind": "snapshot_skipped", "step": step})
             return False
         self.finish()
@@ -153,7 +153,7 @@ class PinnedSaver:
 
     def _take(self, step: int, generation: int, keep: int) -> None:
         has_pending = [optimizer.has_pending for optimizer in self.objects.out_of_core]
-        is_put_off = any(all_gather_object(any(has_pending), self.mesh.group))
+        is_put_off = any(all_gather_object(any(has_pending), self.mesh.world))
         objects = copy.deepcopy(self.objects.json_state())  # it is written while what it is of goes on
         copies = self.objects.clone_ownerless()
         save = _Save(step, generation, keep, objects, copies, time.perf_counter(), is_put_off)
@@ -172,10 +172,10 @@ class PinnedSaver:
         if self._background_mesh is None:
             # Training's collectives and these must not meet in one group.
             self._background_mesh = self.mesh
-            if self.mesh.group is not None:
+            if self.mesh.world is not None:
                 group = dist.new_group(backend="gloo")
                 assert isinstance(group, dist.ProcessGroup), "every rank is in it"
-                self._background_mesh = replace(self.mesh, group=group)
+                self._background_mesh = replace(self.mesh, world=group)
         self.objects.settle()
         self.objects.refresh_numbers(save.objects)
         try:
@@ -219,7 +219,7 @@ class PinnedSaver:
         assert self._background_mesh is not None
         mesh = self._background_mesh
         try:
-            of_ranks = all_gather_object(mesh.agree(lambda: self._put(save)), mesh.group)
+            of_ranks = all_gather_object(mesh.agree(lambda: self._put(save)), mesh.world)
             written = [chunk for rank in of_ranks for chunk in rank]
             mesh.decide(lambda: self._commit(save, written))
             self.committed_step = save.step

@@ -24,17 +24,18 @@ EVALUATION_SEED = 0
 
 
 class Loader(Iterator[Batch]):
-    """Endless micro-batches of one rank, made ahead by a background thread.
+    """Endless micro-batches of one data position, made ahead by a background thread.
 
     Sample i is the tokens [i*T, i*T + T] of the stream: T inputs, and T labels one further, or what `maker` makes of
     them. Position p of the run is the sample that the permutation of epoch p // num_samples puts at p % num_samples. At
-    cursor c rank r gets the positions c + r*B ... c + r*B + B - 1, and then the cursor rises by B*world_size. So the
-    order depends on the cursor alone, and a run that goes on from a cursor, with any batch size and number of ranks,
-    sees every sample once an epoch.
+    cursor c data position r of R gets the positions c + r*B ... c + r*B + B - 1, and then the cursor rises by B*R. So
+    the order depends on the cursor alone, and a run that goes on from a cursor, with any batch size and number of
+    ranks, sees every sample once an epoch.
 
     Args:
-        batch_size: B, sequences in a micro-batch of one rank.
+        batch_size: B, sequences in a micro-batch of one data position.
         seq_len: T, in tokens.
+        data_rank, num_data_ranks: r and R; the ranks that share a data position get the same (`Mesh.data_rank`).
         shuffle: False takes the samples in the order of the stream.
         prefetch: micro-batches that are kept ready.
         cursor: where to begin: samples that all ranks together have had before.
@@ -51,8 +52,8 @@ class Loader(Iterator[Batch]):
         *,
         batch_size: int,
         seq_len: int,
-        rank: int,
-        world_size: int,
+        data_rank: int,
+        num_data_ranks: int,
         seed: int,
         shuffle: bool = True,
         borders: Borders = Borders.loss,
@@ -61,12 +62,12 @@ class Loader(Iterator[Batch]):
         pin_memory: bool = False,
         maker: BatchMaker | None = None,
     ) -> None:
-        assert batch_size >= 1 and prefetch >= 1 and 0 <= rank < world_size and cursor >= 0
+        assert batch_size >= 1 and prefetch >= 1 and 0 <= data_rank < num_data_ranks and cursor >= 0
         self._maker = maker or NextTokens()
         self.num_samples = count_samples(dataset, seq_len, self._maker.lookahead)
         """Samples in an epoch."""
         self._dataset, self._batch_size, self._seq_len = dataset, batch_size, seq_len
-        self._rank, self._world_size, self._seed = rank, world_size, seed
+        self._data_rank, self._num_data_ranks, self._seed = data_rank, num_data_ranks, seed
         self._shuffle, self._borders, self._pin_memory = shuffle, borders, pin_memory
         self._prefetch, self._cursor = prefetch, cursor
         self._producer: _Producer | None = self._start()
@@ -85,7 +86,7 @@ class Loader(Iterator[Batch]):
         if self._producer is None:
             raise RuntimeError("the loader is closed")
         batch = self._producer.get()
-        self._cursor += self._batch_size * self._world_size
+        self._cursor += self._batch_size * self._num_data_ranks
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -143,8 +144,8 @@ class Loader(Iterator[Batch]):
     def _batches(self, cursor: int) -> Iterator[Batch]:
         """This rank's micro-batches from `cursor` on. Shares no state with the loader, for it runs ahead."""
         num_ahead = max(1, PLAN_SAMPLES // self._batch_size)
-        stride = self._batch_size * self._world_size
-        own = self._rank * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
+        stride = self._batch_size * self._num_data_ranks
+        own = self._data_rank * self._batch_size + np.arange(self._batch_size, dtype=np.int64)
         while True:
             positions = cursor + stride * np.arange(num_ahead, dtype=np.int64)[:, None] + own
             epochs, samples = np.divmod(positions.reshape(-1), self.num_samples)
@@ -162,12 +163,12 @@ def evaluation_batches(
     batch_size: int,
     seq_len: int,
     max_samples: int,
-    rank: int,
-    world_size: int,
+    data_rank: int,
+    num_data_ranks: int,
     borders: Borders = Borders.loss,
     maker: BatchMaker | None = None,
 ) -> Iterator[Batch]:
-    """min(num_samples, max_samples) samples from all over the stream, always the same, each on exactly one rank.
+    """min(num_samples, max_samples) samples from all over the stream, always the same, each at one data position.
 
     They are the first of a fixed shuffle: neighbours in a stream are alike (files of one folder, rows of one table),
     and a stretch of them would not stand for the rest.
@@ -183,8 +184,8 @@ def evaluation_batches(
     num_samples = min(total, max_samples)
 
     def batches() -> Iterator[Batch]:
-        for first in range(0, num_samples, batch_size * world_size):
-            begin = first + rank * batch_size
+        for first in range(0, num_samples, batch_size * num_data_ranks):
+            begin = first + data_rank * batch_size
             samples = np.arange(begin, begin + batch_size)
             padding = samples >= num_samples
             chosen = permute(np.where(padding, 0, samples), total, EVALUATION_SEED)

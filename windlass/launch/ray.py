@@ -79,7 +79,7 @@ class _Driver:
         self._bundle = cluster.bundle(config)
         self._num_local_ranks = launch.nproc_per_node or int(self._bundle.get("GPU", 1))
         for num_nodes in {launch.min_nodes, launch.max_nodes}:
-            config.parallel.mesh_shape(num_nodes * self._num_local_ranks, self._num_local_ranks)
+            config.parallel.mesh_axes(num_nodes * self._num_local_ranks, self._num_local_ranks)
         self._policy = Policy(launch.min_nodes, launch.max_nodes, launch.wait_for_nodes_s)
         self._crew = Crew(config, cluster, self._bundle, os.getcwd(), self._variables(), _warn)  # noqa: PTH109
         self._life = -1

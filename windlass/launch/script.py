@@ -101,7 +101,7 @@ def check(job: Job) -> Config:
     config = compose([*job.overrides, *COMMAND[2:], f"launch.nnodes={job.nnodes}", "launch.address=first:1"])
     num_ranks = config.launch.nproc_per_node or job.num_gpus or 1
     for num_nodes in range(job.min_nodes, job.max_nodes + 1):
-        config.parallel.mesh_shape(num_nodes * num_ranks, num_ranks)
+        config.parallel.mesh_axes(num_nodes * num_ranks, num_ranks)
     return config
 
 

@@ -42,7 +42,7 @@ def launch(config: Config) -> int:
     """
     num_ranks = config.launch.nproc_per_node or max(1, torch.cuda.device_count())
     for num_nodes in range(config.launch.min_nodes, config.launch.max_nodes + 1):
-        config.parallel.mesh_shape(num_nodes * num_ranks, num_ranks)  # raises before anything is started
+        config.parallel.mesh_axes(num_nodes * num_ranks, num_ranks)  # raises before anything is started
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     secret = job_secret(config.launch)
     scratch = Path(tempfile.mkdtemp(prefix="windlass-"))

@@ -97,7 +97,7 @@ class StragglerWatch:
 
     def __init__(self, mesh: Mesh, metrics: Metrics, console: Console) -> None:
         self._mesh, self._metrics, self._console = mesh, metrics, console
-        self._hosts: list[str] = all_gather_object(socket.gethostname(), mesh.group)
+        self._hosts: list[str] = all_gather_object(socket.gethostname(), mesh.world)
         self._late = LateRanks()
 
     def look(self, step: int, work_s: Sequence[float] | None) -> None:

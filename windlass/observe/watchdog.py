@@ -145,7 +145,7 @@ class AlarmBell:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        attempt = all_gather_object(uuid.uuid4().hex, mesh.group)[0]  # a store may outlive many attempts
+        attempt = all_gather_object(uuid.uuid4().hex, mesh.world)[0]  # a store may outlive many attempts
         self._store: dist.Store | None = None
         if mesh.world_size > 1:
             if mesh.connect is not None:

@@ -20,7 +20,7 @@ from windlass.offload.split_bf16 import add_rest, split
 from windlass.offload.tier_file import TierFile
 from windlass.parallel.autograd_shim import preserving_version
 from windlass.parallel.fragment import local_tensor
-from windlass.parallel.layout import is_cut_evenly
+from windlass.parallel.layout import is_sharded_evenly
 
 
 @dataclass(eq=False)
@@ -69,7 +69,7 @@ class Weights:
 
         Small ones stay, and those that are cut unevenly: FSDP2 pads them into memory of its own.
         """
-        large = [p for p in parameters if local_tensor(p).numel() > RESIDENT_NUMEL and is_cut_evenly(p)]
+        large = [p for p in parameters if local_tensor(p).numel() > RESIDENT_NUMEL and is_sharded_evenly(p)]
         for members in divide(large):
             assert all(local_tensor(parameter).dtype == torch.float32 for parameter in members)
             numel = sum(local_tensor(parameter).numel() for parameter in members)

@@ -13,7 +13,7 @@ from windlass.optim.strides import dense, laid_out_as, put_back
 
 
 def build(config: AdamWConfig, model: nn.Module) -> torch.optim.AdamW:
-    """torch's AdamW over plain tensors or DTensors; its update is elementwise, so any cut of them is exact."""
+    """torch's AdamW over plain tensors or DTensors; its update is elementwise, so they may be sharded in any way."""
     groups = decay_param_groups(model.named_parameters(), config.weight_decay)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 

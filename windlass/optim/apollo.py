@@ -50,7 +50,7 @@ class Apollo(LowRankOptimizer):
     or ranks. Cut along the longer dim, the only communication of a step is one all-reduce of a number a matrix.
 
     Args:
-        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        params: parameters or param groups, plain tensors or DTensors sharded over one mesh axis.
         compat: draw the projections from the seeds of the authors' apollo-torch, a generator of the device for each
             matrix, and limit growth after a zero gradient as it does. For comparisons on one rank.
 

@@ -1,8 +1,8 @@
-"""The base of the matrix optimizers: checks, state that is cut as its parameter is, batches, plain AdamW for the rest.
+"""The base of the matrix optimizers: checks, state sharded as its parameter is, batches, plain AdamW for the rest.
 
 An algorithm is a subclass that says which state a matrix has (`matrix_state`) and how a batch of matrices is updated
-(`update`, see `windlass.optim.lockstep`). It is written once: for plain tensors, and for DTensors cut along either
-dim, evenly or not.
+(`update`, see `windlass.optim.lockstep`). It is written once: for plain tensors, and for DTensors sharded along
+either dim, evenly or not.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from windlass.optim.adamw import adamw_step
 from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.lockstep import Gathered, Update, Wave, run_in_lockstep
 from windlass.optim.strides import laid_out_as, shares_no_memory
 from windlass.parallel.fragment import local_tensor, with_local
-from windlass.parallel.layout import layout_of, zeros_over
+from windlass.parallel.layout import layout_of, zeros_over, zeros_sharded_as
 
 BATCH_NUMEL = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Elements of the matrices that are updated together: enough to hide what launching kernels costs, few enough that the
@@ -31,19 +32,19 @@ intermediates of a batch are small beside a model. A larger matrix is a batch of
 
 @dataclass(frozen=True)
 class StateSpec:
-    """One tensor of a matrix's state: its global shape, and the dim that is cut where the matrix is cut."""
+    """One tensor of a matrix's state: its global shape, and the dim that is sharded where the matrix is."""
 
     shape: tuple[int, ...]
-    cut_dim: int | None = None
+    sharded_dim: int | None = None
     """None: the same on every rank."""
     is_like_parameter: bool = False
-    """Has the matrix's own shape and is cut along the same dim; `cut_dim` does not count."""
+    """Has the matrix's own shape and is sharded just as it is; `sharded_dim` does not count."""
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that treat matrices as matrices.
 
-    State is float32 whatever the parameters are, tensors only, and cut over the ranks as the parameters are; each
+    State is float32 whatever the parameters are, tensors only, and sharded over the ranks as the parameters are; each
     tensor is a DTensor then. Gradients may be missing (the parameter is passed over; on all ranks, or on none) and of
     any size, zero included, as long as the sum of their squares is finite in float32. Others, as a NaN is, go into the
     state as they do with torch's optimizers; `windlass train` skips such steps.
@@ -57,6 +58,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     matrix_keys: Mapping[str, Any] = {}
     """Keys that a param group of matrices may have, and their defaults; other groups get torch's AdamW."""
+    takes_several_axes = False
+    """True where `update` asks other ranks for sums alone, which are right over several mesh axes, too."""
 
     # What a subclass says.
 
@@ -77,7 +80,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
     def gathered(self, batch: Batch) -> Gathered | None:
-        """The parts of each matrix that `update` gathers in this step, where matrices are cut; None for nothing.
+        """The parts of each matrix that `update` gathers in this step, where matrices are sharded; None for nothing.
 
         Updates that gather run in waves, so that what is together at a time is bounded, and `batch.owners` is set.
         """
@@ -114,7 +117,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{name} is {parameter.dtype}: {type(self).__name__} updates float32 and bfloat16 parameters; "
                     "convert the model, e.g. model.to(torch.bfloat16)"
                 )
-            layout_of(parameter)
+            layout = layout_of(parameter, name)
+            if is_matrices and len(layout.splits) > 1 and not self.takes_several_axes:
+                raise ValueError(
+                    f"{name} has the placements {parameter.placements} over {parameter.device_mesh}: "
+                    f"{type(self).__name__} takes matrices that are sharded over one mesh axis; put it into a param "
+                    "group of its own that gets AdamW, or use AdamW or SGDSaI"
+                )
             if not shares_no_memory(local_tensor(parameter)):
                 raise ValueError(
                     f"{name} is {list(parameter.shape)} with strides {list(parameter.stride())}: several of its "
@@ -136,10 +145,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient. Collective where parameters are cut over ranks.
+        """Updates every parameter that has a gradient. Collective where parameters are sharded over ranks.
 
         Raises:
-            RuntimeError: a gradient is sparse. No parameter has been updated then.
+            RuntimeError: a gradient is sparse, or sharded otherwise than its parameter. No parameter was updated then.
         """
         loss = None
         if closure is not None:
@@ -149,6 +158,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
             [parameter for parameter in group["params"] if parameter.grad is not None] for group in self.param_groups
         ]
         for parameter in itertools.chain(*trained):
+            if getattr(parameter, "placements", None) != getattr(parameter.grad, "placements", None):
+                raise RuntimeError(
+                    f"{self._name_of(parameter)} is {_placed(parameter)}, and its gradient {_placed(parameter.grad)}: "
+                    "bring the gradient to the parameter's placements, e.g. with `redistribute`"
+                )
             if parameter.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"{self._name_of(parameter)} has a sparse gradient, which {type(self).__name__} does not support: "
@@ -163,11 +177,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 else:
                     self._adamw(group, of_step, step)
         for wave in self._waves(batches):
-            run_in_lockstep((batch.layout.group, self.update(batch)) for batch in wave)
+            run_in_lockstep((batch.layout.groups, self.update(batch)) for batch in wave)
         return loss
 
     def empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """The state of `parameter` at its first step: zeros, cut as they should be. For checkpoints."""
+        """The state of `parameter` at its first step: zeros, sharded as they should be. For checkpoints."""
         group = next(group for group in self.param_groups if any(parameter is member for member in group["params"]))
         shape = tuple(parameter.shape)
         state = {"step": torch.zeros(())}  # on the CPU, so that reading it waits for no device
@@ -177,11 +191,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 local = torch.zeros_like(local_tensor(parameter), dtype=torch.float32)
                 state[key] = with_local(parameter, local)
             return state
-        # Over replicas alone a dim must still be named for the DTensor, though nothing is cut along it.
-        own_dim = layout_of(parameter).dim or 0
         for key, spec in self.matrix_state(group, shape).items():
-            cut_dim = own_dim if spec.is_like_parameter else spec.cut_dim
-            state[key] = zeros_over(parameter, spec.shape, cut_dim)
+            is_like = spec.is_like_parameter
+            state[key] = zeros_sharded_as(parameter) if is_like else zeros_over(parameter, spec.shape, spec.sharded_dim)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -247,7 +259,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         of_groups: dict[dist.ProcessGroup | None, list[tuple[Gathered, Batch]]] = {}
         first: list[Batch] = []
         for batch in batches:
-            gathered = None if batch.layout.group is None else self.gathered(batch)
+            gathered = self.gathered(batch) if batch.layout.groups else None
             if gathered is None:
                 first.append(batch)
             else:
@@ -284,6 +296,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:
         """The eps of the AdamW that parameters outside of matrix groups get."""
         return group["eps"]
+
+
+def _placed(tensor: Tensor) -> str:
+    return f"sharded as {tensor.placements}" if isinstance(tensor, DTensor) else "a plain tensor"
 
 
 def _own_copy(value: Tensor, like: Tensor) -> Tensor:

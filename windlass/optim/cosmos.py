@@ -35,7 +35,7 @@ class Cosmos(WholeMatrixOptimizer):
     computes what one rank would, on CPUs to the bit.
 
     Args:
-        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        params: parameters or param groups, plain tensors or DTensors sharded over one mesh axis.
         betas: of the momentum, and of the second moments and the covariance.
         gamma: the weight of Muon's part.
         ratio: the root mean square of an update, over `lr`.
@@ -81,9 +81,9 @@ class Cosmos(WholeMatrixOptimizer):
         rank = min(group["rank"], rows, columns)
         return {
             "momentum_buffer": StateSpec(shape, is_like_parameter=True),
-            "exp_avg_sq": StateSpec((rows, rank), cut_dim=0),
-            "basis": StateSpec((columns, rank), cut_dim=0),
-            "covariance": StateSpec((rank, rank), cut_dim=0),
+            "exp_avg_sq": StateSpec((rows, rank), sharded_dim=0),
+            "basis": StateSpec((columns, rank), sharded_dim=0),
+            "covariance": StateSpec((rank, rank), sharded_dim=0),
         }
 
     def gathered(self, batch: Batch) -> Gathered | None:

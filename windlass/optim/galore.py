@@ -43,7 +43,7 @@ class GaLore(LowRankOptimizer):
     finds the directions and gives them to the others: they are the same to the bit for any number of ranks.
 
     Args:
-        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        params: parameters or param groups, plain tensors or DTensors sharded over one mesh axis.
         compat: find the directions with a float32 SVD and leave their signs as they come, as the authors' galore-torch
             does. Otherwise they are the eigenvectors of the Gram matrix in float64, and a zero gradient changes none.
 

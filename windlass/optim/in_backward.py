@@ -11,13 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from windlass.errors import require
 from windlass.optim.config import InBackward, OptimConfig
-from windlass.parallel.clip_grad import each_norm
-from windlass.parallel.collectives import all_reduce
+from windlass.parallel.clip_grad import each_norm, sum_over_shards
 from windlass.parallel.fragment import local_tensor
 
 BUCKET_NUMEL = 1 << 25
@@ -44,7 +42,6 @@ class StepInBackward:
         mode: `unclipped`, or `previous_norm`: gradients are scaled so that the norm would be at most `max_norm` if it
             were the last step's. (The norm-growth limiter of APOLLO works in either mode.)
         max_norm: for `previous_norm`.
-        group: the ranks that together hold one model; None is this rank alone.
         bucket_numel: gradient elements of this rank that are collected before they are used.
         buckets: parameters that are updated together, as soon as all of them have their gradients; others as
             `bucket_numel` says. Weights are the same, to the bit, with any buckets.
@@ -58,7 +55,6 @@ class StepInBackward:
         optimizer: torch.optim.Optimizer,
         mode: InBackward = InBackward.unclipped,
         max_norm: float | None = None,
-        group: dist.ProcessGroup | None = None,
         bucket_numel: int = BUCKET_NUMEL,
         buckets: Iterable[Sequence[Tensor]] = (),
     ) -> None:
@@ -67,7 +63,7 @@ class StepInBackward:
                 f"max_norm={max_norm} with mode={mode}: the norm of this step is not known before it is used; give "
                 "max_norm with mode=previous_norm (clip by the norm of the step before), and only with it"
             )
-        self.optimizer, self.max_norm, self.group, self.bucket_numel = optimizer, max_norm, group, bucket_numel
+        self.optimizer, self.max_norm, self.bucket_numel = optimizer, max_norm, bucket_numel
         self.before_update: Callable[[Iterable[Tensor]], None] | None = None
         """Called with the parameters that are about to be updated, e.g. to end a copy of them."""
         self._is_last = self._is_discarding = False
@@ -100,8 +96,8 @@ class StepInBackward:
         if not self._square_norms:
             return torch.zeros(())
         # In the parameters' order: the norm has the same bits in whatever order their gradients came.
-        squares = [self._square_norms[p] for p in self._parameters if p in self._square_norms]
-        norm = all_reduce(torch.stack(squares).sum(), self.group).sqrt()
+        trained = [parameter for parameter in self._parameters if parameter in self._square_norms]
+        norm = sum_over_shards(trained, [self._square_norms[parameter] for parameter in trained]).sqrt()
         self._square_norms = {}
         self._previous_norm = torch.where(norm.isfinite(), norm, self._last_norm(norm))
         return norm
@@ -161,7 +157,7 @@ class StepInBackward:
         gradients = [local_tensor(parameter.grad) for parameter in trained if parameter.grad is not None]
         squares = [norm.double().square() for norm in each_norm(gradients)]
         self._square_norms |= zip(trained, squares, strict=True)
-        square = all_reduce(torch.stack(squares).sum(), self.group)
+        square = sum_over_shards(trained, squares)
         if self.max_norm is not None:
             scale = (self.max_norm / (self._last_norm(square) + 1e-6)).clamp_(max=1.0)
             torch._foreach_mul_(gradients, scale.float())
@@ -189,7 +185,6 @@ def build_in_backward(
     config: OptimConfig,
     optimizer: torch.optim.Optimizer,
     max_norm: float | None,
-    group: dist.ProcessGroup | None,
     buckets: Sequence[Sequence[Tensor]] = (),
 ) -> StepInBackward | None:
     """Hooks that run `optimizer` in the backward pass, if that is configured.
@@ -216,4 +211,4 @@ def build_in_backward(
         "needs train.max_norm",
         "set train.max_norm=1.0, or optim.in_backward=unclipped",
     )
-    return StepInBackward(optimizer, config.in_backward, max_norm, group, buckets=buckets)
+    return StepInBackward(optimizer, config.in_backward, max_norm, buckets=buckets)

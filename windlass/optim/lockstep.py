@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from windlass.parallel.collectives import all_reduce, all_to_all
+from windlass.parallel.collectives import all_reduce_over, all_to_all
 from windlass.parallel.layout import Layout
 
 MAX_GATHERED_NUMEL = 1 << 25
@@ -90,18 +90,22 @@ Reply = Generator[Sum | Exchange, list[Tensor], Tensor]
 """A step of an update that communicates and returns a tensor; call it with `yield from`."""
 
 
-def run_in_lockstep(updates: Iterable[tuple[dist.ProcessGroup | None, Update]]) -> None:
-    """Runs every update to its end. All ranks of a group must give it the same updates in the same order."""
-    of_groups: dict[dist.ProcessGroup, list[Update]] = defaultdict(list)
-    for group, update in updates:
-        if group is None:
-            _run_alone(update)
+def run_in_lockstep(updates: Iterable[tuple[tuple[dist.ProcessGroup, ...], Update]]) -> None:
+    """Runs every update to its end. All ranks of a group must give it the same updates in the same order.
+
+    Args:
+        updates: each with the groups that it is over, one a mesh axis. An update over several may ask for sums alone.
+    """
+    over_groups: dict[tuple[dist.ProcessGroup, ...], list[Update]] = defaultdict(list)
+    for groups, update in updates:
+        if groups:
+            over_groups[groups].append(update)
         else:
-            of_groups[group].append(update)
-    for group, members in of_groups.items():
+            _run_alone(update)
+    for groups, members in over_groups.items():
         waiting = [(update, request) for update in members if (request := next(update, None)) is not None]
         while waiting:
-            answers = _answer([request for _, request in waiting], group)
+            answers = _answer([request for _, request in waiting], groups)
             following = []
             for (update, _), answer in zip(waiting, answers, strict=True):
                 request = _resume(update, answer)
@@ -123,7 +127,7 @@ def _resume(update: Update, answer: list[Tensor]) -> Sum | Exchange | None:
         return None
 
 
-def _answer(requests: Sequence[Sum | Exchange], group: dist.ProcessGroup) -> list[list[Tensor]]:
+def _answer(requests: Sequence[Sum | Exchange], groups: tuple[dist.ProcessGroup, ...]) -> list[list[Tensor]]:
     answers: dict[int, list[Tensor]] = {}
     sums: dict[torch.dtype, dict[int, Tensor]] = defaultdict(dict)
     exchanges: dict[torch.dtype, dict[int, Exchange]] = defaultdict(dict)
@@ -133,11 +137,12 @@ def _answer(requests: Sequence[Sum | Exchange], group: dist.ProcessGroup) -> lis
         else:
             exchanges[request.sends[0].dtype][index] = request
     for members in sums.values():
-        flat = all_reduce(torch.cat([tensor.reshape(-1) for tensor in members.values()]), group)
+        flat = all_reduce_over(torch.cat([tensor.reshape(-1) for tensor in members.values()]), groups)
         parts = flat.split([tensor.numel() for tensor in members.values()])
         for (index, tensor), part in zip(members.items(), parts, strict=True):
             answers[index] = [part.view(tensor.shape)]
     for members in exchanges.values():
+        (group,) = groups
         answers |= _exchange(members, group)
     return [answers[index] for index in range(len(requests))]
 

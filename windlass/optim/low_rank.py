@@ -55,7 +55,7 @@ class LowRankOptimizer(MatrixOptimizer):
             )
 
     def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
-        moments = StateSpec((max(shape), group["rank"]), cut_dim=0)
+        moments = StateSpec((max(shape), group["rank"]), sharded_dim=0)
         return {"exp_avg": moments, "exp_avg_sq": moments}
 
     def adamw_eps(self, group: Mapping[str, Any], step: int) -> float:

@@ -30,7 +30,7 @@ class Muon(WholeMatrixOptimizer):
     the result is that of one rank, on CPUs to the bit.
 
     Args:
-        params: parameters or param groups, plain tensors or DTensors cut along one dim.
+        params: parameters or param groups, plain tensors or DTensors sharded over one mesh axis.
         weight_decay: decoupled, before the update.
         ns_coefficients, ns_steps: of the Newton-Schulz iteration, see `newton_schulz`.
         eps: the least norm that a momentum is divided by.

@@ -30,16 +30,19 @@ class SGDSaI(MatrixOptimizer):
     as the first factor of LoRA does.) Until then each step has the scale of its own gradient. It is sqrt(n) for n
     elements of mean zero, and that is what elements without any spread get, such as a single one.
 
-    State of a tensor: `momentum_buffer`, of its shape and cut as it is, `gsnr`, negative while all gradients were
-    small, and `step`. Only steps that measure gsnr communicate: one all-reduce of two float64 numbers a tensor.
+    State of a tensor: `momentum_buffer`, of its shape and sharded as it is, `gsnr`, negative while all gradients were
+    small, and `step`. Only steps that measure gsnr communicate: one all-reduce of two float64 numbers a
+    tensor, over each mesh axis that it is sharded over.
 
     Args:
-        params: parameters or param groups of any shapes, plain tensors or DTensors cut along one dim.
+        params: parameters or param groups of any shapes, plain tensors or DTensors however sharded.
         weight_decay: decoupled, before the update.
 
     Raises:
         ValueError: a setting is out of range.
     """
+
+    takes_several_axes = True
 
     def __init__(
         self,

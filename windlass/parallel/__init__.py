@@ -1,1 +1,1 @@
-"""How tensors are cut over ranks, and the collectives that keep the cuts in step."""
+"""The ranks along named axes, tensors sharded over them, and the collectives that keep the shards in step."""

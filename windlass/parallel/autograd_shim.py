@@ -1,4 +1,4 @@
-"""What is asked of autograd that torch does not export. When torch changes, this is the file to look at."""
+"""The calls into autograd that torch does not export. When torch changes, this is the file to look at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def is_in_backward() -> bool:
-    """Whether a backward pass is running in this thread, as when a checkpoint computes a forward again."""
+    """Tells if a backward pass is running in this thread, as when a checkpoint computes a forward again."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -8,7 +8,7 @@ all-gather and reduce-scatter B (N-1)/N, all-reduce 2 B (N-1)/N. An all-to-all c
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ class CommCounter:
 
 
 COMM = CommCounter()
-"""What this process has carried. One a process, as torch's process groups are."""
+"""Counts what this process carries. One a process, as torch's process groups are."""
 
 
 def all_reduce(
@@ -46,6 +46,13 @@ def all_reduce(
         COMM.add("all_reduce", tensor.nbytes, group.size())
         with WAITED.on(tensor.device):
             dist.all_reduce(tensor, op=op, group=group)
+    return tensor
+
+
+def all_reduce_over(tensor: torch.Tensor, groups: Iterable[dist.ProcessGroup]) -> torch.Tensor:
+    """Sums `tensor` in place over one group after the other, which together are over the ranks of all their axes."""
+    for group in groups:
+        all_reduce(tensor, group)
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""How the model is cut over ranks. Torch-free."""
+"""The axes that ranks are laid out along, and how the model is sharded over them. Torch-free."""
 
 from __future__ import annotations
 
@@ -21,15 +21,30 @@ if TYPE_CHECKING:
 ENGINES = Registry("parallel")
 
 
+class Axis(StrEnum):
+    """The axes that a mesh of ranks may have (docs/design/axes.md)."""
+
+    replicate = "replicate"
+    """Each of its ranks holds the whole of what the others hold."""
+    shard = "shard"
+    """FSDP2 gathers weights along it, and scatters gradients."""
+    tensor = "tensor"
+    """Its ranks have the same samples, and each computes with a part of the matrices."""
+
+
+DATA_AXES = (Axis.replicate, Axis.shard)
+"""Ranks that differ along these have samples of their own. All others share theirs."""
+
+
 class Cut(StrEnum):
-    """The dim along which a matrix is cut; see `windlass.parallel.zero.placement`."""
+    """The dim along which a matrix is sharded; see `windlass.parallel.zero.placement`."""
 
     longer_dim = "longer_dim"
     dim0 = "dim0"
 
 
 class Sharding(StrEnum):
-    """What is cut over ranks (ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020)."""
+    """Names what is sharded over ranks (ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2020)."""
 
     none = "none"
     ddp = "ddp"
@@ -58,8 +73,8 @@ class ParallelConfig:
             "leave it out, or choose parallel=hsdp",
         )
 
-    def mesh_shape(self, world_size: int, local_world_size: int) -> tuple[int, int]:
-        """(replicas, shards): how `world_size` ranks are laid out.
+    def mesh_axes(self, world_size: int, local_world_size: int) -> dict[Axis, int]:
+        """The number of ranks along each axis of `world_size` ranks, the outermost axis first.
 
         Raises:
             ConfigError: the layout does not divide the world size.
@@ -72,9 +87,9 @@ class ParallelConfig:
                 "choose parallel=ddp, zero1, zero2, zero3 or hsdp, or set launch.nproc_per_node=1",
             )
         if self.name == Sharding.ddp:
-            return world_size, 1
+            return {Axis.replicate: world_size, Axis.shard: 1}
         if self.name != Sharding.hsdp:
-            return 1, world_size
+            return {Axis.shard: world_size}
         num_replicas = self.num_replicas
         if num_replicas is None:
             num_replicas = max(1, world_size // local_world_size)
@@ -85,11 +100,14 @@ class ParallelConfig:
                 f"must divide the number of ranks, {world_size}",
                 f"choose one of {', '.join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)}",
             )
-        return num_replicas, world_size // num_replicas
+        return {Axis.replicate: num_replicas, Axis.shard: world_size // num_replicas}
 
     def build(self, device: torch.device, connect: Callable[[float], Store] | None = None) -> Mesh:
-        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank. `connect`: see
-        `Mesh.start`."""
+        """The mesh of this run's ranks; without torchrun's environment, a mesh of one rank.
+
+        Args:
+            connect: see `Mesh.start`.
+        """
         return cast("Mesh", resolve("windlass.parallel.mesh:Mesh.start")(self, device, connect))
 
 

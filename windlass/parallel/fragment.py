@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate
+
+from windlass.parallel.layout import layout_of
 
 
 class Tier(StrEnum):
@@ -57,26 +60,17 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fragment_of(name: str, tensor: torch.Tensor) -> Fragment:
-    """Which block of the global tensor this rank's part of `tensor` is; a plain tensor is its own whole.
+    """The block of the global tensor that this rank's part of `tensor` is; a plain tensor is its own whole.
 
-    A dim of size n that is cut over k ranks gives each ceil(n / k), the last ones fewer or none, as `torch.chunk`.
+    A dim of size n that is sharded over k ranks gives each ceil(n / k), the last ones fewer or none, as `torch.chunk`;
+    sharded over several axes, each splits what those before it left.
+
+    Raises:
+        ValueError: this rank holds several blocks of the tensor, or partial sums.
     """
     tier = Tier.host if tensor.device.type == "cpu" else Tier.device
-    shape, offset = list(tensor.shape), [0] * tensor.ndim
-    if isinstance(tensor, DTensor):
-        coordinates = tensor.device_mesh.get_coordinate()
-        assert coordinates is not None, "this rank is outside the tensor's mesh"
-        for mesh_axis, placement in enumerate(tensor.placements):
-            if isinstance(placement, Replicate):
-                continue
-            assert isinstance(placement, Shard) and shape[placement.dim] == tensor.shape[placement.dim], (
-                f"{name}: placements {tensor.placements} cut a dim twice"
-            )
-            size, num_ranks = tensor.shape[placement.dim], tensor.device_mesh.size(mesh_axis)
-            chunk = -(-size // num_ranks)
-            start = min(size, chunk * coordinates[mesh_axis])
-            offset[placement.dim], shape[placement.dim] = start, min(chunk, size - start)
-    return Fragment(name, tuple(tensor.shape), tuple(offset), tuple(shape), tensor.dtype, tier)
+    offset, shape = layout_of(tensor, name).block()
+    return Fragment(name, tuple(tensor.shape), offset, shape, tensor.dtype, tier)
 
 
 SMALL_BYTES = 4096
@@ -84,26 +78,34 @@ SMALL_BYTES = 4096
 
 
 class ReplicaShare:
-    """Which tensors a rank speaks for where several ranks hold the same: of each, one, and of all, as many bytes each.
+    """Says which tensors a rank speaks for where several hold the same: of each, one does, and of all, as many bytes.
 
     All ranks must ask about the same tensors in the same order. The first speaks for all that are small.
+
+    Args:
+        device_mesh: of all ranks, of whose axes a DTensor's mesh may have some.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
+    def __init__(self, rank: int, world_size: int, device_mesh: DeviceMesh | None = None) -> None:
+        self.rank, self.world_size, self._device_mesh = rank, world_size, device_mesh
         self._bytes: dict[int, list[int]] = {}  # number of replicas -> what each has to say so far
+        self._other_axes: dict[DeviceMesh, list[tuple[int, int]]] = {}
 
     def replicas(self, tensor: torch.Tensor) -> tuple[int, int]:
         """Which of those that hold the same part of `tensor` this rank is, and how many they are."""
         if not isinstance(tensor, DTensor):
             return self.rank, self.world_size
+        mesh = tensor.device_mesh
+        if mesh not in self._other_axes:
+            self._other_axes[mesh] = _axes_besides(mesh, self._device_mesh)
         replica, num_replicas = 0, 1
-        coordinates = tensor.device_mesh.get_coordinate()
-        assert coordinates is not None, "this rank is outside the tensor's mesh"
-        for axis, placement in enumerate(tensor.placements):
-            if isinstance(placement, Replicate):
-                replica = replica * tensor.device_mesh.size(axis) + coordinates[axis]
-                num_replicas *= tensor.device_mesh.size(axis)
+        replicated = [
+            (mesh.get_local_rank(axis), mesh.size(axis))
+            for axis, placement in enumerate(tensor.placements)
+            if isinstance(placement, Replicate)
+        ]
+        for coordinate, size in [*replicated, *self._other_axes[mesh]]:
+            replica, num_replicas = replica * size + coordinate, num_replicas * size
         return replica, num_replicas
 
     def includes(self, tensor: torch.Tensor, num_bytes: int | None = None) -> bool:
@@ -122,8 +124,25 @@ class ReplicaShare:
         return least == replica
 
 
+def _axes_besides(part: DeviceMesh, whole: DeviceMesh | None) -> list[tuple[int, int]]:
+    """(this rank's coordinate, size) of the axes that `whole` has beside those of `part`, where that is a part of it.
+
+    Ranks along them hold the same of a tensor over `part`, as they do where tensor parallelism left a parameter alone.
+    """
+    if whole is None or whole.mesh_dim_names is None or part.mesh_dim_names is None:
+        return []
+    names, all_names, coordinates = part.mesh_dim_names, whole.mesh_dim_names, whole.get_coordinate()
+    if coordinates is None or not set(names) < set(all_names):
+        return []
+    others = [(name, place) for name, place in zip(all_names, coordinates, strict=True) if name not in names]
+    ranks = whole.mesh.permute([all_names.index(name) for name in (*(name for name, _ in others), *names)])
+    if not torch.equal(ranks[tuple(place for _, place in others)], part.mesh):
+        return []
+    return [(place, whole.size(all_names.index(name))) for name, place in others]
+
+
 def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
-    """A tensor that is cut over the ranks as `tensor` is, and whose part in this process is `local`."""
+    """A tensor that is sharded as `tensor` is, and whose part in this process is `local`."""
     if not isinstance(tensor, DTensor):
         return local
     return DTensor.from_local(
@@ -132,5 +151,5 @@ def with_local(tensor: torch.Tensor, local: torch.Tensor) -> torch.Tensor:
 
 
 def empty_like_global(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An uninitialised tensor of `dtype`, cut over the ranks just as `tensor` is."""
+    """An uninitialised tensor of `dtype`, sharded just as `tensor` is."""
     return with_local(tensor, torch.empty_like(local_tensor(tensor), dtype=dtype))

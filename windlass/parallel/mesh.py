@@ -1,13 +1,15 @@
-"""The ranks of a run and how they are laid out."""
+"""The ranks of a run, laid out along named axes."""
 
 from __future__ import annotations
 
 import gc
+import itertools
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -17,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from windlass.errors import WindlassError
 from windlass.parallel.collectives import all_gather_object, all_reduce
-from windlass.parallel.config import ParallelConfig, Sharding
+from windlass.parallel.config import DATA_AXES, Axis, ParallelConfig
 from windlass.parallel.environment import RankEnvironment
 
 Result = TypeVar("Result")
@@ -25,21 +27,25 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Mesh:
-    """`num_replicas` x `num_shards` ranks: the model is cut over the shards of a replica and repeated over replicas.
+    """The ranks of a run along named axes. Ranks are numbered along the last axis first.
 
-    A run of one rank has no process group: `group` and `device_mesh` are None and every collective is a no-op.
+    Collectives of training go over the axes that they name (`group_over`), those of set-up over the `world`.
+    A run of one rank has no process group: `world` and `device_mesh` are None and every collective is a no-op.
     """
 
     rank: int
     local_rank: int
     world_size: int
     local_world_size: int
-    num_replicas: int
-    num_shards: int
+    axes: Mapping[Axis, int]
+    """The number of ranks along each, the outermost first."""
     device: torch.device
-    group: dist.ProcessGroup | None
+    world: dist.ProcessGroup | None
+    """All ranks. Its backend for tensors on the CPU is gloo."""
     device_mesh: DeviceMesh | None
-    """What FSDP2 cuts over: `(shard,)`, or `(replicate, shard)` where there are replicas."""
+    """torch's, of the same axes; None also where torch's process group was made by others."""
+    groups: Mapping[frozenset[Axis], dist.ProcessGroup] = field(default_factory=dict)
+    """The groups over several axes, but not over all."""
     store: dist.Store | None = None
     """The launcher's, on which the ranks have met, held for as long as torch uses it; None where it is torch's own."""
     connect: Callable[[float], dist.Store] | None = None
@@ -54,43 +60,51 @@ class Mesh:
         Args:
             connect: gives a connection with the launcher's store; None: torch's store is where the environment says.
         """
-        mine = RankEnvironment.read()
-        rank, world_size, local_rank, local_world_size = astuple(mine)
-        num_replicas, num_shards = config.mesh_shape(world_size, local_world_size)
+        ranks = RankEnvironment.read()
+        axes = config.mesh_axes(ranks.world_size, ranks.local_world_size)
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
+            device = torch.device("cuda", ranks.local_rank)
             torch.cuda.set_device(device)
             if connect is not None:
                 # NCCL's monitor would ask the store every second, from a thread that must not enter Python at its end.
                 os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
-        group = device_mesh = store = None
-        if world_size > 1:
+        store = None
+        if ranks.world_size > 1:
             timeout = timedelta(seconds=config.timeout_s)
             store = None if connect is None else connect(config.timeout_s)
             dist.init_process_group(
                 backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
                 timeout=timeout,
                 device_id=device if device.type == "cuda" else None,
-                **_store_of_this_attempt(rank, world_size, timeout, store),
+                **_store_of_this_attempt(ranks.rank, ranks.world_size, timeout, store),
             )
-            group = dist.group.WORLD
-            if config.name in (Sharding.ddp, Sharding.hsdp):
-                shape, names = (num_replicas, num_shards), ("replicate", "shard")
-            else:
-                shape, names = (num_shards,), ("shard",)
-            device_mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        return replace(Mesh.lay_out(ranks, axes, device), store=store, connect=connect)
+
+    @staticmethod
+    def lay_out(ranks: RankEnvironment, axes: Mapping[Axis, int], device: torch.device) -> Mesh:
+        """The mesh of the ranks of torch's default process group, which they have joined. Collective.
+
+        Args:
+            axes: the number of ranks along each axis, the outermost first.
+        """
+        assert math.prod(axes.values()) == ranks.world_size, f"{axes} are not {ranks.world_size} ranks"
+        world = device_mesh = None
+        groups: dict[frozenset[Axis], dist.ProcessGroup] = {}
+        if ranks.world_size > 1:
+            world = dist.group.WORLD
+            names = tuple(axis.value for axis in axes)
+            device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=names)
+            groups = _groups_over_several(axes, ranks.rank)
         return Mesh(
-            rank=rank,
-            local_rank=local_rank,
-            world_size=world_size,
-            local_world_size=local_world_size,
-            num_replicas=num_replicas,
-            num_shards=num_shards,
+            rank=ranks.rank,
+            local_rank=ranks.local_rank,
+            world_size=ranks.world_size,
+            local_world_size=ranks.local_world_size,
+            axes=dict(axes),
             device=device,
-            group=group,
+            world=world,
             device_mesh=device_mesh,
-            store=store,
-            connect=connect,
+            groups=groups,
         )
 
     @staticmethod
@@ -104,22 +118,66 @@ class Mesh:
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             world_size=world_size,
             local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size))),
-            num_replicas=1,
-            num_shards=world_size,
+            axes={Axis.shard: world_size},
             device=torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"),
-            group=dist.group.WORLD if has_group else None,
+            world=dist.group.WORLD if has_group else None,
             device_mesh=None,
         )
 
-    @property
-    def host_group(self) -> dist.ProcessGroup | None:
-        """All ranks, for tensors on the CPU: the group's backend for those is gloo."""
-        return self.group
+    def size(self, *axes: Axis) -> int:
+        """The number of ranks along `axes` together; along one that the mesh does not have there is one."""
+        return math.prod(self.axes.get(axis, 1) for axis in axes)
+
+    def coordinate(self, *axes: Axis) -> int:
+        """This rank's number among those along `axes`, from 0."""
+        place, stride = 0, 1
+        rank = self.rank
+        for axis in reversed(list(self.axes)):
+            rank, coordinate = divmod(rank, self.axes[axis])
+            if axis in axes:
+                place, stride = place + stride * coordinate, stride * self.axes[axis]
+        return place
+
+    def group_over(self, *axes: Axis) -> dist.ProcessGroup | None:
+        """The ranks along `axes` that have this rank's coordinates along the others; None where it is this rank alone.
+
+        They are in the order of their coordinates.
+        """
+        longer = frozenset(axis for axis in axes if self.size(axis) > 1)
+        if not longer:
+            return None
+        if self.size(*longer) == self.world_size:
+            return self.world
+        if len(longer) > 1:
+            return self.groups[longer]
+        assert self.device_mesh is not None
+        return self.device_mesh.get_group(next(iter(longer)).value)
 
     @property
-    def shard_group(self) -> dist.ProcessGroup | None:
-        """The ranks that together hold one model."""
-        return None if self.device_mesh is None else self.device_mesh.get_group("shard")
+    def data_rank(self) -> int:
+        """The data position of this rank: those that share one have the same samples."""
+        return self.coordinate(*DATA_AXES)
+
+    @property
+    def num_data_ranks(self) -> int:
+        return self.size(*DATA_AXES)
+
+    @property
+    def data_group(self) -> dist.ProcessGroup | None:
+        """The ranks of which each has other samples than this one, and it."""
+        return self.group_over(*DATA_AXES)
+
+    @property
+    def counts_samples(self) -> bool:
+        """True on the one rank of each data position whose samples count, where all ranks are asked."""
+        return self.coordinate(*(axis for axis in self.axes if axis not in DATA_AXES)) == 0
+
+    @property
+    def fsdp_mesh(self) -> DeviceMesh | None:
+        """The axes that FSDP2 shards over, `(shard,)` or `(replicate, shard)`, for the ranks that share the others."""
+        if self.device_mesh is None:
+            return None
+        return self.device_mesh[tuple(axis.value for axis in self.axes if axis in DATA_AXES)]
 
     @property
     def node(self) -> int:
@@ -132,7 +190,7 @@ class Mesh:
 
     def barrier(self) -> None:
         """Returns when every rank is here; on the host, so that it holds whatever the devices are doing."""
-        all_reduce(torch.zeros(1), self.host_group)
+        all_reduce(torch.zeros(1), self.world)
 
     def agree(self, action: Callable[[], Result]) -> Result:
         """Runs `action` on every rank and returns its result, unless it failed on any rank: then all ranks raise.
@@ -141,7 +199,7 @@ class Mesh:
         error of the lowest rank that failed, so a user's mistake is one message and one exit code. `action` must
         not communicate.
         """
-        if self.group is None:
+        if self.world is None:
             return action()
         result: Result | None = None
         error: Exception | None = None
@@ -151,7 +209,7 @@ class Mesh:
             error = caught
         # Another rank may lack the class of an error, or what it takes to build one; ours travel as they are.
         described = error if error is None or isinstance(error, WindlassError) else RuntimeError(repr(error))
-        first = next((other for other in all_gather_object(described, self.group) if other is not None), None)
+        first = next((other for other in all_gather_object(described, self.world) if other is not None), None)
         if first is None:
             return result  # type: ignore[return-value]  # no rank failed, so `action` returned on this one
         raised = error if error is not None and repr(described) == repr(first) else first
@@ -166,11 +224,11 @@ class Mesh:
         different moments.
         """
         mine = self.agree(lambda: action() if self.rank == 0 else None)
-        return all_gather_object(mine, self.group)[0]
+        return all_gather_object(mine, self.world)[0]
 
     def stop(self) -> None:
         """Leaves the group, all ranks together: a peer that closed its sockets early would look like a dead one."""
-        if self.group is not None:
+        if self.world is not None:
             self.barrier()
             dist.destroy_process_group()
 
@@ -209,11 +267,27 @@ def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta, store
 
 
 def all_ranks_finite(norm: torch.Tensor, mesh: Mesh) -> bool:
-    """Whether the gradient norm of `clip_grad_norm_` is finite on every rank: one host sync.
+    """Asks all replicas if the gradient norm of `clip_grad_norm_` is finite: one host sync.
 
-    Where the ranks hold one model together, the norm is already of all of them. Replicas vote.
+    Ranks that hold one model together have one norm. Replicas vote.
     """
     vote = torch.isfinite(norm).to(torch.float32)
-    if mesh.num_shards < mesh.world_size:
-        all_reduce(vote, mesh.group, dist.ReduceOp.MIN)
+    all_reduce(vote, mesh.group_over(Axis.replicate), dist.ReduceOp.MIN)
     return bool(vote.item())
+
+
+def _groups_over_several(axes: Mapping[Axis, int], rank: int) -> dict[frozenset[Axis], dist.ProcessGroup]:
+    """The group of `rank` over each set of two or more axes, but not of all. Collective."""
+    longer = [axis for axis, size in axes.items() if size > 1]
+    grid = torch.arange(math.prod(axes.values())).view(*axes.values())
+    groups = {}
+    for count in range(2, len(longer)):
+        for chosen in itertools.combinations(longer, count):
+            dims = [list(axes).index(axis) for axis in chosen]
+            last = grid.movedim(dims, tuple(range(-count, 0)))
+            for members in last.reshape(-1, math.prod(axes[axis] for axis in chosen)).tolist():
+                group = dist.new_group(members)  # all ranks make all groups, in one order
+                if rank in members:
+                    assert isinstance(group, dist.ProcessGroup)
+                    groups[frozenset(chosen)] = group
+    return groups

@@ -1,4 +1,4 @@
-"""What is not in memory, as those see it who must have it there: a checkpoint, an evaluation."""
+"""The view of what is not in memory for those who must have it there: a checkpoint, an evaluation."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class PinnableFile(Protocol):
 
     @property
     def more_bytes(self) -> int:
-        """What the next write takes more of the disk while the present version is kept."""
+        """The bytes that the next write takes more of the disk while the present version is kept."""
         ...
 
     @property
@@ -66,7 +66,7 @@ class StatePlace:
     parameter: torch.Tensor
     key: str
     begin: int
-    """Of its bytes; they are this rank's part of it, contiguous."""
+    """The place of its first byte; its bytes are this rank's part of it, contiguous."""
     end: int
 
 
@@ -84,7 +84,7 @@ class StateAtRest:
 class OutOfCore(Protocol):
     """An optimizer that keeps state, and perhaps its parameters' weights, outside of memory.
 
-    In its `state` what is elsewhere is a tensor on the meta device, of the right shape, dtype and cut.
+    In its `state` what is elsewhere is a tensor on the meta device, of the right shape, dtype and sharding.
     """
 
     inner: torch.optim.Optimizer
@@ -94,12 +94,12 @@ class OutOfCore(Protocol):
 
     @property
     def uses_disk(self) -> bool:
-        """Whether some of it may be on a disk."""
+        """True where some of it may be on a disk."""
         ...
 
     @property
     def has_pending(self) -> bool:
-        """Whether updates are put off. They are made before the next step, most of them in the next forward pass."""
+        """True while updates are put off. They are made before the next step, most of them in the next forward pass."""
         ...
 
     def settle(self) -> None:
@@ -111,7 +111,7 @@ class OutOfCore(Protocol):
         ...
 
     def has_weights_elsewhere(self, parameter: torch.Tensor) -> bool:
-        """Whether the parameter's memory does not hold its weights now."""
+        """Tells if the parameter's memory does not hold its weights now."""
         ...
 
     def weights_loaded(

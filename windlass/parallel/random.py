@@ -1,7 +1,7 @@
 """Random numbers that a rank can make for just the fragment it holds.
 
 Element e of a tensor is a function of (seed, name, e) alone, through the counter-based generator Philox (Parallel
-Random Numbers: As Easy as 1, 2, 3; 2011), so neither the number of ranks nor the cut changes it.
+Random Numbers: As Easy as 1, 2, 3; 2011), so neither the number of ranks nor the sharding changes it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 1 << 22
 def fill_normal_(local: torch.Tensor, fragment: Fragment, *, seed: int, std: float) -> None:
     """Fills `local`, which holds `fragment`, with its part of a global N(0, std^2) tensor.
 
-    The elements are numbered along the longest dim first: that is the dim which a cut usually runs across, and then a
+    The elements are numbered along the longest dim first: that is the dim which is usually sharded, and then a
     rank's numbers are one run of the counter, and it makes no more than it keeps. Normals come from Box-Muller over
     23-bit uniforms, so none is beyond 5.8 standard deviations.
     """

@@ -17,14 +17,14 @@ import torch
 
 
 class Lap:
-    """What a rank has waited between two calls of `WaitClock.lap`."""
+    """The time that a rank has waited between two calls of `WaitClock.lap`."""
 
     def __init__(self, host_s: float, on_stream: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
         self._host_s, self._on_stream = host_s, on_stream
 
     @property
     def seconds(self) -> float:
-        """Of the host or of the GPU's stream, whichever waited longer: they mostly wait for the same rank at once.
+        """The time of the host or of the GPU's stream, whichever waited longer: mostly they wait for one rank at once.
 
         Events that have not passed yet are left out: where the host has since waited for the GPU, there are none.
         """
@@ -71,7 +71,7 @@ class WaitClock:
         return self.stream() if device.type == "cuda" else self.host()
 
     def lap(self) -> Lap:
-        """What was waited since the last call, and begins anew."""
+        """Returns what was waited since the last call, and begins anew."""
         lap = Lap(self._host_s, self._on_stream)
         self._host_s, self._on_stream, self._has_laps = 0.0, [], True
         return lap

@@ -23,7 +23,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from windlass.parallel.config import Cut, ParallelConfig, Sharding
+from windlass.parallel.config import Axis, Cut, ParallelConfig, Sharding
+from windlass.parallel.fragment import local_tensor
 from windlass.parallel.fsdp_shim import count_collectives
 from windlass.parallel.mesh import Mesh
 
@@ -59,9 +60,9 @@ class Sharder:
         for unit in (*units, Unit([model], is_last=True)):
             fully_shard(
                 list(unit.modules) if len(unit.modules) > 1 else unit.modules[0],
-                mesh=self.mesh.device_mesh,
+                mesh=self.mesh.fsdp_mesh,
                 reshard_after_forward=frees_weights and not unit.is_last,
-                shard_placement_fn=lambda parameter: placement(parameter, self.config.cut, self.mesh.num_shards),
+                shard_placement_fn=self._placement,
                 mp_policy=policy,
             )
         for module in _fsdp_modules(model):
@@ -69,7 +70,10 @@ class Sharder:
             # a divide factor would also select an operation that it does not have (PREMUL_SUM).
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-            count_collectives(module, self.mesh.num_replicas)
+            count_collectives(module, self.mesh.size(Axis.replicate))
+
+    def _placement(self, parameter: nn.Parameter) -> Shard:
+        return placement(local_tensor(parameter), self.config.cut, self.mesh.size(Axis.shard))
 
     def begin_micro_step(self, model: nn.Module, is_last: bool) -> None:
         """To be called before each forward pass of a step; `is_last`: of its micro-steps."""

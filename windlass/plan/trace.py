@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from windlass.data.batch import Batch
@@ -27,7 +26,7 @@ from windlass.offload.config import OffloadKind, WeightsPlace
 from windlass.offload.unit_hooks import parameters_by_unit
 from windlass.offload.weights import Weights
 from windlass.parallel.collectives import COMM
-from windlass.parallel.config import Sharding
+from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.fsdp2 import FSDP2Engine
 from windlass.parallel.mesh import Mesh
@@ -196,28 +195,11 @@ def _mesh_without_peers(config: Config, num_ranks: int) -> Iterator[Mesh]:
         raise ConfigError(
             "plan", "...", "cannot be made in a process that is a rank of a run", "run `windlass plan` on its own"
         )
-    num_replicas, num_shards = config.parallel.mesh_shape(num_ranks, num_ranks)
-    device, group, device_mesh = torch.device("cpu"), None, None
     if num_ranks > 1:
         dist.init_process_group("fake", rank=0, world_size=num_ranks, store=FakeStore())
-        group = dist.group.WORLD
-        is_hybrid = config.parallel.name in (Sharding.ddp, Sharding.hsdp)
-        shape, names = (
-            ((num_replicas, num_shards), ("replicate", "shard")) if is_hybrid else ((num_shards,), ("shard",))
-        )
-        device_mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     try:
-        yield Mesh(
-            rank=0,
-            local_rank=0,
-            world_size=num_ranks,
-            local_world_size=num_ranks,
-            num_replicas=num_replicas,
-            num_shards=num_shards,
-            device=device,
-            group=group,
-            device_mesh=device_mesh,
-        )
+        ranks = RankEnvironment(0, num_ranks, 0, num_ranks)
+        yield Mesh.lay_out(ranks, config.parallel.mesh_axes(num_ranks, num_ranks), torch.device("cpu"))
     finally:
         if num_ranks > 1:
             dist.destroy_process_group()

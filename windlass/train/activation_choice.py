@@ -98,7 +98,7 @@ def decide(parts: StepParts, say: Callable[[str], None]) -> Decision:
         rule = f"cannot be had with model={model.name}, of whose layers the costs are not known"
         raise ConfigError("train.activation_checkpoint", "auto", rule, "set train.activation_checkpoint=none or full")
     costs = _costs(parts, model)
-    room = min(all_gather_object(_room(parts, mock_step(parts), costs, model.num_layers), mesh.group))
+    room = min(all_gather_object(_room(parts, mock_step(parts), costs, model.num_layers), mesh.world))
     return mesh.decide(lambda: _decide(parts, costs, model.num_layers, room, say))
 
 

@@ -51,14 +51,14 @@ class StepAgreement:
     ) -> None:
         self._mesh, self._fewest_nodes, self._has_work = mesh, fewest_nodes, work_s is not None
         mine = [0.0] * (_LEAVE + mesh.num_nodes + mesh.world_size)
-        mine[_TOKENS] = num_targets
+        mine[_TOKENS] = num_targets if mesh.counts_samples else 0
         mine[_STOP] = stop.asked == Request.stop
         mine[_RESTART] = stop.asked == Request.restart
         mine[_LEAVE + mesh.node] = stop.asked == Request.leave
         mine[_LEAVE + mesh.num_nodes + mesh.rank] = work_s or 0.0
         # float64 holds whole numbers to 2^53: more tokens than any step has.
         self._vector = torch.tensor(mine, dtype=torch.float64)
-        self._pending = all_reduce_async(self._vector, mesh.host_group)
+        self._pending = all_reduce_async(self._vector, mesh.world)
 
     @cached_property
     def _sums(self) -> list[float]:

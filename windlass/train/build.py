@@ -187,8 +187,8 @@ class Run(StepParts):
             batch_size=train.batch_size,
             seq_len=train.seq_len,
             max_samples=train.eval_samples,
-            rank=self.mesh.rank,
-            world_size=self.mesh.world_size,
+            data_rank=self.mesh.data_rank,
+            num_data_ranks=self.mesh.num_data_ranks,
             borders=self.config.data.borders,
             maker=self.objective,
         )
@@ -299,7 +299,7 @@ def build_parts(
     if tiers is not None:
         optimizer = tiers.take_optimizer(optimizer, modules, optim.in_backward != InBackward.none)
     buckets = optimizer.bucket_parameters() if isinstance(optimizer, OffloadedOptimizer) else ()
-    engine.take_optimizer(optimizer, build_in_backward(optim, optimizer, train.max_norm, mesh.shard_group, buckets))
+    engine.take_optimizer(optimizer, build_in_backward(optim, optimizer, train.max_norm, buckets))
     if tiers is not None:
         tiers.attend(model, modules, is_cut=mesh.device_mesh is not None)
     return StepParts(config, mesh, model, objective, engine, tiers)
@@ -311,8 +311,8 @@ def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh, objective: O
         dataset,
         batch_size=train.batch_size,
         seq_len=train.seq_len,
-        rank=mesh.rank,
-        world_size=mesh.world_size,
+        data_rank=mesh.data_rank,
+        num_data_ranks=mesh.num_data_ranks,
         seed=train.seed,
         shuffle=config.data.shuffle,
         borders=config.data.borders,
@@ -397,4 +397,4 @@ def total_peak_flops(config: Config, mesh: Mesh) -> float:
     if peak is None:
         mesh.barrier()
         peak = peak_device_flops(mesh.device, getattr(torch, config.train.dtype.value))
-    return float(all_reduce(torch.tensor(peak, dtype=torch.float64), mesh.host_group))
+    return float(all_reduce(torch.tensor(peak, dtype=torch.float64), mesh.world))

@@ -52,7 +52,7 @@ def evaluate(
         totals[-1] += objective.num_targets(batch)
         goes_on()
     model.train()
-    all_reduce(totals, mesh.group)
+    all_reduce(totals, mesh.data_group)
     *sums, num_targets = totals.tolist()
     means = [metric_sum / max(1.0, num_targets) for metric_sum in sums]
     return Evaluation(dict(zip(objective.metrics, means, strict=True)), int(num_targets), time.perf_counter() - begin)

@@ -106,7 +106,7 @@ def record_ending(run: Run, agreement: StepAgreement) -> None:
 
 def mean_loss(loss_sum: torch.Tensor, num_tokens: int, mesh: Mesh) -> float:
     """Nats a token over all ranks. `loss_sum` is this rank's."""
-    return float(all_reduce(loss_sum.double(), mesh.group)) / num_tokens
+    return float(all_reduce(loss_sum.double(), mesh.data_group)) / num_tokens
 
 
 def step_figures(mesh: Mesh, stall_s: float, comm_bytes: int) -> dict[str, float | int | None]:

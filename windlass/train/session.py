@@ -211,7 +211,7 @@ def _record_config(config: Config, mesh: Mesh) -> None:
 
 def _build_parts(config: Config, mesh: Mesh, stack: ExitStack) -> StepParts:
     train_config = config.train
-    torch.manual_seed(train_config.seed * 1_000_003 + mesh.rank)  # dropout differs between ranks
+    torch.manual_seed(train_config.seed * 1_000_003 + mesh.data_rank)  # dropout differs between samples
     torch.use_deterministic_algorithms(train_config.deterministic)
     tiers = mesh.agree(lambda: build_tiers(config, mesh))
     if tiers is not None:

@@ -12,6 +12,7 @@ from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.conf.compose import compose
 from windlass.errors import ConfigError
 from windlass.launch.main import _end_agents
+from windlass.parallel.config import Axis
 from windlass.parallel.mesh import Mesh
 
 
@@ -21,10 +22,9 @@ def mesh_of(num_ranks: int, ranks_per_node: int) -> Mesh:
         world_size=num_ranks,
         local_rank=0,
         local_world_size=ranks_per_node,
-        num_replicas=1,
-        num_shards=num_ranks,
+        axes={Axis.shard: num_ranks},
         device=torch.device("cpu"),
-        group=None,
+        world=None,
         device_mesh=None,
     )
 

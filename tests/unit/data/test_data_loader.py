@@ -34,7 +34,7 @@ def make_loader(dataset: TokenDataset) -> Iterator[Callable[..., Loader]]:
     loaders = []
 
     def make(**options) -> Loader:
-        defaults = {"batch_size": 2, "seq_len": SEQ_LEN, "rank": 0, "world_size": 1, "seed": 3}
+        defaults = {"batch_size": 2, "seq_len": SEQ_LEN, "data_rank": 0, "num_data_ranks": 1, "seed": 3}
         loaders.append(Loader(dataset, **(defaults | options)))
         return loaders[-1]
 
@@ -97,7 +97,7 @@ def test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch(make_loade
     state = None
     for world_size, batch_size, num_steps in ((4, 2, 5), (2, 3, 4), (3, 1, 7), (1, 5, 200)):
         loaders = [
-            make_loader(rank=r, world_size=world_size, batch_size=batch_size, borders=Borders.none, prefetch=7)
+            make_loader(data_rank=r, num_data_ranks=world_size, batch_size=batch_size, borders=Borders.none, prefetch=7)
             for r in range(world_size)
         ]
         for loader in loaders:
@@ -174,7 +174,7 @@ def test_state_of_another_order_is_refused(make_loader, change: dict, message: s
 
 def test_text_too_short(dataset: TokenDataset) -> None:
     longest = dataset.num_tokens - 1
-    options = {"batch_size": 1, "rank": 0, "world_size": 1}
+    options = {"batch_size": 1, "data_rank": 0, "num_data_ranks": 1}
     message = rf"train\.seq_len={longest + 1}: the train text is too short.*set train\.seq_len to {longest} or less"
     with pytest.raises(DataError, match=message):
         Loader(dataset, seq_len=longest + 1, seed=0, **options)
@@ -250,7 +250,7 @@ def test_evaluation_counts_each_sample_once(
 ) -> None:
     of_rank = [
         list(evaluation_batches(dataset, batch_size=batch_size, seq_len=SEQ_LEN, max_samples=max_samples,
-                                rank=rank, world_size=world_size, borders=Borders.none))
+                                data_rank=rank, num_data_ranks=world_size, borders=Borders.none))
         for rank in range(world_size)
     ]  # fmt: skip
     assert len({len(batches) for batches in of_rank}) == 1, "all ranks take as many steps"
@@ -267,13 +267,13 @@ def test_evaluation_counts_each_sample_once(
         batch_size=len(found),
         seq_len=SEQ_LEN,
         max_samples=max_samples,
-        rank=0,
-        world_size=1,
+        data_rank=0,
+        num_data_ranks=1,
         borders=Borders.none,
     )
     assert set(found) == set(sample_numbers(dataset, alone)), "the layout chooses other samples"
 
 
 def test_evaluation_respects_borders(dataset: TokenDataset) -> None:
-    (batch,) = evaluation_batches(dataset, batch_size=9, seq_len=SEQ_LEN, max_samples=9, rank=0, world_size=1)
+    (batch,) = evaluation_batches(dataset, batch_size=9, seq_len=SEQ_LEN, max_samples=9, data_rank=0, num_data_ranks=1)
     assert ((batch.labels == IGNORE_INDEX) == (batch.input_ids == dataset.eos_id)).all()

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from windlass.conf.compose import compose
+from windlass.parallel.config import Axis
 from windlass.parallel.mesh import Mesh
 from windlass.train.build import num_parity_shards
 
@@ -18,10 +19,9 @@ def mesh(world_size: int, local_world_size: int) -> Mesh:
         local_rank=0,
         world_size=world_size,
         local_world_size=local_world_size,
-        num_replicas=1,
-        num_shards=world_size,
+        axes={Axis.shard: world_size},
         device=torch.device("cpu"),
-        group=None,
+        world=None,
         device_mesh=None,
     )
 

@@ -154,13 +154,13 @@ def test_clipping_must_be_declared(mode: InBackward, max_norm: float | None) -> 
         StepInBackward(build("adamw", module), mode, max_norm)
     config = AdamWConfig(in_backward=mode)
     with pytest.raises(ConfigError, match=r"optim\.in_backward") as error:
-        build_in_backward(config, config.build(module), max_norm, None)
+        build_in_backward(config, config.build(module), max_norm)
     assert "set train.max_norm=" in str(error.value)
 
 
 def test_no_hooks_unless_asked_for() -> None:
     module = model()
-    assert build_in_backward(AdamWConfig(), AdamWConfig().build(module), 1.0, None) is None
+    assert build_in_backward(AdamWConfig(), AdamWConfig().build(module), 1.0) is None
     config = AdamWConfig(in_backward=InBackward.previous_norm)
-    built = build_in_backward(config, config.build(module), 0.5, None)
+    built = build_in_backward(config, config.build(module), 0.5)
     assert built is not None and built.max_norm == 0.5

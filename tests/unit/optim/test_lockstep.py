@@ -20,7 +20,7 @@ from windlass.optim.lockstep import (
 )
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import ParallelConfig, Sharding
-from windlass.parallel.layout import Layout
+from windlass.parallel.layout import Layout, Split
 
 
 def whole(index: int, shape: tuple[int, ...] = (2, 7, 3)) -> torch.Tensor:
@@ -35,14 +35,14 @@ def test_alone_every_request_is_answered_by_what_it_sent() -> None:
         found.extend((yield Exchange([torch.tensor([3.0])], [(1,)])))
         found.append((yield from gather_to_owners(torch.ones(2, 3, 4), Layout((3, 4)), [0, 0])))
 
-    run_in_lockstep([(None, update())])
+    run_in_lockstep([((), update())])
     assert [tensor.flatten().tolist() for tensor in found] == [[1.0, 2.0], [3.0], [1.0] * 24]
 
 
 def exchange_run(dim: int) -> dict[str, Any]:
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
     group, rank, num_ranks = dist.group.WORLD, mesh.rank, mesh.world_size
-    layout = Layout((7, 3), dim, group, rank, num_ranks)
+    layout = Layout((7, 3), (Split(dim, group, rank, num_ranks),))
     span = layout.span()
     found: dict[str, Any] = {}
 
@@ -65,7 +65,7 @@ def exchange_run(dim: int) -> dict[str, Any]:
             found[f"sum {index}"] = float((yield from sum_over_ranks(torch.tensor([1.0 + rank])))[0])
 
     COMM.calls_by_kind.clear()
-    run_in_lockstep((group, update(index)) for index in range(3))
+    run_in_lockstep(((group,), update(index)) for index in range(3))
     found["calls"] = dict(COMM.calls_by_kind)
     mesh.stop()
     return found
@@ -92,7 +92,7 @@ def mixed_run() -> list[list[float]]:
         assert total.dtype == dtype and total.shape == (1, 2)
         found.append(total.flatten().tolist())
 
-    run_in_lockstep((dist.group.WORLD, update(dtype)) for dtype in (torch.float32, torch.float64, torch.float32))
+    run_in_lockstep(((dist.group.WORLD,), update(dtype)) for dtype in (torch.float32, torch.float64, torch.float32))
     mesh.stop()
     return found
 
@@ -107,4 +107,4 @@ def test_an_error_in_an_update_comes_out() -> None:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        run_in_lockstep([(None, update())])
+        run_in_lockstep([((), update())])

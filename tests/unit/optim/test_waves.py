@@ -10,7 +10,7 @@ import torch
 from windlass.optim.base import MatrixOptimizer
 from windlass.optim.batch import Batch
 from windlass.optim.lockstep import MAX_GATHERED_NUMEL, Gathered, Wave
-from windlass.parallel.layout import Layout
+from windlass.parallel.layout import Layout, Split
 
 GROUPS: Any = ["one group", "another"]
 
@@ -54,7 +54,7 @@ class Gathering(MatrixOptimizer):
 
 
 def batch_of(shape: tuple[int, int], group: Any, step: int = 1, num_matrices: int = 1) -> Batch:
-    layout = Layout(shape, 0, group, 0, 2)
+    layout = Layout(shape, () if group is None else (Split(0, group, 0, 2),))
     return Batch({}, step, layout, [torch.empty(0)] * num_matrices, [{}] * num_matrices)
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.ranks import run_ranks
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from windlass.parallel.config import ParallelConfig, Sharding
 from windlass.parallel.layout import Layout, layout_of, zeros_over
@@ -46,7 +46,7 @@ def look(shape: tuple[int, ...], dim: int, num_replicas: int | None) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("shape", [(8, 4), (5, 3), (2, 9)])
-def test_a_cut_is_where_torch_cuts(shape: tuple[int, int], dim: int) -> None:
+def test_a_shard_is_where_torch_puts_it(shape: tuple[int, int], dim: int) -> None:
     results = run_ranks(look, 4, shape, dim, None)
     for rank, result in enumerate(results):
         assert (result["rank"], result["num_ranks"]) == (rank, 4)
@@ -58,30 +58,6 @@ def test_a_cut_is_where_torch_cuts(shape: tuple[int, int], dim: int) -> None:
 
 
 @pytest.mark.slow
-def test_replicas_are_not_part_of_a_cut() -> None:
+def test_replicas_are_not_part_of_a_layout() -> None:
     results = run_ranks(look, 4, (8, 4), 0, 2)
     assert [(result["rank"], result["num_ranks"]) for result in results] == [(0, 2), (1, 2), (0, 2), (1, 2)]
-
-
-def refuse() -> list[str]:
-    mesh = mesh_of()
-    grid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    whole = torch.zeros(8, 8)
-    tensors = [
-        distribute_tensor(whole, grid, [Shard(0), Shard(1)]),
-        DTensor.from_local(whole, mesh.device_mesh, [Partial()], run_check=False),
-    ]
-    messages = []
-    for tensor in tensors:
-        try:
-            layout_of(tensor)
-        except ValueError as error:
-            messages.append(str(error))
-    mesh.stop()
-    return messages
-
-
-def test_what_is_cut_twice_or_partial_is_refused() -> None:
-    messages = run_ranks(refuse, 4)[0]
-    assert len(messages) == 2
-    assert all("must be cut along one dim" in message for message in messages)

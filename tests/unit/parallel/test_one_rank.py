@@ -12,7 +12,7 @@ from torch import nn
 from windlass.errors import ConfigError
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.collectives import COMM, CommCounter, all_gather_object, all_reduce
-from windlass.parallel.config import ParallelConfig, Sharding
+from windlass.parallel.config import Axis, ParallelConfig, Sharding
 from windlass.parallel.mesh import Mesh, all_ranks_finite
 from windlass.parallel.zero import Sharder, Unit
 
@@ -68,8 +68,9 @@ def test_the_vote_on_finiteness(value: float, finite: bool, mesh: Mesh) -> None:
 @pytest.mark.parametrize("name", list(Sharding))
 def test_one_rank_starts_no_process_group(name: Sharding) -> None:
     mesh = ParallelConfig(name=name).build(torch.device("cpu"))
-    assert (mesh.rank, mesh.world_size, mesh.num_replicas, mesh.num_shards) == (0, 1, 1, 1)
-    assert mesh.group is mesh.device_mesh is mesh.shard_group is mesh.host_group is None
+    assert (mesh.rank, mesh.world_size, mesh.size(*Axis), mesh.coordinate(*Axis)) == (0, 1, 1, 0)
+    assert mesh.world is mesh.device_mesh is mesh.fsdp_mesh is mesh.data_group is mesh.group_over(*Axis) is None
+    assert (mesh.data_rank, mesh.num_data_ranks, mesh.counts_samples) == (0, 1, True)
     assert not dist.is_initialized()
     mesh.barrier()
     mesh.stop()
@@ -112,9 +113,9 @@ def test_agree_lets_an_interrupt_through(mesh: Mesh) -> None:
 def test_collectives_of_one_rank_change_and_count_nothing(mesh: Mesh) -> None:
     before = COMM.total_bytes
     tensor = torch.arange(3.0)
-    assert all_reduce(tensor, mesh.group) is tensor
+    assert all_reduce(tensor, mesh.data_group) is tensor
     assert tensor.tolist() == [0, 1, 2]
-    assert all_gather_object("x", mesh.group) == ["x"]
+    assert all_gather_object("x", mesh.world) == ["x"]
     assert COMM.total_bytes == before
 
 

@@ -56,10 +56,10 @@ def test_a_wait_that_fails_is_counted() -> None:
 
 
 KINDS: dict[str, Callable[[Mesh], object]] = {
-    "all_reduce": lambda mesh: all_reduce(torch.ones(3), mesh.group),
-    "async": lambda mesh: finish(all_reduce_async(torch.ones(3), mesh.group)),
-    "objects": lambda mesh: all_gather_object(mesh.rank, mesh.group),
-    "all_to_all": lambda mesh: all_to_all(torch.ones(2), [1, 1], [1, 1], mesh.shard_group),  # type: ignore[arg-type]
+    "all_reduce": lambda mesh: all_reduce(torch.ones(3), mesh.world),
+    "async": lambda mesh: finish(all_reduce_async(torch.ones(3), mesh.world)),
+    "objects": lambda mesh: all_gather_object(mesh.rank, mesh.world),
+    "all_to_all": lambda mesh: all_to_all(torch.ones(2), [1, 1], [1, 1], mesh.world),  # type: ignore[arg-type]
 }
 
 

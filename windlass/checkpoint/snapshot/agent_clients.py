@@ -127,7 +127,7 @@ class AgentClients:
     def refresh(self) -> None:
         """Asks all agents for their status."""
         mine = self.mesh.agree(lambda: self.ask("status") if self.is_leader else None)
-        answers = all_gather_object(mine, self.mesh.group)
+        answers = all_gather_object(mine, self.mesh.world)
         self.statuses = [answer for answer in answers if answer is not None]
 
     def plan(self) -> RecoveryPlan | None:

@@ -225,7 +225,7 @@ class SnapshotCoordinator:
 
     def _gather(self, *values: int) -> torch.Tensor:
         """`values` of every rank: int64, a row a rank."""
-        group = self.agents.mesh.host_group
+        group = self.agents.mesh.world
         mine = torch.tensor([values], dtype=torch.int64)
         if group is None:
             return mine

@@ -34,7 +34,7 @@ def open_snapshot(agents: AgentClients, plan: RecoveryPlan) -> CheckpointReader:
     mine = [position for position, node in plan.holders.items() if node == agents.node and agents.is_leader]
     parts = agents.mesh.agree(lambda: [part.to_json() for position in mine for part in _parts(local[position], plan)])
     everything = [
-        Part.from_json(part) for parts_of_rank in all_gather_object(parts, agents.mesh.group) for part in parts_of_rank
+        Part.from_json(part) for parts_of_rank in all_gather_object(parts, agents.mesh.world) for part in parts_of_rank
     ]
     manifest = manifest_of(plan.step, agents.generation, agents.world_size_of(plan), everything)
     for name, tensor in manifest.tensors.items():
