@@ -36,7 +36,7 @@ def train_in_tiers(run_dir: Path, names: list[str]) -> Found:
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))  # the others' has the same shape
 
     def train(*overrides: str) -> Outcome:
-        return tiered_run(run_dir, [*overrides, *MICRO_BATCHES], num_steps=3, is_layer_major=False, mesh=mesh)
+        return tiered_run(run_dir, [*overrides, *MICRO_BATCHES], num_steps=3, is_fused=False, mesh=mesh)
 
     differences: dict[str, list[str]] = {}
     for name in names:

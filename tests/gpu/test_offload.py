@@ -32,7 +32,7 @@ def test_a_run_on_a_gpu_has_the_bits_of_one_without_tiers(tier: str, run: str, d
     common = [*RUNS[run], "optim=adamw", f"train.dtype={dtype}"]
     torch.use_deterministic_algorithms(True)
     try:
-        expected = tiered_run(tmp_path, [*common, "offload=none"], is_layer_major=False, device="cuda")
+        expected = tiered_run(tmp_path, [*common, "offload=none"], is_fused=False, device="cuda")
         found = tiered_run(tmp_path, [*common, *TIERS[tier]], device="cuda")
     finally:
         torch.use_deterministic_algorithms(False)

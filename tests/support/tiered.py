@@ -69,7 +69,7 @@ class TieredRun:
         self,
         run_dir: Path,
         overrides: Sequence[str],
-        is_layer_major: bool | None = None,
+        is_fused: bool | None = None,
         frozen: Sequence[int] = (),
         device: str = "cpu",
         mesh: Mesh | None = None,
@@ -91,7 +91,7 @@ class TieredRun:
         self.model, self.optimizer = self.parts.model, self.parts.optimizer
         self.in_backward = self.parts.engine.in_backward
         is_streaming = self.tiers is not None and self.tiers.weights is not None
-        self.is_layer_major = is_streaming if is_layer_major is None else is_layer_major
+        self.is_fused = is_streaming if is_fused is None else is_fused
         self.steps_taken = 0
 
     def batches(self) -> list[Batch]:
@@ -103,7 +103,7 @@ class TieredRun:
         """One step of the training loop; returns its loss."""
         batches = self.batches()
         num_tokens = int(all_reduce(torch.tensor(count_tokens(batches)), self.mesh.data_group))
-        passes = [batches] if self.is_layer_major else [[batch] for batch in batches]
+        passes = [batches] if self.is_fused else [[batch] for batch in batches]
         total = torch.zeros((), dtype=torch.float64, device=self.mesh.device)
         for number, micro_batches in enumerate(passes):
             self.parts.engine.begin_micro_step(is_last=number == len(passes) - 1)
@@ -151,12 +151,12 @@ def tiered_run(
     run_dir: Path,
     overrides: Sequence[str],
     num_steps: int = 4,
-    is_layer_major: bool | None = None,
+    is_fused: bool | None = None,
     device: str = "cpu",
     mesh: Mesh | None = None,
 ) -> Outcome:
     """Trains, looks at the validation loss in between, and goes on."""
-    run = TieredRun(run_dir, overrides, is_layer_major, device=device, mesh=mesh)
+    run = TieredRun(run_dir, overrides, is_fused, device=device, mesh=mesh)
     schedule = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda step: 1 / (1 + step))
     outcome, before = Outcome([], [], None), run.weights()
     for number in range(num_steps):

@@ -17,9 +17,9 @@ from windlass.checkpoint.optimizer_state import OptimizerState
 from windlass.checkpoint.pieces import Piece, PieceGroup, WeightGroups, state_groups
 from windlass.checkpoint.rng import capture_rng, restore_rng
 from windlass.errors import IncompatibleCheckpoint
+from windlass.out_of_core import OutOfCore
 from windlass.parallel.fragment import ReplicaShare, fragment_of, local_tensor
 from windlass.parallel.mesh import Mesh
-from windlass.parallel.out_of_core import OutOfCore
 
 
 @runtime_checkable

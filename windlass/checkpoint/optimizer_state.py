@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from windlass.checkpoint.durable.manifest import Manifest, StoredTensor, is_of_optimizer
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.tensors import TORCH_DTYPES
+from windlass.out_of_core import OutOfCore
 from windlass.parallel.fragment import empty_like_global, fragment_of, local_tensor
-from windlass.parallel.out_of_core import OutOfCore
 
 
 @runtime_checkable

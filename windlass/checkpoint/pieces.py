@@ -14,8 +14,8 @@ from torch import nn
 from windlass.checkpoint.durable.stage import StageBuffer, stage_chunks
 from windlass.checkpoint.durable.store import DurableStore, WrittenChunk
 from windlass.checkpoint.optimizer_state import OptimizerState
+from windlass.out_of_core import OutOfCore, PinnableFile, StateAtRest
 from windlass.parallel.fragment import Fragment, ReplicaShare, fragment_of, local_tensor
-from windlass.parallel.out_of_core import OutOfCore, PinnableFile, StateAtRest
 
 
 @dataclass(frozen=True)

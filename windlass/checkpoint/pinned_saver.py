@@ -27,9 +27,9 @@ from windlass.checkpoint.image import Entry
 from windlass.checkpoint.objects import CheckpointedObjects
 from windlass.checkpoint.pieces import PieceGroup, put_groups
 from windlass.errors import RunFolderError
+from windlass.out_of_core import Pin, PinnableFile
 from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.mesh import Mesh
-from windlass.parallel.out_of_core import Pin, PinnableFile
 
 logger = logging.getLogger(__name__)
 

@@ -23,8 +23,8 @@ from windlass.offload.malloc import give_back_free_memory
 from windlass.offload.state_shapes import state_shapes
 from windlass.offload.state_store import Bucket, StateStore
 from windlass.offload.tier_file import TierFolder
+from windlass.out_of_core import StateAtRest
 from windlass.parallel.fragment import Tier, local_tensor
-from windlass.parallel.out_of_core import StateAtRest
 
 if TYPE_CHECKING:
     from windlass.offload.weights import Weights

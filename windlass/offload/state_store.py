@@ -13,8 +13,8 @@ from windlass.offload.buckets import SlotTable, is_elsewhere, spread
 from windlass.offload.conveyor import Conveyor, Load
 from windlass.offload.staging import Staging
 from windlass.offload.tier_file import TierFolder
+from windlass.out_of_core import StateAtRest, StatePlace
 from windlass.parallel.fragment import Tier, local_tensor
-from windlass.parallel.out_of_core import StateAtRest, StatePlace
 
 
 class Bucket:
@@ -110,7 +110,7 @@ class StateStore:
     # --- For those who look at it. ---
 
     def at_rest(self) -> list[StateAtRest]:
-        """See `windlass.parallel.out_of_core.OutOfCore.state_at_rest`."""
+        """See `windlass.out_of_core.OutOfCore.state_at_rest`."""
         self.look_away()
         if self.conveyor is not None:
             self.conveyor.begin_writes()

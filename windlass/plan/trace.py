@@ -168,7 +168,7 @@ def _mock_step(parts: StepParts, batch: Batch, recorder: Recorder) -> None:
 def _traced(parts: StepParts, batch: Batch) -> tuple[list[Batch], Callable[[], int]]:
     """The micro-batches of a step that are traced, and what the loss is divided by."""
     num_micro_steps = parts.config.train.grad_accum_steps
-    num_traced = num_micro_steps if parts.is_layer_major else min(num_micro_steps, MAX_MICRO_STEPS)
+    num_traced = num_micro_steps if parts.is_fused else min(num_micro_steps, MAX_MICRO_STEPS)
     return [batch] * num_traced, batch.labels.numel
 
 

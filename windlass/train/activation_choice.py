@@ -111,7 +111,7 @@ def _costs(parts: StepParts, model: LlamaConfig) -> LayerCosts:
         train.batch_size,
         train.seq_len,
         parts.mesh.device,
-        train.grad_accum_steps if parts.is_layer_major else 1,
+        train.grad_accum_steps if parts.is_fused else 1,
     )
 
 
@@ -209,11 +209,11 @@ def _disk_busy_s(parts: StepParts, write_bytes_per_s: float, read_bytes_per_s: f
     assert isinstance(optimizer, OffloadedOptimizer)
     state = optimizer.state_bytes()[Tier.ssd]
     numel = 0
-    if parts.is_layer_major:
+    if parts.is_fused:
         numel = sum(local_tensor(parameter).numel() for parameter in parts.model.parameters())
     in_pass = (2 if config.train.dtype == DType.bfloat16 else 4) * numel
     update_s = (state + 4 * numel - in_pass) / read_bytes_per_s + (state + 4 * numel) / write_bytes_per_s
-    update_s /= 1 if parts.is_layer_major else config.train.grad_accum_steps  # one update to so many passes
+    update_s /= 1 if parts.is_fused else config.train.grad_accum_steps  # one update to so many passes
     pass_s = in_pass / read_bytes_per_s
     if parts.engine.in_backward is not None:
         return pass_s, pass_s + update_s

@@ -33,7 +33,7 @@ def layer_costs(
 
     Args:
         dtype: of the pass.
-        num_micro_batches: whose activations exist at a time: all of a step's where passes are layer-major, else 1.
+        num_micro_batches: whose activations exist at a time: all of a step's where passes are fused, else 1.
     """
     tokens, hidden = batch_size * seq_len, config.hidden_size
     always = _saved_bytes(config, dtype, batch_size, seq_len, device, saved_fraction=0.0)

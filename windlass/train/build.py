@@ -94,7 +94,7 @@ class StepParts:
         return self.config.data.borders == Borders.attention
 
     @property
-    def is_layer_major(self) -> bool:
+    def is_fused(self) -> bool:
         """All micro-batches of a step share one pass, layer by layer, if the model can.
 
         So it is where weights are streamed: a step reads them twice and not twice each.
@@ -103,7 +103,7 @@ class StepParts:
 
     def passes(self, batches: list[Batch]) -> list[list[Batch]]:
         """The micro-batches of a step by the forward and backward pass that they share."""
-        return [batches] if self.is_layer_major else [[batch] for batch in batches]
+        return [batches] if self.is_fused else [[batch] for batch in batches]
 
     def activations_offloaded(self) -> AbstractContextManager[None]:
         """What the forward pass saves under it may leave the device's memory."""

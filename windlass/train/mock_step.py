@@ -53,7 +53,7 @@ def mock_step(run: StepParts) -> StepMemory:
     in_backward = run.engine.in_backward
     discarding = nullcontext() if in_backward is None else in_backward.discarding()
     # From the second pass on gradients are there, and more are like it.
-    num_micro_batches = train.grad_accum_steps if run.is_layer_major else min(2, train.grad_accum_steps)
+    num_micro_batches = train.grad_accum_steps if run.is_fused else min(2, train.grad_accum_steps)
     if device_rng_state is not None:
         torch.cuda.reset_peak_memory_stats()
     try:

@@ -76,8 +76,8 @@ def test_apollo_with_streamed_halves(micro_batches: int, tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_micro_batches_one_by_one_read_weights_for_each(tmp_path: Path) -> None:
-    """What layer-major micro-batches save."""
-    run = TieredRun(tmp_path, [*IN_HALVES, *ADAMW, "train.grad_accum_steps=4"], is_layer_major=False)
+    """Measures what fusing micro-batches saves."""
+    run = TieredRun(tmp_path, [*IN_HALVES, *ADAMW, "train.grad_accum_steps=4"], is_fused=False)
     numel = large_numel(run)
     assert bytes_a_step(run).read_bytes > (14 + 3 * 3) * numel
     run.close()

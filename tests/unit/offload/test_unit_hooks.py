@@ -58,7 +58,7 @@ def calm_run(model: str, optimizer: str) -> Outcome:
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "optimizer"), PAIRS)
 @pytest.mark.parametrize(
-    ("offload", "is_layer_major"),
+    ("offload", "is_fused"),
     [
         pytest.param(SSD, False, id="state"),
         pytest.param(STREAMED, False, id="loop", marks=pytest.mark.full),
@@ -66,10 +66,10 @@ def calm_run(model: str, optimizer: str) -> Outcome:
     ],
 )
 def test_the_bits_are_those_of_training_in_memory(
-    model: str, optimizer: str, offload: tuple[str, ...], is_layer_major: bool, tmp_path: Path
+    model: str, optimizer: str, offload: tuple[str, ...], is_fused: bool, tmp_path: Path
 ) -> None:
     overrides = [*MODELS[model], *OPTIMIZERS[optimizer], *offload, "train.grad_accum_steps=3"]
-    found, calm = tiered_run(tmp_path, overrides, is_layer_major=is_layer_major), calm_run(model, optimizer)
+    found, calm = tiered_run(tmp_path, overrides, is_fused=is_fused), calm_run(model, optimizer)
     assert found.losses == calm.losses
     assert all(torch.equal(*pair) for pair in zip(found.weights, calm.weights, strict=True))
     assert_same(found.state, calm.state)

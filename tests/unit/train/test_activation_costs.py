@@ -86,7 +86,7 @@ def test_half_the_width_of_numbers_is_about_half_the_bytes() -> None:
     assert half.rest_flops == single.rest_flops
 
 
-def test_layer_major_micro_batches_are_there_together() -> None:
+def test_fused_micro_batches_are_there_together() -> None:
     one = layer_costs(config(), torch.float32, 1, SEQ_LEN, CPU)
     four = layer_costs(config(), torch.float32, 1, SEQ_LEN, CPU, num_micro_batches=4)
     assert four.rest_bytes == 4 * one.rest_bytes and four.input_bytes == 4 * one.input_bytes
