@@ -63,7 +63,12 @@ class Registry(Collection[str]):
 
     def build(self, config: Any, *args: Any, **kwargs: Any) -> Any:
         """Calls the factory of `config.name` with `config` and the arguments."""
-        factory = self._entry(config.name).factory
+        entry = self._entry(config.name)
+        if not isinstance(config, entry.config):
+            raise TypeError(
+                f"{self.group}={config.name} takes a {entry.config.__name__}, not a {type(config).__name__}"
+            )
+        factory = entry.factory
         if factory is None:
             raise TypeError(f"{self.group}={config.name} is built elsewhere")
         return (resolve(factory) if isinstance(factory, str) else factory)(config, *args, **kwargs)

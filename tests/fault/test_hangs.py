@@ -17,7 +17,7 @@ from support.launched import start_launcher, wait_for_step, workers
 
 from windlass.data import loader
 from windlass.errors import EXIT_DONE
-from windlass.train import evaluate
+from windlass.train.objectives.objective import Objective
 
 NUM_RANKS, HUNG = 3, 1
 NUM_STEPS = 60
@@ -25,10 +25,10 @@ TIMEOUT_S = 5.0
 
 
 def sleep_once_asked(in_step: Path, in_evaluation: Path) -> None:
-    """Has one rank of a job sleep, once each, where it should read a batch and where it should count what it has
-    evaluated, as soon as a file asks it to. Runs in the launcher that the ranks are forked from."""
+    """Has one rank of a job sleep, once each, where it should read a batch and where it should measure in an
+    evaluation, as soon as a file asks it to. Runs in the launcher that the ranks are forked from."""
     loader.Loader.__next__ = sleepy(loader.Loader.__next__, in_step)  # type: ignore[method-assign]
-    evaluate.count_tokens = sleepy(evaluate.count_tokens, in_evaluation)
+    Objective.metric_sums = sleepy(Objective.metric_sums, in_evaluation)  # type: ignore[method-assign]
 
 
 def sleepy(function: Callable[..., Any], asked: Path) -> Callable[..., Any]:

@@ -81,5 +81,5 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
 
 
 def test_the_base_configuration_builds_nothing() -> None:
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(TypeError, match="takes a AdamWConfig, not a OptimConfig"):
         OptimConfig().build(model())

@@ -18,8 +18,8 @@ from windlass.data.batch import IGNORE_INDEX, Batch
 from windlass.data.loader import Loader
 from windlass.errors import EXIT_DONE
 from windlass.launch.worker import run_worker
+from windlass.parallel import fsdp2
 from windlass.parallel.fragment import local_tensor
-from windlass.train import loop
 
 NUM_STEPS, BROKEN_STEP = 4, 2
 
@@ -69,7 +69,7 @@ def test_ranks_with_unequal_tokens_train_as_one_does(tmp_path: Path) -> None:
 
 def train_with_a_broken_gradient(config: runs.Config, bad: float) -> int:
     """A rank; in one step one number of the last rank's gradients is `bad`."""
-    clip, num_steps = loop.clip_grad_norm_, 0
+    clip, num_steps = fsdp2.clip_grad_norm_, 0
 
     def broken(parameters: Any, *others: Any) -> torch.Tensor:
         nonlocal num_steps
@@ -79,7 +79,7 @@ def train_with_a_broken_gradient(config: runs.Config, bad: float) -> int:
         return clip(parameters, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm_", broken)
+        patch.setattr(fsdp2, "clip_grad_norm_", broken)
         return run_worker(config)
 
 

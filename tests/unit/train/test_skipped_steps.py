@@ -17,8 +17,8 @@ from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step
 from windlass.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from windlass.launch.worker import run_worker
 from windlass.outcome import OUTCOME_FILE, reported_outcome
+from windlass.parallel import fsdp2
 from windlass.parallel.fragment import local_tensor
-from windlass.train import loop
 from windlass.train.config import TrainConfig
 
 ALL = range(1, 1000)
@@ -26,7 +26,7 @@ ALL = range(1, 1000)
 
 def train(config: runs.Config, broken: Collection[int], stop_at: int | None = None, begins_at: int = 0) -> int:
     """A rank; the last one's gradients are not finite in the steps `broken`. It is asked to stop in `stop_at`."""
-    clip, step = loop.clip_grad_norm_, begins_at
+    clip, step = fsdp2.clip_grad_norm_, begins_at
 
     def breaking(parameters: Any, *others: Any) -> torch.Tensor:
         nonlocal step
@@ -38,7 +38,7 @@ def train(config: runs.Config, broken: Collection[int], stop_at: int | None = No
         return clip(parameters, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "clip_grad_norm_", breaking)
+        patch.setattr(fsdp2, "clip_grad_norm_", breaking)
         return run_worker(config)
 
 
