@@ -28,7 +28,7 @@ from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.torch_store import take_store_variables
 from windlass.os_errors import limits_named
-from windlass.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
+from windlass.outcome import OUTCOME_FILE, report_outcome, stop_requested
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
@@ -130,8 +130,6 @@ def main() -> int:
     """
     faulthandler.enable()
     _end_with_parent()
-    if reported_outcome() is not None:  # the agent starts all ranks again when one of them has refused
-        return 0
     if stop_requested():
         return report_outcome(EXIT_STOPPED, has_begun=False)
     try:
