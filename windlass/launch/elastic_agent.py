@@ -46,7 +46,7 @@ UNLIMITED = 1 << 30
 
 
 class Requested(Protocol):
-    """What this process was asked for."""
+    """Holds what this process was asked for."""
 
     @property
     def is_leaving(self) -> bool: ...
@@ -178,13 +178,14 @@ class JobRendezvous(RendezvousHandler):
         return False
 
     def set_closed(self) -> None:
-        """An outcome on the store ends the job."""
+        """Does nothing: an outcome on the store ends the job."""
 
     def get_run_id(self) -> str:
         return self.messages.job
 
     def shutdown(self) -> bool:
-        """Gives no more signs of life."""
+        """Reports for the last time, that a node that leaves is not taken for lost, and gives no more signs of life."""
+        self.report(is_ready=False)
         self._beats.set()
         return True
 

@@ -27,7 +27,7 @@ _POLL_S = 0.02
 
 
 class JobEnded(Exception):
-    """The job is over for this node.
+    """Raised when the job is over for this node.
 
     Args:
         is_own: this node has said so, and not another one.
@@ -85,6 +85,7 @@ class JobMessages:
     def __init__(self, client: StoreClient, job: str) -> None:
         self._client, self.job = client, job
         self._has_joined = False
+        self._read: dict[str, tuple[bytes, NodeReport]] = {}
 
     def _key(self, name: str) -> str:
         return f"windlass/{self.job}/{name}"
@@ -146,7 +147,14 @@ class JobMessages:
         nodes = [str(number) for number in range(self.num_nodes())]
         texts = self._get([f"{kind}/{node}" for kind in ("report", "beat") for node in nodes])
         pairs = zip(nodes, texts[: len(nodes)], texts[len(nodes) :], strict=True)
-        return {node: (convert(parse_json(text), NodeReport), beat) for node, text, beat in pairs if text is not None}
+        found = {}
+        for node, text, beat in pairs:
+            if text is not None:
+                before = self._read.get(node)
+                if before is None or before[0] != text:  # reports of many nodes seldom change
+                    before = self._read[node] = text, convert(parse_json(text), NodeReport)
+                found[node] = before[1], beat
+        return found
 
     # --- What all are to do. ---
 
