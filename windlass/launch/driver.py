@@ -42,7 +42,7 @@ class Nodes(Protocol):
         """Has workers do as they are ordered; nodes that are lost are passed over."""
 
     def conclude(self, leaving: Collection[str]) -> None:
-        """The attempt is over and the job goes on, without these nodes, whose workers have left it."""
+        """Tells of an attempt that is over, of a job that goes on without these nodes, whose workers have left it."""
 
     def show_last_words(self, end: WorkerEnd) -> None:
         """Shows what a rank has said last."""

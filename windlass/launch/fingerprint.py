@@ -27,7 +27,7 @@ OWN_KEYS = frozenset(
         "offload.max_host_bytes",
     }
 )
-"""What may differ between nodes."""
+"""Keys that may differ between nodes."""
 
 
 def versions() -> dict[str, str]:

@@ -263,7 +263,8 @@ def _run_worker(config_file: str, variables: dict[str, str], out: Connection, er
 
 
 def _die_with_keeper() -> None:
-    """A checkpoint written now could meet those of the workers that are started in place of this one."""
+    """Ends this worker with its keeper, at once: a checkpoint written later could meet those of the workers that are
+    started in its stead."""
     keeper = multiprocessing.parent_process()
     assert keeper is not None
     keeper.join()

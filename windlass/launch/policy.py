@@ -4,7 +4,7 @@ decisions out.
 Both launchers run it by `windlass.launch.driver`: `launch=ray` in the driver's process, `launch=torchrun` in the
 launcher that serves the job store. Nothing here waits, sends, starts or reads a clock, so every case can be tried.
 
-An *attempt* is all workers of a job between a start and an end. Nodes have IDs, which are the transport's; their place
+An *attempt* is all workers of a job between a start and an end. Nodes have IDs, which are the transport's; their number
 in an attempt is their node rank.
 """
 
@@ -101,7 +101,7 @@ class WorkerEnd:
 
     @property
     def is_early(self) -> bool:
-        """The others of its attempt now wait for it in vain."""
+        """Says if the others of its attempt now wait for it in vain."""
         if self.outcome is not None:
             return not self.outcome.is_common
         return self.exit_code != EXIT_RESTART
@@ -251,7 +251,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is observed of a job's nodes.
+    """Holds what is observed of a job's nodes.
 
     Args:
         ready: on which workers can be started, or which could join; none that is leaving.
@@ -344,7 +344,7 @@ class Policy:
             self._kill_at = min(self._kill_at, now + patience_s(end))
 
     def is_short_of(self, lost: Collection[str]) -> bool:
-        """The loss of these nodes leaves the job with fewer: not that of a spare while workers run."""
+        """Says if the loss of these nodes leaves the job with fewer: not that of a spare while workers run."""
         return any(node in self.nodes for node in lost) or (bool(lost) and self.is_over)
 
     @property

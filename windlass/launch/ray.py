@@ -91,7 +91,7 @@ def limits_of(config: Config) -> Limits:
 
 
 class RayNodes:
-    """The nodes of a job on Ray, as `windlass.launch.driver.Nodes`; their IDs are Ray's."""
+    """Sees and reaches the nodes of a job on Ray, as `windlass.launch.driver.Nodes`; their IDs are Ray's."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class RayNodes:
             stream.flush()
 
     def seen(self, has_workers: bool) -> Seen:
-        """A node joins an attempt that runs only once its workers can start in a moment."""
+        """Leaves out, while an attempt runs, nodes whose workers could not start in a moment."""
         ready = self._actors.ready()
         self._names |= {actor.node_id: actor.name for actor in ready}
         return Seen(

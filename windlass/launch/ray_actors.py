@@ -36,7 +36,7 @@ NUM_CALLS = 8
 
 @dataclass(eq=False)
 class NodeActor:
-    """The actor of a node. It is asked one thing after the other: `stage` says what."""
+    """Holds the actor of a node. It is asked one thing after the other: `stage` says what."""
 
     reservation: Reservation
     handle: Any
@@ -201,7 +201,7 @@ class Actors:
         actor.report = report
 
     def _refuse(self, actor: NodeActor, error: WindlassError) -> None:
-        """A job that has not begun says what is wrong with a node; a running one does without that node."""
+        """Drops a node. A job that has not begun ends and says what is wrong with it; a running one does without it."""
         if not self._has_been_ready:
             raise error
         self._warn(f"{error}")

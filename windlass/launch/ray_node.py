@@ -1,4 +1,4 @@
-"""The Ray actor of a node: it keeps the node's workers and tells the driver of them. It decides nothing."""
+"""Keeps the workers of a node, as a Ray actor, and tells the driver of them. It decides nothing."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class Reservations:
                 self._take_back(reservation)
 
     def ask_for_one(self, avoid: frozenset[str]) -> None:
-        """Asks for one more reservation, unless that is asked already, on a node other than those."""
+        """Asks for one more node, other than those, unless that is asked already."""
         for reservation in [reservation for reservation in self._asked if reservation.give_up_at == inf]:
             if reservation.avoids == avoid:
                 return

@@ -24,7 +24,7 @@ def limits_of(launch: LaunchConfig) -> Limits:
 
 
 class StoreNodes:
-    """The nodes of a job, as `windlass.launch.driver.Nodes`; their IDs number them in the order in which they came.
+    """Sees and reaches the nodes, as `windlass.launch.driver.Nodes`; IDs number them in the order in which they came.
 
     Args:
         messages: over a connection that is the caller's alone.

@@ -184,7 +184,7 @@ def _worker_environment(requests: Requests, endpoint: StoreEndpoint) -> dict[str
 
 
 class Interrupted(Exception):
-    """The launcher was asked to stop or to leave while it had no workers to ask."""
+    """Raised when the launcher is asked to stop or to leave while it has no workers to ask."""
 
 
 class Requests:

@@ -1,4 +1,4 @@
-"""What every rank runs, forked by a launcher, or as `python -m windlass.launch.worker CONFIG.yaml`."""
+"""Runs one rank, forked by a launcher, or as `python -m windlass.launch.worker CONFIG.yaml`."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def output_folders(config: Config) -> dict[str, Path | None]:
 
 
 def forked(config_file: str, environment: Mapping[str, str]) -> None:
-    """What a child of the fork server runs: `main`, in the environment that its launcher has for it."""
+    """Runs `main` in a child of the fork server, in the environment that its launcher has for it."""
     os.environ.update(environment)
     make_lasting()
     # Its launcher's, too late when it has ended its training. (Not SIG_IGN, which would stay: `signals.handle`.)
@@ -123,7 +123,7 @@ def forked(config_file: str, environment: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """The process that a launcher started. What it leaves for the launcher: see `windlass.outcome`.
+    """Runs the process that a launcher started, and leaves an outcome for it: see `windlass.outcome`.
 
     Returns:
         The code to exit with: where a launcher listens it is 0, or `EXIT_RESTART` to be started again.
@@ -153,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 def _end_with_launcher() -> None:
-    """The same for the launcher of a forked worker: its parent, the fork server, lives on as long as its children."""
+    """Has this worker end with its launcher: its parent, the fork server, lives on as long as its children."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
 
@@ -165,7 +165,7 @@ def _end_with_launcher() -> None:
 
 
 def _set_name(name: str) -> None:
-    """What `ps` and `top` show: all children of a fork server have its command line."""
+    """Sets the name that `ps` and `top` show: all children of a fork server have its command line."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 
