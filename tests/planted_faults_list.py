@@ -766,18 +766,18 @@ RUNS = [
     Fault(
         "deaths_not_counted",
         "A job whose workers die more than launch.max_restarts times ends with a message.",
-        "windlass/launch/meeting.py",
-        'self._store.add("dead_lives", 1)',
-        'self._store.add("dead_lives", 0)',
-        (f"{UNIT}/launch/test_torchrun_meeting.py::test_deaths_are_counted_by_lives_and_not_by_nodes",),
+        "windlass/launch/policy.py",
+        "self.num_counted += 1",
+        "self.num_counted += 0",
+        (f"{UNIT}/launch/test_policy.py::test_a_job_that_keeps_dying_names_who_died_first",),
     ),
     Fault(
         "lost_workers_cost_no_restart",
-        "A life that a worker's death ended is one of launch.max_restarts.",
-        "windlass/launch/membership.py",
-        "return Verdict(counts=True, leaving=frozenset(stopped))",
-        "return Verdict(leaving=frozenset(stopped))",
-        (f"{UNIT}/launch/test_membership.py::test_what_a_life_came_to",),
+        "An attempt that a worker's death ended is one of launch.max_restarts.",
+        "windlass/launch/policy.py",
+        "return Verdict(counts=True, leaving=stopped)",
+        "return Verdict(leaving=stopped)",
+        (f"{UNIT}/launch/test_policy.py::test_what_an_attempt_came_to",),
     ),
     Fault(
         "hang_not_found_in_time",
@@ -1037,11 +1037,11 @@ STRANGERS = [
     Fault(
         "one_machine_listens_everywhere",
         "The store of a job on one machine is reached by no other machine.",
-        "windlass/launch/meeting_place.py",
+        "windlass/launch/store_endpoint.py",
         "return _serve(LOOPBACK, LOOPBACK, 0, LOOPBACK, secret)",
         'return _serve(LOOPBACK, "0.0.0.0", 0, LOOPBACK, secret)',
         (
-            f"{UNIT}/launch/test_torchrun_meeting.py::test_a_node_that_is_alone_needs_no_address_and_is_reached_by_no_other",
+            f"{UNIT}/launch/test_store_endpoint.py::test_a_node_that_is_alone_needs_no_address_and_is_reached_by_no_other",
         ),
     ),
     Fault(
@@ -1058,7 +1058,7 @@ STRANGERS = [
         "windlass/parallel/mesh.py",
         'names = f"windlass/{job}/attempt-{attempt}"',
         'names = f"windlass/attempt-{attempt}"',
-        (f"{UNIT}/launch/test_torchrun_meeting.py::test_the_jobs_at_one_address_share_no_names",),
+        (f"{UNIT}/launch/test_fingerprint.py::test_the_jobs_at_one_address_share_no_names",),
     ),
 ]
 

@@ -50,14 +50,13 @@ class Outcome:
 def report_outcome(exit_code: int, message: str | None = None, *, has_begun: bool = True) -> int:
     """Leaves an outcome for the launcher; returns the code to exit with: 0 if it listens.
 
-    The first one stays, but for rank 0's, which counts above others'.
+    The first one stays.
     """
     path = os.environ.get(OUTCOME_FILE)
     if path is None:
         return exit_code
     rank = int(os.environ.get("RANK") or "0")
-    before = reported_outcome()
-    if before is None or (rank == 0 and before.rank != 0):
+    if reported_outcome() is None:
         temporary = Path(f"{path}.{os.getpid()}")
         temporary.write_text(Outcome(exit_code, message, rank, has_begun).to_json(), encoding="utf-8")
         temporary.replace(path)

@@ -1,4 +1,4 @@
-"""How workers are started. Torch-free."""
+"""Configures how workers are started. Torch-free."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NODES_FIX = "write {0}4 or {0}2:4"
 
 
 def parse_nodes(text: str) -> tuple[int, int] | None:
-    """The fewest and the most nodes of `N` or `MIN:MAX`; None if it is neither."""
+    """Returns the fewest and the most nodes of `N` or `MIN:MAX`; None if it is neither."""
     match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*))?", text)
     if match is None or int(match[1]) > int(match[2] or match[1]):
         return None
@@ -40,7 +40,7 @@ class LaunchConfig:
     nnodes: str = "1"
     """Nodes: `4`, or `2:4` for a job that goes on with as few as 2 when nodes are lost, and grows to 4 as they come."""
     node_rank: int | None = None
-    """`torchrun` only: the place of this node among them, from 0; null has the nodes sort it out when they meet."""
+    """`torchrun` only: the rank of this node among them, from 0; null has the job number them."""
     address: str = "auto"
     """`torchrun`: HOST:PORT where the nodes meet, HOST being one of them. `ray`: HOST:PORT of a cluster, `local` for
     one on this machine alone, `auto` for the one that `ray start` has started here."""
@@ -128,5 +128,5 @@ class LaunchConfig:
 
     @property
     def is_elastic(self) -> bool:
-        """Whether the job may go on with fewer nodes."""
+        """The job may go on with fewer nodes."""
         return self.min_nodes < self.max_nodes

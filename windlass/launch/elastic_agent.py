@@ -1,25 +1,24 @@
-"""torch's elastic agent as `launch=torchrun` has it: one of a job's launchers, with the workers of its node.
+"""Starts and ends the workers of a node for `launch=torchrun`, in the loop of torch's elastic agent.
 
-`torch.distributed.elastic` has the parts: the rendezvous in which nodes become the members of a life, with heartbeats
-and spare nodes, and the loop that watches workers. What it lacks is here. Restarts are counted over the job, and not by
-each node for itself; lives have numbers that all nodes share; a node that comes waits until the others have saved,
-however long that takes; and a job that has ended, ends on every node at once. torch would have the others wait in a
-rendezvous or in the barrier at the exit of its agents.
+It decides nothing: it reports how its workers end, and does what the launcher that serves the job store, which runs the
+job by its policy, has all nodes do.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch.distributed import DistStoreError, PrefixStore
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
     SimpleElasticAgent,
@@ -27,100 +26,129 @@ from torch.distributed.elastic.agent.server.api import (
     WorkerSpec,
     WorkerState,
 )
-from torch.distributed.elastic.rendezvous.api import (
-    RendezvousClosedError,
-    RendezvousGracefulExitError,
-    RendezvousHandler,
-    RendezvousInfo,
-    RendezvousStoreInfo,
-    RendezvousTimeoutError,
-)
-from torch.distributed.elastic.rendezvous.dynamic_rendezvous import DynamicRendezvousHandler, RendezvousTimeout
+from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_RESTART, ConfigError
+from windlass.checkpoint.net.handshake import TransportError
+from windlass.errors import EXIT_STOPPED
+from windlass.launch.attempt import Attempt
 from windlass.launch.config import LaunchConfig
 from windlass.launch.fork_server import fork_context, forked_worker, send_signal
-from windlass.launch.meeting import JobEnded, Meeting
-from windlass.launch.meeting_place import SAY_AFTER_S
-from windlass.launch.rendezvous_state import JsonBackend
-from windlass.outcome import LAUNCHER, Outcome, reported_outcome
+from windlass.launch.job_messages import JobEnded, JobMessages, NodeReport, Phase
+from windlass.launch.policy import LAST_S, REFUSAL_S, WorkerEnd
+from windlass.launch.store_endpoint import SAY_AFTER_S, StoreEndpoint
+from windlass.launch.store_nodes import HEARTBEAT_S
+from windlass.launch.torch_store import JobStore
+from windlass.outcome import LAUNCHER, OUTCOME_FILE, Outcome
 
-HEARTBEAT_S, MISSED_HEARTBEATS = 1, 3
-"""A node that is silent for so long is lost."""
-SAVE_S = 600.0
-"""How long workers that are asked to end may take to save."""
-DYING_S = 5.0
-"""How long workers may take to end after one of them died or refused: nothing is saved then."""
-LAST_S = 30.0
-"""How long workers may take to end by themselves when others have ended the job."""
-FIRST_WORD_S = 1.0
-"""A rank that lost its peer must not speak before the peer's launcher does."""
-MONITOR_S = 0.1
+MONITOR_S = 0.05
+POLL_S = 0.02
 UNLIMITED = 1 << 30
 
-_POLL_S = 0.02
+
+class Requested(Protocol):
+    """Holds what this process was asked for."""
+
+    @property
+    def is_leaving(self) -> bool: ...
+
+    @property
+    def is_stopping(self) -> bool: ...
+
+    def may_interrupt(self) -> AbstractContextManager[None]:
+        """Entered while there are no workers, in which a request is for the launcher itself."""
+        ...
 
 
 class JobRendezvous(RendezvousHandler):
-    """Makes the nodes that are there the members of a life.
+    """Takes this node's part in the job: reports of it, and waits for the attempts that it is to have a part in.
 
     Args:
-        job: its name on the store.
-        waiting: entered while there are no workers, in which a request to stop is for the launcher itself.
+        messages: over a connection of the main thread.
+        node: this node's ID.
+        num_local_ranks: how many workers a node has.
     """
 
     def __init__(
-        self, meeting: Meeting, job: str, launch: LaunchConfig, waiting: Callable[[], AbstractContextManager[None]]
+        self,
+        messages: JobMessages,
+        node: str,
+        endpoint: StoreEndpoint,
+        launch: LaunchConfig,
+        num_local_ranks: int,
+        requests: Requested,
     ) -> None:
-        self.meeting, self.launch, self._waiting = meeting, launch, waiting
-        self.life = -1
-        # A connection of its own: a heartbeat must not wait behind another question.
-        self._store = meeting.place.connect()
-        store = PrefixStore(f"windlass/{job}", self._store)
-        self._inner = DynamicRendezvousHandler.from_backend(
-            job,
-            store,
-            JsonBackend(store),
-            launch.min_nodes,
-            launch.max_nodes,
-            meeting.place.local_address,
-            RendezvousTimeout(
-                join=timedelta(seconds=launch.join_timeout_s),
-                last_call=timedelta(seconds=max(0.001, launch.wait_for_nodes_s)),
-            ),
-            keep_alive_interval=HEARTBEAT_S,
-            keep_alive_max_attempt=MISSED_HEARTBEATS,
-        )
+        self.messages, self.node, self.launch, self.requests = messages, node, launch, requests
+        self._endpoint, self._num_local_ranks = endpoint, num_local_ranks
+        self._report = NodeReport(endpoint.local_address, os.getpid(), launch.node_rank)
+        self.attempt: Attempt | None = None
+        self._beats = threading.Event()
+        # A connection of its own: a sign of life must not wait behind another question.
+        beating = JobMessages(endpoint.connect(), messages.job)
+        self._store = JobStore(endpoint.connect(), timedelta(seconds=1))  # torch wants to be given one
+        threading.Thread(target=self._beat, args=(beating,), name="heartbeat", daemon=True).start()
 
-    def get_backend(self) -> str:
-        return self._inner.get_backend()
+    def _beat(self, messages: JobMessages) -> None:
+        try:
+            while not self._beats.wait(HEARTBEAT_S):
+                messages.beat(self.node)
+        except TransportError:
+            return  # the main thread sees that, too
 
-    @property
-    def use_agent_store(self) -> bool:
-        return True  # of which each life has its own part: see `windlass.parallel.mesh`
+    def report(self, **changes: Any) -> None:
+        """Reports what has changed, if anything has."""
+        requests = self.requests
+        own = {"is_leaving": requests.is_leaving, "is_stopping": requests.is_stopping}
+        report = replace(self._report, **own, **changes)
+        if report != self._report:
+            self.messages.report(self.node, report)
+            self._report = report
+
+    def raise_if_ended(self, outcome: Outcome | None) -> None:
+        if outcome is not None:
+            has_said_it = outcome.rank == 0 and self.attempt is not None and self.attempt.node_rank == 0
+            raise JobEnded(outcome, is_own=has_said_it)
+
+    def phase(self) -> tuple[Outcome | None, Phase]:
+        """Returns the job's outcome, and what this node's newest attempt has come to."""
+        outcome, command = self.messages.told()
+        attempt = self.attempt
+        if command is None or attempt is None:
+            return outcome, Phase.run
+        has_part = command.attempt == attempt.number and self.node in command.nodes
+        return outcome, command.phase if has_part else Phase.over
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Returns once a life has its members.
+        """Returns once there is an attempt that this node has a part in.
 
         Raises:
-            JobEnded: it has, on another node.
-            ConfigError: too few nodes came, or two have the same `launch.node_rank`.
+            JobEnded: there will be none.
         """
-        place = self.meeting.place
-        with self._waiting(), self._saying_that_it_waits():
+        number = -1 if self.attempt is None else self.attempt.number
+        with self.requests.may_interrupt(), self._saying_that_it_waits():
+            self.report(is_ready=True)
             while True:
-                info = self._meet()
-                life = self.meeting.begin_life(info.store, info.rank, info.world_size, self.launch.min_nodes)
-                if life is not None:
+                outcome, command = self.messages.told()
+                self.raise_if_ended(outcome)
+                if command is not None and command.attempt > number and self.node in command.nodes:
                     break
-        self.life = life
-        rank = info.rank if self.launch.node_rank is None else self.launch.node_rank
-        if info.store.add(f"windlass/node/{rank}", 1) > 1:
-            raise ConfigError("launch.node_rank", rank, "two nodes have it", "number the nodes from 0")
+                time.sleep(POLL_S)
+        endpoint, num_nodes = self._endpoint, len(command.nodes)
+        node_rank = command.nodes.index(self.node)
+        self.attempt = Attempt(
+            command.attempt,
+            node_rank,
+            num_nodes,
+            self._num_local_ranks,
+            endpoint.host,
+            endpoint.port,
+            endpoint.secret,
+            self.messages.job,
+        )
+        self.report(attempt=command.attempt, ends=(), is_ready=False)
         if self.launch.max_nodes > 1:
-            met = f"{info.world_size} nodes have met; this is number {rank} of them"
-            sys.stderr.write(f"windlass: {met if info.world_size > 1 else 'this node goes on without others'}\n")
-        return RendezvousInfo(info.store, rank, info.world_size, RendezvousStoreInfo(place.host, place.port))
+            met = f"{num_nodes} nodes have met; this is number {node_rank} of them"
+            sys.stderr.write(f"windlass: {met if num_nodes > 1 else 'this node goes on without others'}\n")
+        return RendezvousInfo(self._store, node_rank, num_nodes, RendezvousStoreInfo(endpoint.host, endpoint.port))
 
     @contextmanager
     def _saying_that_it_waits(self) -> Iterator[None]:
@@ -134,54 +162,39 @@ class JobRendezvous(RendezvousHandler):
         finally:
             timer.cancel()
 
-    def _meet(self) -> RendezvousInfo:
-        launch = self.launch
-        while True:
-            self.raise_if_ended()
-            try:
-                return self._inner.next_rendezvous()
-            except (RendezvousClosedError, RendezvousGracefulExitError):
-                self.raise_if_ended()
-                raise
-            except DistStoreError:
-                continue  # the first of the nodes was lost in this moment
-            except RendezvousTimeoutError as error:
-                raise ConfigError(
-                    "launch.nnodes",
-                    launch.nnodes,
-                    f"{launch.min_nodes} nodes are needed, and fewer have come in {launch.join_timeout_s:g} s",
-                    "start the same command on every node with the same launch.address and run_dir, "
-                    "or set a larger launch.join_timeout_s",
-                ) from error
+    # --- What torch's agent asks beside that. ---
 
-    def raise_if_ended(self) -> None:
-        outcome = self.meeting.ended()
-        if outcome is not None:
-            raise JobEnded(outcome, is_own=False)
+    def get_backend(self) -> str:
+        return "windlass"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True  # each attempt has its own part of it: see `windlass.parallel.mesh`
 
     def num_nodes_waiting(self) -> int:
-        """Nodes that want to come in, or that have left this life for the next."""
-        return max(self._inner.num_nodes_waiting(), int(self.meeting.is_over(self.life)))
+        return 0  # `NodeAgent` asks for the phase
 
     def is_closed(self) -> bool:
-        return self._inner.is_closed()
+        return False
 
     def set_closed(self) -> None:
-        self._inner.set_closed()
+        """Does nothing: an outcome on the store ends the job."""
 
     def get_run_id(self) -> str:
-        return self._inner.get_run_id()
+        return self.messages.job
 
     def shutdown(self) -> bool:
-        """Lets nobody in any more, spare nodes neither. Not for a node that leaves a job that goes on."""
-        return self._inner.shutdown()
+        """Reports for the last time, that a node that leaves is not taken for lost, and gives no more signs of life."""
+        self.report(is_ready=False)
+        self._beats.set()
+        return True
 
 
 class NodeAgent(SimpleElasticAgent):
-    """Starts a life's workers on this node, and raises `JobEnded` when there is to be no other.
+    """Starts an attempt's workers on this node, and raises `JobEnded` when there is to be no other.
 
     Args:
-        config_file: the run's resolved configuration.
+        config_file: the run's resolved configuration, in a folder for outcomes.
         environment: what workers are to have in theirs beside what torchrun sets.
     """
 
@@ -193,83 +206,50 @@ class NodeAgent(SimpleElasticAgent):
             local_world_size=num_local_ranks,
             rdzv_handler=rendezvous,
             entrypoint=forked_worker,
-            max_restarts=UNLIMITED,  # they are counted in `_count_death`
+            max_restarts=UNLIMITED,  # the policy counts them
             monitor_interval=MONITOR_S,
         )
         super().__init__(spec)
-        self._rendezvous_of_job, self._meeting = rendezvous, rendezvous.meeting
+        self._job = rendezvous
         self._config_file, self._environment = config_file, environment
         self._processes: list[ForkServerProcess] = []
         self._others_ended_at: float | None = None
-        self._first_end_at: float | None = None
         self._last_s = LAST_S
 
     # --- What torch's agent calls. ---
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         context, self._processes = fork_context(), []
-        for worker in worker_group.workers:
-            own = {
-                "RANK": worker.global_rank,
-                "LOCAL_RANK": worker.local_rank,
-                "WORLD_SIZE": worker.world_size,
-                "LOCAL_WORLD_SIZE": worker_group.spec.local_world_size,
-                "GROUP_RANK": worker_group.group_rank,
-                "GROUP_WORLD_SIZE": worker_group.group_world_size,
-                "MASTER_ADDR": worker_group.master_addr,
-                "MASTER_PORT": worker_group.master_port,
-                "TORCHELASTIC_RUN_ID": worker_group.spec.rdzv_handler.get_run_id(),
-                "TORCHELASTIC_RESTART_COUNT": self._rendezvous_of_job.life,
-                "TORCHELASTIC_USE_AGENT_STORE": True,
-            }
-            environment = {**self._environment, **{key: str(value) for key, value in own.items()}}
+        attempt = self._job.attempt
+        assert attempt is not None
+        for local_rank in range(attempt.num_local_ranks):
+            own = {OUTCOME_FILE: str(self._outcome_file(local_rank))}
+            environment = {**self._environment, **attempt.variables(local_rank), **own}
             process = context.Process(target=forked_worker, args=(self._config_file, environment))
             process.start()
             self._processes.append(process)
         return {rank: process.pid for rank, process in enumerate(self._processes)}
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        codes = [process.exitcode for process in self._processes]
-        if all(code == EXIT_DONE for code in codes):
-            self._end(reported_outcome() or Outcome(EXIT_DONE), is_own=True)
-        failed = self._failed()
-        if failed:
-            self._raise_if_reported()
-            if set(failed.values()) == {EXIT_RESTART}:
-                self._meeting.end_life(self._rendezvous_of_job.life)
-            else:
-                self._count_death(failed)
-            return RunResult(WorkerState.FAILED)
-        self._raise_if_others_ended()
-        outcome = reported_outcome()
-        if outcome is not None and not outcome.is_common:
-            # The rest may wait for it where ranks meet. Those that are about to refuse, too, have time to say so.
-            self._first_end_at = self._first_end_at or time.monotonic()
-            if not outcome.has_begun or time.monotonic() > self._first_end_at + DYING_S:
-                self._end(outcome, is_own=True)
-        return RunResult(WorkerState.HEALTHY)
+        """Has torch's agent end the workers, and wait for the next attempt, once this one is to end."""
+        is_running = self._look() == Phase.run
+        return RunResult(WorkerState.HEALTHY if is_running else WorkerState.FAILED)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
-        """Ends what is left of a life: after what it saves, unless one of its workers died."""
-        begin = time.monotonic()
-        self._send(signal.SIGTERM)
+        """Ends what is left of an attempt."""
+        sent: signal.Signals | None = None
         while True:
-            is_running = any(process.exitcode is None for process in self._processes)
-            has_death = self._meeting.has_death(self._rendezvous_of_job.life)
-            died = {rank: code for rank, code in self._failed().items() if code != EXIT_RESTART}
-            if died and not has_death:
-                # Every launcher may be here before one sees a death, as when a node comes while another is lost.
-                self._raise_if_reported()
-                self._count_death(died)
-            if not is_running:
-                break
-            if time.monotonic() > begin + (DYING_S if has_death else SAVE_S):
-                self._send(signal.SIGKILL)
-            time.sleep(_POLL_S)
-        self._raise_if_reported()
+            phase = self._look()
+            if phase == Phase.over and not self._is_running:
+                return
+            number = signal.SIGTERM if phase == Phase.save else signal.SIGKILL
+            if number != sent:
+                self._send(number)
+                sent = number
+            time.sleep(POLL_S)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = LAST_S) -> None:
-        """Whatever ended the agent, its workers end too."""
+        """Ends the workers, whatever ended the agent."""
         self._send(death_sig)
         deadline = time.monotonic() + min(timeout, self._last_s)
         for process in self._processes:
@@ -278,48 +258,46 @@ class NodeAgent(SimpleElasticAgent):
         for process in self._processes:
             process.join()
 
-    # --- How a life ends. ---
+    # --- How workers end. ---
 
-    def _raise_if_reported(self) -> None:
-        outcome = reported_outcome()
-        if outcome is not None:
-            self._end(outcome, is_own=True)
+    @property
+    def _is_running(self) -> bool:
+        return any(process.exitcode is None for process in self._processes)
 
-    def _raise_if_others_ended(self) -> None:
-        """At once, unless the workers are about to end likewise."""
-        outcome = self._meeting.ended()
+    def _look(self) -> Phase:
+        """Reports what has become of this node's workers; returns what the attempt has come to."""
+        self._report_ends()
+        outcome, phase = self._job.phase()
+        self._raise_if_ended(outcome)
+        if phase == Phase.over and self._job.requests.is_leaving and not self._is_running:
+            raise JobEnded(Outcome(EXIT_STOPPED, None, LAUNCHER), is_own=True)
+        return phase
+
+    def _report_ends(self) -> None:
+        attempt = self._job.attempt
+        ends = []
+        for local_rank, process in enumerate(self._processes):
+            if attempt is not None and process.exitcode is not None:
+                rank = attempt.first_rank + local_rank
+                outcome = _read_outcome(self._outcome_file(local_rank))
+                ends.append(WorkerEnd(rank, attempt.node_rank, process.exitcode, outcome))
+        self._job.report(ends=tuple(ends))
+
+    def _outcome_file(self, local_rank: int) -> Path:
+        assert self._job.attempt is not None
+        return Path(self._config_file).with_name(f"outcome-{self._job.attempt.number}-{local_rank}")
+
+    def _raise_if_ended(self, outcome: Outcome | None) -> None:
+        """Raises JobEnded at once, unless the workers are about to end likewise."""
         if outcome is None:
             return
         if self._others_ended_at is None:
             self._others_ended_at = time.monotonic()
-        patience = LAST_S if outcome.is_common else 0.0
-        if time.monotonic() >= self._others_ended_at + patience:
-            self._end(outcome, is_own=False)
-
-    def _end(self, outcome: Outcome, is_own: bool) -> NoReturn:
-        if not outcome.is_common:
-            self._last_s = DYING_S
-        raise JobEnded(outcome, is_own)
-
-    def _count_death(self, failed: dict[int, int]) -> None:
-        """Raises JobEnded if workers have died too often."""
-        launch, group = self._rendezvous_of_job.launch, self._worker_group
-        num_deaths = self._meeting.count_death(self._rendezvous_of_job.life)
-        if num_deaths <= launch.max_restarts:
+        if outcome.is_common and self._is_running and time.monotonic() < self._others_ended_at + LAST_S:
             return
-        local_rank, code = min(failed.items(), key=lambda item: (item[1] > 0, item[0]))  # a signal says more
-        if code > 0 and launch.max_nodes > 1:
-            time.sleep(FIRST_WORD_S)
-        message = (
-            f"rank {group.workers[local_rank].global_rank} died ({_how(code)}) and launch.max_restarts="
-            f"{launch.max_restarts} is used up"
-        )
-        self._end(self._meeting.publish(Outcome(EXIT_FAILURE, message, LAUNCHER)), is_own=True)
-
-    def _failed(self) -> dict[int, int]:
-        """The exit codes of this node's workers that have ended otherwise than well."""
-        codes = {rank: process.exitcode for rank, process in enumerate(self._processes)}
-        return {rank: code for rank, code in codes.items() if code not in (None, EXIT_DONE)}
+        if not outcome.is_common:
+            self._last_s = REFUSAL_S
+        self._job.raise_if_ended(outcome)
 
     def _send(self, number: signal.Signals) -> None:
         for process in self._processes:
@@ -327,5 +305,8 @@ class NodeAgent(SimpleElasticAgent):
                 send_signal(process, number)
 
 
-def _how(exit_code: int) -> str:
-    return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+def _read_outcome(path: Path) -> Outcome | None:
+    try:
+        return Outcome.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

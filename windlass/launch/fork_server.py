@@ -1,4 +1,4 @@
-"""The process that workers are forked from: it has imported what they need, once a node and job.
+"""Starts the process that workers are forked from: it has imported what they need, once a node and job.
 
 A worker that is forked starts in a moment where a fresh interpreter imports for seconds, which counts in every restart,
 and the pages of code are shared between ranks. Nothing that is imported may touch a GPU, or begin a thread that does
@@ -29,12 +29,12 @@ MODULES = (
     "torch._inductor",  # what `torch.use_deterministic_algorithms` imports, most of the start of a rank
 )
 LONGEST_TEMP_DIR = 70
-"""Of a path in which multiprocessing's sockets have names of at most 107 bytes, as the system wants them."""
+"""Bytes of a path in which multiprocessing's sockets have names of at most 107 bytes, as the system wants them."""
 HELD_BACK = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def fork_context() -> ForkServerContext:
-    """Where to start processes from. Starts its server, with this process's environment, if there is none yet."""
+    """Returns what starts processes. Starts its server, with this process's environment, if there is none yet."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(MODULES))
     with _safe_path():
@@ -66,22 +66,22 @@ def _safe_path() -> Iterator[None]:
 def _make_socket_folder() -> None:
     """Has multiprocessing make its folder, which it does once a process: in /tmp if the usual place is too long."""
     usual = tempfile.gettempdir()
-    tempfile.tempdir = place_for_sockets(LONGEST_TEMP_DIR)
+    tempfile.tempdir = socket_folder(LONGEST_TEMP_DIR)
     try:
         multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = usual
 
 
-def place_for_sockets(longest: int) -> str:
-    """Where temporary files go, or /tmp if that has a path of more than `longest` bytes."""
+def socket_folder(longest: int) -> str:
+    """Returns the folder of temporary files, or /tmp if its path has more than `longest` bytes."""
     usual = tempfile.gettempdir()
     return usual if len(os.fsencode(usual)) <= longest else "/tmp"
 
 
 @contextmanager
 def shared_cores(num_ranks: int) -> Iterator[None]:
-    """What a server begins with, or the environment has already: the threads of a rank's share of the cores."""
+    """Gives a server that begins now the threads of a rank's share of the cores, unless the user has chosen."""
     is_chosen = "OMP_NUM_THREADS" in os.environ
     if not is_chosen:
         os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_ranks))
@@ -93,7 +93,7 @@ def shared_cores(num_ranks: int) -> Iterator[None]:
 
 
 def forked_worker(config_file: str, environment: Mapping[str, str]) -> None:
-    """What a launcher starts here: it has no need itself of all that a worker imports, which takes seconds."""
+    """Runs a worker. A launcher that names it has no need itself of all that a worker imports, which takes seconds."""
     from windlass.launch.worker import forked
 
     forked(config_file, environment)

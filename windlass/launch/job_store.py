@@ -1,4 +1,4 @@
-"""The key-value store on which a job's launchers and ranks meet: who serves it, and who asks it. Torch-free.
+"""Serves the key-value store on which a job's launchers and ranks meet, and asks it. Torch-free.
 
 Nobody is let in, to read or to write, who has not proven that it knows the job's secret, and every message is signed
 with a key of its connection (`windlass.checkpoint.net`). Strangers who reach the port can keep it busy, and no more.
@@ -21,15 +21,15 @@ from windlass.checkpoint.net.transport import Listener, connect
 from windlass.untrusted import Malformed, convert
 
 PATIENCE_S = 30.0
-"""With a store that strangers, or many ranks that start, keep busy."""
+"""How long a client tries to reach a store that strangers, or many ranks that start, keep busy."""
 CUT_S = 10.0
 """A network that is silent for so long is cut. A process that stands still is waited for."""
 STORE, STORE_SECRET = "WINDLASS_STORE", "WINDLASS_STORE_SECRET"
-"""What a launcher tells its workers in their environment: HOST:PORT, and the secret, hexadecimal."""
+"""Variables by which a launcher tells its workers of the store: HOST:PORT, and the secret, hexadecimal."""
 
 
 def store_variables(address: tuple[str, int], secret: bytes) -> dict[str, str]:
-    """The environment that tells a worker of the store."""
+    """Returns the environment that tells a worker of the store."""
     host, port = address
     return {STORE: f"{host}:{port}", STORE_SECRET: secret.hex()}
 
@@ -109,7 +109,7 @@ def _answer(request: Request, values: dict[str, str]) -> list[Any]:
 
 
 class StoreClient:
-    """A connection with a store. Any thread may ask, one at a time; nothing waits for a key.
+    """Asks a store over one connection. Any thread may ask, one at a time; nothing waits for a key.
 
     A store that is lost stays so. An interrupt in the middle of a question costs the connection, and the next one makes
     another.
@@ -144,7 +144,7 @@ class StoreClient:
         self._ask(Request("set", tuple(items), tuple(value.decode("latin-1") for value in items.values())))
 
     def compare_set(self, key: str, expected: bytes, desired: bytes) -> bytes:
-        """What `key` has then: `desired` if it had `expected`, or nothing where that is empty."""
+        """Sets `key` to `desired` if it has `expected`, or nothing where that is empty. Returns what it has then."""
         (value,) = self._ask(Request("compare_set", (key,), (expected.decode("latin-1"), desired.decode("latin-1"))))
         return value.encode("latin-1")
 

@@ -53,7 +53,7 @@ def _launch_and_tidy(config: Config) -> int:
 def _end_agents(config: Config) -> None:
     """After a run that ended well there are none. Else they make durable what only they have, and leave."""
     with _uninterrupted():
-        from windlass.launch.agents import end_agents_of
+        from windlass.launch.cleanup import end_agents_of
 
     for folder in end_agents_of(config):
         sys.stderr.write(f"windlass: warning: the snapshot agent in {printable(str(folder))} is still at work\n")

@@ -1,4 +1,4 @@
-"""The workers of one node: started from its fork server, watched, sent signals, and never left without a keeper.
+"""Starts the workers of one node from its fork server, watches them, and never leaves them without a keeper.
 
 The process that makes `NodeWorkers` keeps them. If it is killed they are, too, at once and without a checkpoint: its
 launcher starts the ranks again elsewhere, from a snapshot that others keep, and must not meet the old ones there. This
@@ -17,56 +17,23 @@ import signal
 import sys
 import tempfile
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from windlass.launch.fork_server import fork_context, place_for_sockets, send_signal
+from windlass.launch.attempt import Attempt
+from windlass.launch.fork_server import fork_context, send_signal, socket_folder
 from windlass.launch.interfaces import everywhere
-from windlass.launch.job_store import StoreServer, store_variables
+from windlass.launch.job_store import StoreServer
 from windlass.outcome import OUTCOME_FILE, STOP_FILE, Outcome, write_request
 
 NUM_LAST_WORDS = 20
 """Lines that are kept of what a rank says that nobody reads: before it has a log, or when it crashes."""
 DRAIN_S = 1.0
-"""What the output of a worker that has ended may take to be read."""
+"""How long the output of a worker that has ended may take to be read."""
 CLOSE_S = 120.0
-"""What the node's snapshot agent has to write what it has, and leave."""
-
-
-@dataclass(frozen=True)
-class Life:
-    """One start of the workers of this node."""
-
-    number: int
-    seat: int
-    """Of this node among the job's."""
-    num_nodes: int
-    num_local_ranks: int
-    master_address: str
-    master_port: int
-    secret: bytes = field(repr=False)
-    """Of the store on which the ranks meet, which is there."""
-
-    @property
-    def first_rank(self) -> int:
-        return self.seat * self.num_local_ranks
-
-    def variables(self, local_rank: int) -> dict[str, str]:
-        """torchrun's, and that the store in which ranks meet is somebody else's."""
-        return {
-            "RANK": str(self.first_rank + local_rank),
-            "LOCAL_RANK": str(local_rank),
-            "GROUP_RANK": str(self.seat),
-            "WORLD_SIZE": str(self.num_nodes * self.num_local_ranks),
-            "LOCAL_WORLD_SIZE": str(self.num_local_ranks),
-            "MASTER_ADDR": self.master_address,
-            "MASTER_PORT": str(self.master_port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "TORCHELASTIC_RESTART_COUNT": str(self.number),
-            **store_variables((self.master_address, self.master_port), self.secret),
-        }
+"""How long the node's snapshot agent may take to write what it has, and leave."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +42,7 @@ class Ended:
     exit_code: int
     outcome: Outcome | None
     last_words: tuple[str, ...]
-    """Of ranks other than the first, whose output is shown."""
+    """None of the job's first rank, whose output is shown."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +54,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    life: int
+    attempt: int
     """The newest; -1 before the first."""
     ended: tuple[Ended, ...]
     lines: tuple[Line, ...]
-    """Of the job's first rank, if it is on this node."""
+    """The output of the job's first rank, if it is on this node."""
     is_warm: bool
-    """Whether workers could start in a moment."""
+    """Workers could start in a moment."""
 
 
 class _Worker:
-    """A rank's process, and what reads its output."""
+    """Holds a rank's process, and the threads that read its output."""
 
     def __init__(self, process: BaseProcess, rank: int, outcome_file: Path) -> None:
         self.process, self.rank, self.outcome_file = process, rank, outcome_file
@@ -106,7 +73,7 @@ class _Worker:
         self.has_ended = False
 
     def wait(self) -> Ended:
-        """Until it has ended. For one thread only: another that looked at the process would take its exit code away."""
+        """Waits until it has ended. For one thread only: another that looked would take the exit code away."""
         self.process.join()
         for reader in self.readers:
             reader.join(DRAIN_S)
@@ -133,28 +100,28 @@ class NodeWorkers:
         self._config_file.write_text(config_yaml, encoding="utf-8")
         self._starting = threading.Lock()
         self._changed = threading.Condition()
-        self._life = -1
+        self._attempt = -1
         self._workers: list[_Worker] = []
         self._ended: list[Ended] = []
         self._lines: collections.deque[Line] = collections.deque()
         self._num_lines = 0
         self._store: StoreServer | None = None
         self._context = fork_context()
-        self._warden, theirs = multiprocessing.Pipe()
-        self._warden_process = self._context.Process(target=_ward, args=(theirs, str(self._config_file)))
+        self._cleanup, theirs = multiprocessing.Pipe()
+        self._cleanup_process = self._context.Process(target=_clean_up, args=(theirs, str(self._config_file)))
         self._is_warm = False
         self._warming = threading.Thread(target=self._warm, args=(theirs,), name="warm", daemon=True)
         self._warming.start()
 
     def _warm(self, theirs: Connection) -> None:
-        self._warden_process.start()  # returns when the server has imported what workers need, and has forked
+        self._cleanup_process.start()  # returns when the server has imported what workers need, and has forked
         theirs.close()
         with self._changed:
             self._is_warm = True
             self._changed.notify_all()
 
     def serve_store(self, host: str, secret: bytes) -> int:
-        """Begins a store for a life's ranks to meet in, in place of the last; returns its port.
+        """Begins a store for an attempt's ranks to meet in, in place of the last; returns its port.
 
         Args:
             host: the address of this node to listen on; on all where that is not its own, as behind a translation.
@@ -173,26 +140,26 @@ class NodeWorkers:
             self._store.close()
             self._store = None
 
-    def start(self, life: Life) -> None:
-        """Starts this node's workers. Those of the life before have ended."""
-        folder = self._scratch / f"life{life.number}"
+    def start(self, attempt: Attempt) -> None:
+        """Starts this node's workers. Those of the attempt before have ended."""
+        folder = self._scratch / f"attempt{attempt.number}"
         folder.mkdir()
         with self._starting:
             with self._changed:
-                assert all(worker.has_ended for worker in self._workers), "workers of another life still run"
-                self._life, self._workers, self._ended = life.number, [], []
-            for local_rank in range(life.num_local_ranks):
-                worker = self._start_worker(life, local_rank, folder)
+                assert all(worker.has_ended for worker in self._workers), "workers of another attempt still run"
+                self._attempt, self._workers, self._ended = attempt.number, [], []
+            for local_rank in range(attempt.num_local_ranks):
+                worker = self._start_worker(attempt, local_rank, folder)
                 with self._changed:
                     self._workers.append(worker)
             for worker in self._workers:
                 threading.Thread(target=self._note_end, args=(worker,), daemon=True).start()
 
-    def _start_worker(self, life: Life, local_rank: int, folder: Path) -> _Worker:
-        rank, outcome_file = life.first_rank + local_rank, folder / f"outcome{local_rank}"
+    def _start_worker(self, attempt: Attempt, local_rank: int, folder: Path) -> _Worker:
+        rank, outcome_file = attempt.first_rank + local_rank, folder / f"outcome{local_rank}"
         files = {OUTCOME_FILE: str(outcome_file), STOP_FILE: str(self._scratch / "stop")}
         (out, out_w), (err, err_w) = (multiprocessing.Pipe(duplex=False) for _ in range(2))
-        arguments = (str(self._config_file), life.variables(local_rank) | files, out_w, err_w)
+        arguments = (str(self._config_file), attempt.variables(local_rank) | files, out_w, err_w)
         process = self._context.Process(target=_run_worker, args=arguments, name=f"rank {rank}")
         process.start()
         for end in (out_w, err_w):
@@ -224,7 +191,7 @@ class NodeWorkers:
             self._changed.notify_all()
 
     def watch(self, num_ended: int, num_lines: int, was_warm: bool, wait_s: float) -> Report:
-        """What there is, as soon as it is more than the caller knows: so many ends of this life, and lines of all."""
+        """Reports as soon as there is more than the caller knows: so many ends of this attempt, and lines of all."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
@@ -234,7 +201,7 @@ class NodeWorkers:
             )
             while self._lines and self._lines[0].number < num_lines:
                 self._lines.popleft()
-            return Report(self._life, tuple(self._ended), tuple(self._lines), self._is_warm)
+            return Report(self._attempt, tuple(self._ended), tuple(self._lines), self._is_warm)
 
     def signal(self, number: int) -> None:
         """Sends a signal to each worker that runs, and to nobody else."""
@@ -248,15 +215,11 @@ class NodeWorkers:
         write_request(self._scratch / "stop", "the launcher")
         self.signal(signal.SIGUSR1)
 
-    def end(self, grace_s: float) -> None:
-        """Returns when no worker runs any more. Those that have not ended by themselves in `grace_s` are killed."""
+    def kill(self) -> None:
+        """Returns when no worker runs any more."""
         with self._starting, self._changed:
-            if not self._changed.wait_for(self._have_all_ended, grace_s):
-                self.signal(signal.SIGKILL)
-            self._changed.wait_for(self._have_all_ended)
-
-    def _have_all_ended(self) -> bool:
-        return all(worker.has_ended for worker in self._workers)
+            self.signal(signal.SIGKILL)
+            self._changed.wait_for(lambda: all(worker.has_ended for worker in self._workers))
 
     def close(self, ends_agents: bool = True) -> list[str]:
         """Kills workers that still run, and has the node's snapshot agent make durable what only it has, and leave.
@@ -264,26 +227,26 @@ class NodeWorkers:
         Returns:
             The folders of agents that are still at work.
         """
-        self.end(0.0)
+        self.kill()
         self._end_store()
         self._warming.join()
         left: list[str] = []
         with contextlib.suppress(EOFError, OSError):  # somebody has killed it
-            self._warden.send_bytes(b"end_agents" if ends_agents else b"leave_agents")
-            if self._warden.poll(CLOSE_S):
-                left = self._warden.recv_bytes().decode().splitlines()
-                self._warden_process.join()
-        self._warden.close()
+            self._cleanup.send_bytes(b"end_agents" if ends_agents else b"leave_agents")
+            if self._cleanup.poll(CLOSE_S):
+                left = self._cleanup.recv_bytes().decode().splitlines()
+                self._cleanup_process.join()
+        self._cleanup.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
         return left
 
 
 def temporary_folder(prefix: str, longest: int) -> str:
-    """A new folder for sockets, whose paths the system limits to 107 bytes: in /tmp if the usual place is longer."""
-    return tempfile.mkdtemp(prefix=prefix, dir=place_for_sockets(longest))
+    """Makes a folder for sockets, whose paths the system limits to 107 bytes: in /tmp if the usual one is longer."""
+    return tempfile.mkdtemp(prefix=prefix, dir=socket_folder(longest))
 
 
-# --- What runs in forked processes. ---
+# --- In forked processes. ---
 
 
 def _run_worker(config_file: str, variables: dict[str, str], out: Connection, err: Connection) -> None:
@@ -300,14 +263,15 @@ def _run_worker(config_file: str, variables: dict[str, str], out: Connection, er
 
 
 def _die_with_keeper() -> None:
-    """A checkpoint written now could meet those of the workers that are started in place of this one."""
+    """Ends this worker with its keeper, at once: a checkpoint written later could meet those of the workers that are
+    started in its stead."""
     keeper = multiprocessing.parent_process()
     assert keeper is not None
     keeper.join()
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ward(keeper: Connection, config_file: str) -> None:
-    from windlass.launch.warden import keep_watch
+def _clean_up(keeper: Connection, config_file: str) -> None:
+    from windlass.launch.cleanup import clean_up_after
 
-    keep_watch(keeper, Path(config_file))
+    clean_up_after(keeper, Path(config_file))

@@ -1,4 +1,4 @@
-"""The Ray cluster that a job runs on: joined or started, what it is asked, and what its errors mean to a user."""
+"""Joins or starts the Ray cluster that a job runs on, asks it, and says what its errors mean to a user."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from windlass.train.config import Device
 from windlass.untrusted import read_yaml
 
 REACH_S = 5.0
-"""What the machine of a given address has to answer."""
+"""How long the machine of a given address may take to answer."""
 HTTP2_SETTINGS = b"\x04"
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + HTTP2_SETTINGS + bytes(5)
-"""What a client of gRPC, which Ray speaks, says first; the server's first frame is its settings, too (RFC 9113)."""
+"""The first bytes of a client of gRPC, which Ray speaks; the server's first frame is its settings, too (RFC 9113)."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """About the least that Ray takes. Nothing of windlass goes into it."""
 LONGEST_TEMP_DIR = 30
@@ -38,7 +38,7 @@ LONGEST_TEMP_DIR = 30
 RENEW_S = 0.5
 """How old what is known of the cluster may be."""
 RAYS_ERRORS = (RayError, ConnectionError, RuntimeError, ValueError, TypeError, OSError)
-"""What `ray.init` raises for what is wrong outside of it."""
+"""Errors that `ray.init` raises for what is wrong outside of it."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,12 @@ class ClusterNode:
 
 
 def node_name(address: str, node_id: str) -> str:
-    """What messages call a node: several may share an address."""
+    """Returns the name of a node in messages: several nodes may share an address."""
     return f"{address} ({node_id[:8]})"
 
 
 class RayCluster:
-    """What the driver sees of the cluster; renewed when it is older than `RENEW_S`."""
+    """Keeps the driver's view of the cluster, and renews it when it is older than `RENEW_S`."""
 
     def __init__(self) -> None:
         self._seen_at = float("-inf")
@@ -90,7 +90,7 @@ class RayCluster:
         self._seen_at = float("-inf")
 
     def bundle(self, config: Config) -> dict[str, float]:
-        """What a node of the job needs. Ranks have GPUs where any node has, unless the job trains on CPUs."""
+        """Returns what a node of the job needs. Ranks have GPUs where any node has, unless the job trains on CPUs."""
         num_gpus = [int(node.resources["GPU"]) for node in self.nodes.values() if node.resources.get("GPU", 0) >= 1]
         launch = config.launch
         if config.train.device == Device.cpu or not (num_gpus or config.train.device == Device.cuda):
@@ -101,7 +101,7 @@ class RayCluster:
         return {key: amount for key, amount in bundle.items() if amount > 0}
 
     def describe(self, bundle: Mapping[str, float]) -> str:
-        """What there is of what is needed."""
+        """Describes what the nodes have of what is needed."""
         keys = sorted(bundle)
         rows = [
             f"{node.name} with {_amounts({key: node.resources.get(key, 0) for key in keys})}"
@@ -161,7 +161,7 @@ class _JobOfNoFolder(JobConfig):
     """Ray would put the driver's working directory, and the folder of its command, first where workers find modules."""
 
     def _runtime_env_has_working_dir(self) -> bool:
-        """What Ray asks before it does so; an own `working_dir` of the runtime environment is added elsewhere."""
+        """Tells Ray not to do so; an own `working_dir` of the runtime environment is added elsewhere."""
         return True
 
 
@@ -225,7 +225,7 @@ def _cannot_join(address: str, error: Exception) -> ConfigError:
 
 
 def read_runtime_env(path: str | None) -> dict[str, Any]:
-    """The runtime environment of a YAML file, as Ray takes it.
+    """Reads the runtime environment of a YAML file, as Ray takes it.
 
     Raises:
         ConfigError: the file is missing, or is not what Ray's documentation describes.

@@ -1,4 +1,4 @@
-"""The Ray actor of a node: it keeps the node's workers and tells the driver of them. It decides nothing."""
+"""Keeps the workers of a node, as a Ray actor, and tells the driver of them. It decides nothing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import ray
 
-from windlass.launch.node_workers import Life, NodeWorkers, Report, temporary_folder
-from windlass.launch.versions import versions
+from windlass.launch.attempt import Attempt
+from windlass.launch.fingerprint import versions
+from windlass.launch.node_workers import NodeWorkers, Report, temporary_folder
 
 LONGEST_TEMP_DIR = 50
 """multiprocessing's socket lies some 50 characters below."""
@@ -39,7 +40,7 @@ class RayNode:
         self._preparing = threading.Lock()
 
     def facts(self) -> dict[str, str]:
-        """What this node is; plain strings, so that every version understands them."""
+        """Describes this node in plain strings, so that every version understands them."""
         return {
             **versions(),
             "node_id": ray.get_runtime_context().get_node_id(),
@@ -63,8 +64,8 @@ class RayNode:
     def serve_store(self, host: str, secret: bytes) -> int:
         return self.workers.serve_store(host, secret)
 
-    def start(self, life: Life) -> None:
-        self.workers.start(life)
+    def start(self, attempt: Attempt) -> None:
+        self.workers.start(attempt)
 
     def watch(self, num_ended: int, num_lines: int, was_warm: bool, wait_s: float) -> Report:
         return self.workers.watch(num_ended, num_lines, was_warm, wait_s)
@@ -75,8 +76,8 @@ class RayNode:
     def stop(self) -> None:
         self.workers.stop()
 
-    def end(self, grace_s: float) -> None:
-        self.workers.end(grace_s)
+    def kill(self) -> None:
+        self.workers.kill()
 
     def close(self, ends_agents: bool) -> list[str]:
         with self._preparing:

@@ -1,4 +1,4 @@
-"""What scripts for batch systems share: the job that is asked for, and its overrides, checked as `windlass train` does.
+"""Describes a job to batch systems, and checks its overrides as `windlass train` does: what all their scripts share.
 
 windlass is no scheduler. A batch system gives the machines and starts a launcher on each; the launchers of a job find
 each other by `launch.address`, and all that is special to a batch system is in the text of its script.
@@ -7,8 +7,10 @@ each other by `launch.address`, and all that is special to a batch system is in 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 from windlass.conf.compose import compose
 from windlass.conf.schema import Config
@@ -16,13 +18,15 @@ from windlass.errors import ConfigError, require
 from windlass.launch.config import NODES_FIX, NODES_RULE, parse_nodes
 
 OWN_KEYS = ("launch", "launch.nnodes", "launch.address", "launch.node_rank")
-"""What the script sets."""
+"""Keys that the script sets."""
 COMMAND = ("windlass", "train", "launch=torchrun")
+
+Options = TypeVar("Options", bound=Any)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a batch system is asked for; all counts are those of a node.
+    """Holds what a batch system is asked for; all counts are those of a node.
 
     Args:
         overrides: of `windlass train`, without `OWN_KEYS`.
@@ -49,20 +53,34 @@ class Job:
 
     @property
     def nnodes(self) -> str:
-        """As `launch.nnodes` has it."""
+        """The number of nodes as `launch.nnodes` has it."""
         return f"{self.min_nodes}:{self.max_nodes}" if self.is_elastic else str(self.max_nodes)
 
-    def sets(self, key: str) -> bool:
-        """Whether the user has an override of this key."""
-        return any(key_of(override) == key for override in self.overrides)
+    def command(
+        self, nnodes: str, address: str, defaults: Mapping[str, object], quote: Callable[[str], str]
+    ) -> list[str]:
+        """Returns the words of `windlass train` on each node.
+
+        Args:
+            nnodes, address: the words that say how many nodes there are, and where they meet.
+            defaults: what holds unless the user has an override of the key.
+            quote: writes an override of the user so that the batch system hands it on as it is.
+        """
+        given = {key_of(override) for override in self.overrides}
+        kept = [f"{key}={value}" for key, value in defaults.items() if key not in given]
+        return [*COMMAND, nnodes, address, *kept, *map(quote, self.overrides)]
 
 
-def job_of(options: argparse.Namespace) -> Job:
-    """The job that a command line of `windlass script` asks for. Raises ConfigError."""
+def parse_job(options: argparse.Namespace) -> tuple[Job, Config]:
+    """Returns the job that a command line of `windlass script` asks for, and the configuration of its nodes.
+
+    Raises:
+        ConfigError: it cannot be.
+    """
     nodes = parse_nodes(options.nodes)
     if nodes is None:
         raise ConfigError("--nodes", options.nodes, NODES_RULE, NODES_FIX.format("--nodes "))
-    return Job(
+    job = Job(
         name=options.name,
         min_nodes=nodes[0],
         max_nodes=nodes[1],
@@ -72,10 +90,22 @@ def job_of(options: argparse.Namespace) -> Job:
         num_cpus=options.cpus,
         memory=options.memory,
     )
+    return job, check(job)
+
+
+def parse_options(kind: type[Options], options: argparse.Namespace) -> Options:
+    """Returns what a command line says of one batch system alone, as that system's dataclass. Raises ConfigError."""
+    given = {field.name: getattr(options, field.name) for field in fields(kind)}
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def require_match(pattern: str, flag: str, value: str | None, rule: str, fix: str) -> None:
+    """Raises ConfigError unless the whole value is as the pattern has it, or there is none."""
+    require(value is None or re.fullmatch(pattern, value) is not None, flag, value, rule, fix)
 
 
 def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
-    """The overrides that go into the script as they are.
+    """Returns the overrides that go into the script as they are.
 
     Raises:
         ConfigError: one of them is for the script to set.
@@ -93,7 +123,7 @@ def own_overrides(overrides: Sequence[str]) -> tuple[str, ...]:
 
 
 def check(job: Job) -> Config:
-    """The configuration that the job's nodes will compose.
+    """Returns the configuration that the job's nodes will compose.
 
     Raises:
         ConfigError: they could not, or their ranks cannot be laid out so.

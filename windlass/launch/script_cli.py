@@ -1,4 +1,4 @@
-"""`windlass script`: its arguments, and what it prints. Imports no torch."""
+"""Reads the arguments of `windlass script`, and prints what it writes. Imports no torch."""
 
 from __future__ import annotations
 
@@ -88,31 +88,20 @@ def _add_shared(parser: argparse.ArgumentParser, memory_help: str) -> None:
 
 def run_slurm(options: argparse.Namespace) -> int:
     """Prints the script. Raises ConfigError."""
-    from windlass.launch import script
+    from windlass.launch.script import parse_job, parse_options
     from windlass.launch.script_slurm import SlurmOptions, slurm_script
 
-    own = SlurmOptions(options.time, options.partition, options.account, tuple(options.setup), tuple(options.sbatch))
-    job = script.job_of(options)
-    script.check(job)
-    sys.stdout.write(slurm_script(job, own))
+    own = parse_options(SlurmOptions, options)
+    sys.stdout.write(slurm_script(parse_job(options)[0], own))
     return EXIT_DONE
 
 
 def run_kubernetes(options: argparse.Namespace) -> int:
     """Prints the manifest. Raises ConfigError."""
-    from windlass.launch import script
+    from windlass.launch.script import parse_job, parse_options
     from windlass.launch.script_kubernetes import KubernetesOptions, kubernetes_manifest
 
-    own = KubernetesOptions(
-        image=options.image,
-        claim=options.claim,
-        storage=options.storage,
-        storage_class=options.storage_class,
-        mount=options.mount,
-        shm=options.shm,
-        namespace=options.namespace,
-        retries=options.retries,
-    )
-    job = script.job_of(options)
-    sys.stdout.write(kubernetes_manifest(job, own, script.check(job)))
+    own = parse_options(KubernetesOptions, options)
+    job, config = parse_job(options)
+    sys.stdout.write(kubernetes_manifest(job, own, config))
     return EXIT_DONE

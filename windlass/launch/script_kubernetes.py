@@ -1,4 +1,4 @@
-"""A manifest for Kubernetes: an indexed Job, whose pods each run `launch=torchrun`, and the Service that names them.
+"""Writes a manifest for Kubernetes: an indexed Job, whose pods run `launch=torchrun`, and the Service that names them.
 A NetworkPolicy lets nobody but these pods connect with them, where the cluster's network heeds policies.
 
 An indexed Job is in every cluster, where a JobSet needs a controller that somebody has installed; it gives each pod a
@@ -18,7 +18,7 @@ import yaml
 
 from windlass.conf.schema import Config
 from windlass.errors import EXIT_STOPPED, EXIT_USER_ERROR, require
-from windlass.launch.script import COMMAND, Job
+from windlass.launch.script import Job, require_match
 from windlass.text import override
 
 PORT = 29400
@@ -26,9 +26,9 @@ SHM_DIR = "/dev/shm"
 CONTAINER = "windlass"
 LABEL = "windlass-job"
 SECRET_FILE = ".windlass-secret"
-"""On the volume, by which pods know each other."""
+"""The file on the volume by which pods know each other."""
 MAX_LABEL = 63
-"""Letters of a DNS label."""
+"""The most letters of a DNS label."""
 _UNITS = {
     "": 1.0,
     **{suffix: 1000.0**power for power, suffix in enumerate(("k", "M", "G", "T", "P"), 1)},
@@ -69,20 +69,16 @@ class KubernetesOptions:
             "says nothing without --storage",
             "leave it out",
         )
-        for flag, value in (
-            ("--claim", self.claim),
-            ("--storage-class", self.storage_class),
-            ("--namespace", self.namespace),
-        ):
-            if value is not None:
-                _require_name(flag, value)
+        names = {"--claim": self.claim, "--storage-class": self.storage_class, "--namespace": self.namespace}
+        for flag, name in names.items():
+            _require_name(flag, name)
         for flag, value in (("--shm", self.shm), ("--storage", self.storage)):
             if value is not None:
                 quantity_bytes(flag, value)
 
 
 def kubernetes_manifest(job: Job, options: KubernetesOptions, config: Config) -> str:
-    """The manifest, for `kubectl apply`.
+    """Returns the manifest, for `kubectl apply`.
 
     Args:
         config: what the job's nodes will compose.
@@ -107,7 +103,7 @@ def kubernetes_manifest(job: Job, options: KubernetesOptions, config: Config) ->
 
 
 def quantity_bytes(flag: str, text: str) -> float:
-    """What Kubernetes takes a quantity of bytes for.
+    """Returns the bytes that Kubernetes takes a quantity for.
 
     Raises:
         ConfigError: it is none.
@@ -134,10 +130,9 @@ def _check_folders(config: Config, mount: str) -> None:
         )
 
 
-def _require_name(flag: str, value: str, most: int = MAX_LABEL) -> None:
-    is_label = re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", value) is not None and len(value) <= most
+def _require_name(flag: str, value: str | None, most: int = MAX_LABEL) -> None:
     rule = f"must be at most {most} small letters, digits and hyphens, a letter first"
-    require(is_label, flag, value, rule, f"write {flag}=my-run")
+    require_match(rf"(?=.{{1,{most}}}$)[a-z]([-a-z0-9]*[a-z0-9])?", flag, value, rule, f"write {flag}=my-run")
 
 
 def _metadata(name: str, options: KubernetesOptions) -> Document:
@@ -169,7 +164,7 @@ def _service(job: Job, options: KubernetesOptions) -> Document:
 
 
 def _policy(job: Job, options: KubernetesOptions) -> Document:
-    """Who reaches a rank's port could feed it what it likes: gloo and NCCL ask nobody who they are."""
+    """Keeps others from ranks' ports, where they could feed them anything: gloo and NCCL ask nobody who they are."""
     pods = {"matchLabels": {LABEL: job.name}}
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -244,8 +239,9 @@ def _pod(job: Job, options: KubernetesOptions) -> Document:
 
 
 def _command(job: Job, options: KubernetesOptions) -> list[str]:
-    """No shell reads it, but Kubernetes puts variables in for `$(NAME)`, and `$$` is how it has a `$`."""
-    own = [f"launch.nnodes={job.nnodes}", f"launch.address={job.name}-0.{job.name}:{PORT}"]
-    if not job.sets("launch.secret_file"):  # pods have no home in common, where it would be
-        own.append(f"launch.secret_file={PurePosixPath(options.mount) / SECRET_FILE}")
-    return [*COMMAND, *own, *(override.replace("$", "$$") for override in job.overrides)]
+    """Returns the words of the command. No shell reads them, but Kubernetes puts in variables for `$(NAME)`, and has a
+    `$` for `$$`."""
+    address = f"launch.address={job.name}-0.{job.name}:{PORT}"
+    # Pods have no home in common, where it would be.
+    defaults = {"launch.secret_file": PurePosixPath(options.mount) / SECRET_FILE}
+    return job.command(f"launch.nnodes={job.nnodes}", address, defaults, lambda text: text.replace("$", "$$"))

@@ -1,4 +1,4 @@
-"""A batch script for Slurm, which runs `launch=torchrun` on every node of its allocation.
+"""Writes a batch script for Slurm, which runs `launch=torchrun` on every node of its allocation.
 
 Told of its time limit, or preempted, the job saves and is queued again: its launchers end with 75, and nothing else
 queues it again. The launcher of the first node keeps the store where all meet, so the job ends as that one does; it
@@ -8,20 +8,19 @@ gives a job no other node in place of a lost one, so little is waited for them.
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from windlass.errors import EXIT_STOPPED, require
-from windlass.launch.script import COMMAND, Job
+from windlass.launch.script import Job, require_match
 
 MAX_GRACE_S = 65535
-"""The most that `sbatch --signal` takes."""
+"""The longest time that `sbatch --signal` takes."""
 JOIN_TIMEOUT_S, WAIT_FOR_NODES_S = 300, 15
 """All nodes of an allocation start at once, and none comes later."""
 
-_MEETING = """\
+_STORE = """\
 # All nodes meet at the first one, at a port that other jobs there are unlikely to have.
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address="${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))"
@@ -73,25 +72,25 @@ exit "$code"
 class SlurmOptions:
     """Args:
     setup: lines of shell that prepare each start, such as `module load cuda`.
-    more: further options of sbatch.
+    sbatch: further options of it.
     """
 
     time: str | None = None
     partition: str | None = None
     account: str | None = None
     setup: tuple[str, ...] = ()
-    more: tuple[str, ...] = ()
+    sbatch: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for flag, value in (("--time", self.time), ("--partition", self.partition), ("--account", self.account)):
             _require_word(flag, value)
-        for option in self.more:
-            is_option = re.fullmatch(r"-[^\n]+", option) is not None
-            require(is_option, "--sbatch", option, "must be an option of sbatch", "write --sbatch=--constraint=ib")
+        for option in self.sbatch:
+            rule, fix = "must be an option of sbatch", "write --sbatch=--constraint=ib"
+            require_match(r"-[^\n]+", "--sbatch", option, rule, fix)
 
 
 def slurm_script(job: Job, options: SlurmOptions) -> str:
-    """The script, for `sbatch`.
+    """Returns the script, for `sbatch`.
 
     Raises:
         ConfigError: a value that sbatch would read as something else.
@@ -105,11 +104,11 @@ def slurm_script(job: Job, options: SlurmOptions) -> str:
         "#!/bin/bash",
         "# Written by `windlass script slurm`: every node of the job runs `windlass train`.",
         *(f"#SBATCH {option}" for option in _sbatch_options(job, options)),
-        *(f"#SBATCH {option}" for option in options.more),
+        *(f"#SBATCH {option}" for option in options.sbatch),
         "",
     ]
     setup = [*options.setup, ""] if options.setup else []
-    return "\n".join([*head, *setup, _MEETING + _commands(job), _RUN, _END])
+    return "\n".join([*head, *setup, _STORE + _commands(job), _RUN, _END])
 
 
 def _sbatch_options(job: Job, options: SlurmOptions) -> Iterator[str]:
@@ -134,17 +133,16 @@ def _sbatch_options(job: Job, options: SlurmOptions) -> Iterator[str]:
 
 
 def _commands(job: Job) -> str:
-    """The arrays `train`, which each node runs, and `step`, which has nodes run it.
+    """Writes the arrays `train`, which each node runs, and `step`, which has nodes run it.
 
     A step ends no task because another has ended: all save, some before others. In an elastic job it outlives nodes.
     """
     nnodes = f"launch.nnodes={job.nnodes}"
-    waits = {"launch.join_timeout_s": JOIN_TIMEOUT_S}
+    defaults = {"launch.join_timeout_s": JOIN_TIMEOUT_S}
     if job.is_elastic:
         nnodes = f'"launch.nnodes={job.min_nodes}:$SLURM_JOB_NUM_NODES"'  # as many as there were
-        waits["launch.wait_for_nodes_s"] = WAIT_FOR_NODES_S
-    own = [f"{key}={seconds}" for key, seconds in waits.items() if not job.sets(key)]
-    words = [*COMMAND, nnodes, '"launch.address=$address"', *own, *map(shlex.quote, job.overrides)]
+        defaults["launch.wait_for_nodes_s"] = WAIT_FOR_NODES_S
+    words = job.command(nnodes, '"launch.address=$address"', defaults, shlex.quote)
     step = ["srun", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0", "--wait=0"]
     if job.num_cpus is not None:  # which srun does not take from the job in all versions
         step.append(f"--cpus-per-task={job.num_cpus}")
@@ -155,5 +153,4 @@ def _commands(job: Job) -> str:
 
 
 def _require_word(flag: str, value: str | None) -> None:
-    is_word = value is None or re.fullmatch(r"[^\s\"'#\\]+", value) is not None
-    require(is_word, flag, value, "must be one word without quotes", "write it as sbatch takes it")
+    require_match(r"[^\s\"'#\\]+", flag, value, "must be one word without quotes", "write it as sbatch takes it")

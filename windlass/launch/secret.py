@@ -1,4 +1,4 @@
-"""The secret by which the launchers of a job on several machines know each other: from the environment or a file.
+"""Finds the secret by which the launchers of a job on several machines know each other, in the environment or a file.
 
 Never from the command line, which every user of a machine can read. Torch-free.
 """
@@ -21,12 +21,12 @@ MIN_BYTES = 16
 OWN_FILE = Path("windlass", "secret")
 """Below the user's configuration folder."""
 WRITE_S = 2.0
-"""What another launcher has to write the file that it has made."""
+"""How long another launcher may take to write the file that it has made."""
 _MAX_BYTES, _POLL_S = 4096, 0.05
 
 
 def job_secret(launch: LaunchConfig) -> bytes:
-    """What `WINDLASS_SECRET` holds; else what is in `launch.secret_file`, which is made if it is missing. A job of one
+    """Returns what `WINDLASS_SECRET` or else `launch.secret_file` holds, which is made if it is missing. A job of one
     machine that meets nobody has a new one each time.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The job's store as torch has stores, for process groups and the rendezvous of launchers."""
+"""Gives the job store to torch as one of its stores, for process groups."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ class JobStore(Store):
 
 
 def take_store_variables() -> Callable[[float], Store] | None:
-    """What connects with the store of this worker's launcher, given a timeout in seconds; None: it serves none.
+    """Returns what connects with the store of this worker's launcher, given a timeout in seconds; None: it serves none.
 
     The environment forgets of it: a worker's own children are not to know. What is returned raises DistNetworkError if
     the store is lost, or does not let this worker in.
     """
-    place, secret = os.environ.pop(STORE, None), os.environ.pop(STORE_SECRET, None)
-    if place is None or secret is None:
+    address, secret = os.environ.pop(STORE, None), os.environ.pop(STORE_SECRET, None)
+    if address is None or secret is None:
         return None
-    host, _, port = place.rpartition(":")
+    host, _, port = address.rpartition(":")
 
     def connect(timeout_s: float) -> Store:
         with _torchs_errors():

@@ -1,4 +1,8 @@
-"""`launch=torchrun`: torch's elastic agent in this process, one a node, and a worker process a rank."""
+"""`launch=torchrun`: torch's elastic agent in this process, one a node, and a worker process a rank.
+
+The launcher that serves the job store runs the job by its policy (`windlass.launch.driver`), in a thread beside its own
+node's agent. The loss of that launcher ends the job with or without it, as it takes the store with it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,20 +22,22 @@ from typing import Any
 
 import psutil
 import torch
-from torch.distributed import DistError, PrefixStore, Store
-from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError
 
 from windlass.checkpoint.net.handshake import TransportError
 from windlass.conf.schema import Config
 from windlass.conf.store import save_config
 from windlass.errors import EXIT_FAILURE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from windlass.launch.driver import Driver
 from windlass.launch.elastic_agent import JobRendezvous, NodeAgent
+from windlass.launch.fingerprint import fingerprint, job_name
 from windlass.launch.fork_server import fork_context, shared_cores
-from windlass.launch.job_store import store_variables
-from windlass.launch.meeting import JobEnded, Meeting, card_of, job_name
-from windlass.launch.meeting_place import Place, open_place
+from windlass.launch.job_messages import JobEnded, JobMessages
+from windlass.launch.job_store import StoreClient
+from windlass.launch.policy import Policy, may_leave
 from windlass.launch.secret import job_secret
-from windlass.outcome import LAUNCHER, OUTCOME_FILE, STOP_FILE, Outcome, reported_outcome, write_request
+from windlass.launch.store_endpoint import StoreEndpoint, open_endpoint
+from windlass.launch.store_nodes import StoreNodes, limits_of
+from windlass.outcome import LAUNCHER, STOP_FILE, Outcome, write_request
 from windlass.text import printable
 from windlass.train.signals import STOP_SIGNALS, handle, say, stop_heard
 
@@ -48,62 +56,76 @@ def launch(config: Config) -> int:
     scratch = Path(tempfile.mkdtemp(prefix="windlass-"))
     try:
         save_config(config, scratch / "config.yaml")
-        with _environment(scratch), shared_cores(num_ranks), Requests(scratch / "stop") as requests:
+        with _environment(), shared_cores(num_ranks), Requests(scratch / "stop") as requests:
             fork_context()  # imports while this node waits for the others
             try:
                 with requests.may_interrupt():
-                    store, place = open_place(config.launch.address, config.launch.join_timeout_s, secret)
+                    client, endpoint = open_endpoint(config.launch.address, config.launch.join_timeout_s, secret)
             except Interrupted:
                 say(f"stopped while waiting for launch.address={config.launch.address}; nothing was trained")
                 return EXIT_STOPPED
             try:
-                ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, store, place)
+                ending = _take_part(config, num_ranks, scratch / "config.yaml", requests, client, endpoint)
             finally:
-                place.close()
+                endpoint.close()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    _say(ending, config.run_dir, place)
+    _say(ending, endpoint)
     return ending.outcome.exit_code
 
 
 def _take_part(
-    config: Config, num_ranks: int, config_file: Path, requests: Requests, store: Store, place: Place
+    config: Config,
+    num_ranks: int,
+    config_file: Path,
+    requests: Requests,
+    client: StoreClient,
+    endpoint: StoreEndpoint,
 ) -> JobEnded:
-    """All that this node does in the job, until its end here or everywhere."""
-    requests.may_leave = config.launch.is_elastic and not place.is_host
-    meeting = Meeting(PrefixStore(f"windlass/{job_name(config)}", store), place)
+    """Takes this node's part in the job, until its end here or everywhere."""
+    requests.may_leave = may_leave(config.launch.is_elastic, endpoint.is_host)
+    messages = JobMessages(client, job_name(config))
     ending: JobEnded | None = None
     try:
         try:
-            rendezvous = JobRendezvous(meeting, job_name(config), config.launch, requests.may_interrupt)
-            _join(meeting, rendezvous, card_of(config, num_ranks))
-            agent = NodeAgent(rendezvous, num_ranks, str(config_file), _worker_environment(config, place))
-            ending = _run(agent)
-            if requests.is_leaving and ending.is_own:
-                meeting.end_life(rendezvous.life)  # the others may be waiting for this node's ranks
-            else:
-                meeting.publish(ending.outcome)
-                rendezvous.shutdown()
+            node = messages.join(fingerprint(config, num_ranks))
+            if endpoint.is_host:
+                own = JobMessages(endpoint.connect(), messages.job)
+                threading.Thread(target=_drive, args=(config, num_ranks, own), name="driver", daemon=True).start()
+            rendezvous = JobRendezvous(messages, node, endpoint, config.launch, num_ranks, requests)
+            environment = _worker_environment(requests, endpoint)
+            ending = _run(NodeAgent(rendezvous, num_ranks, str(config_file), environment))
+            if not (requests.is_leaving and ending.is_own):
+                messages.publish(ending.outcome)
+            rendezvous.shutdown()
         finally:
-            meeting.sign_off()
-    except (DistError, TransportError, RendezvousConnectionError):
-        if ending is None:
-            ending = JobEnded(reported_outcome() or _without_host(place), is_own=True)
+            messages.sign_off(endpoint.is_host)
+    except TransportError:
+        ending = ending or JobEnded(_without_host(endpoint, config.run_dir), is_own=True)
     return ending
 
 
-def _join(meeting: Meeting, rendezvous: JobRendezvous, card: dict[str, str]) -> None:
-    """Raises ConfigError if this node differs from the others, which may be waiting for it."""
+def _drive(config: Config, num_ranks: int, messages: JobMessages) -> None:
+    """Runs the job, and publishes its outcome."""
+    launch = config.launch
+    policy = Policy(limits_of(launch), num_ranks, launch.max_restarts, time.monotonic())
     try:
-        meeting.join(card)
-    except ConfigError:
-        if meeting.ended() is not None:
-            rendezvous.shutdown()
-        raise
+        try:
+            outcome = Driver(StoreNodes(messages, launch, num_ranks), policy, config.run_dir, lambda _: None).run()
+        except ConfigError as error:
+            outcome = Outcome(EXIT_USER_ERROR, str(error), LAUNCHER)
+        except (JobEnded, TransportError):
+            return  # a node has ended the job, or this one ends
+        except Exception:
+            messages.publish(Outcome(EXIT_FAILURE, "the launcher that runs the job has failed", LAUNCHER))
+            raise
+        messages.publish(outcome)
+    except TransportError:
+        return
 
 
 def _run(agent: NodeAgent) -> JobEnded:
-    """All lives of this node's workers."""
+    """Runs all attempts of this node's workers."""
     try:
         agent.run()
     except JobEnded as ending:
@@ -116,63 +138,53 @@ def _run(agent: NodeAgent) -> JobEnded:
     raise AssertionError("torch's agent returned, which this one does not")
 
 
-def _without_host(place: Place) -> Outcome:
+def _without_host(endpoint: StoreEndpoint, run_dir: str) -> Outcome:
     return Outcome(
         EXIT_FAILURE,
-        f"the launcher at launch.address={place.host}:{place.port} is lost or out of reach, where the nodes meet; "
-        "the same command on every node goes on from the newest checkpoint",
+        f"the launcher at launch.address={endpoint.host}:{endpoint.port} is lost or out of reach, where the nodes "
+        f"meet; the same command on every node goes on from the newest checkpoint; see {run_dir}/logs/",
         LAUNCHER,
     )
 
 
-def _say(ending: JobEnded, run_dir: str, place: Place) -> None:
-    """What no worker of this node has said."""
-    num_refused = 0 if place.server is None else place.server.num_refused
+def _say(ending: JobEnded, endpoint: StoreEndpoint) -> None:
+    """Says what no worker of this node has said."""
+    num_refused = 0 if endpoint.server is None else endpoint.server.num_refused
     if num_refused:
         sys.stderr.write(
-            f"windlass: warning: {num_refused} connections with the job's store at {place.host}:{place.port} were "
-            "refused: they did not know its secret, or broke off\n"
+            f"windlass: warning: {num_refused} connections with the job's store at {endpoint.host}:{endpoint.port} "
+            "were refused: they did not know its secret, or broke off\n"
         )
     outcome = ending.outcome
     if outcome.message is None or (ending.is_own and outcome.rank == 0):
         return
     by = "" if outcome.rank == LAUNCHER else f"rank {outcome.rank}: "
-    more = f"; see {run_dir}/logs/" if outcome.exit_code == EXIT_FAILURE else ""
-    sys.stderr.write(f"windlass: error: {printable(f'{by}{outcome.message}{more}')}\n")
+    sys.stderr.write(f"windlass: error: {printable(f'{by}{outcome.message}')}\n")
 
 
 @contextmanager
-def _environment(scratch: Path) -> Iterator[None]:
-    """What torch's rendezvous and agent are to do, and the files of `windlass.outcome`."""
-    added = {
-        OUTCOME_FILE: str(scratch / "outcome"),
-        STOP_FILE: str(scratch / "stop"),
-        "TORCH_ELASTIC_WORKER_IDENTICAL": "1",  # as many ranks on each node: `card_of`
-        # torch would tell only the nodes of the first life where workers meet, and a later one waits for that in vain.
-        # Nobody uses what it tells then: see `JobRendezvous`.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    os.environ.update(added)
+def _environment() -> Iterator[None]:
+    """Has torch's agent ask no other node how many ranks it has: `windlass.launch.fingerprint` sees to that."""
+    key = "TORCH_ELASTIC_WORKER_IDENTICAL"
+    os.environ[key] = "1"
     try:
         yield
     finally:
-        for key in added:
-            os.environ.pop(key, None)
+        os.environ.pop(key, None)
 
 
-def _worker_environment(config: Config, place: Place) -> dict[str, str]:
-    """What a worker has beside what the fork server inherited, which may be older than this job."""
-    environment = {key: os.environ[key] for key in (OUTCOME_FILE, STOP_FILE)}
-    environment |= store_variables((place.host, place.port), place.secret)
-    if "GLOO_SOCKET_IFNAME" not in os.environ and place.interface is not None:
+def _worker_environment(requests: Requests, endpoint: StoreEndpoint) -> dict[str, str]:
+    """Returns what a worker has beside what the fork server inherited, which may be older than this job."""
+    environment = {STOP_FILE: str(requests.stop_file)}
+    if "GLOO_SOCKET_IFNAME" not in os.environ and endpoint.interface is not None:
         # Else gloo takes the address that this machine's name has, which may be of another network, or loopback; and of
         # a job that is alone, which no other machine is to reach, one that others do.
-        environment["GLOO_SOCKET_IFNAME"] = place.interface
+        environment["GLOO_SOCKET_IFNAME"] = endpoint.interface
     return environment
 
 
 class Interrupted(Exception):
-    """The launcher was asked to stop or to leave while it had no workers to ask."""
+    """Raised when the launcher is asked to stop or to leave while it has no workers to ask."""
 
 
 class Requests:
@@ -185,9 +197,9 @@ class Requests:
         self.may_leave = False
         self.is_leaving = False
         self.signal_name: str | None = None
-        """Of the first signal that asked the job to stop."""
-        self._stop_file = stop_file
-        self._is_stopping = self._may_interrupt = False
+        """The first signal that asked the job to stop."""
+        self.stop_file = stop_file
+        self.is_stopping = self._may_interrupt = False
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Requests:
@@ -200,17 +212,17 @@ class Requests:
 
     @contextmanager
     def may_interrupt(self) -> Iterator[None]:
-        """While there are no workers: raises Interrupted when asked, or if it was before."""
+        """Entered while there are no workers: raises Interrupted when asked, or if it was before."""
         self._may_interrupt = True
         try:
-            if self.is_leaving or self._is_stopping:
+            if self.is_leaving or self.is_stopping:
                 raise Interrupted
             yield
         finally:
             self._may_interrupt = False
 
     def _hear(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGTERM and (self.is_leaving or self._is_stopping):
+        if number == signal.SIGTERM and (self.is_leaving or self.is_stopping):
             return  # repeated, it means no more, but SIGINT would
         stop_heard()
         # A worker would take SIGTERM for its launcher's, who is about to start it again.
@@ -218,9 +230,9 @@ class Requests:
         if number == signal.SIGTERM and self.may_leave:
             self.is_leaving = True
         else:
-            self.is_leaving, self._is_stopping = False, True
+            self.is_leaving, self.is_stopping = False, True
             self.signal_name = self.signal_name or signal.Signals(number).name
-        write_request(self._stop_file, self.signal_name)
+        write_request(self.stop_file, self.signal_name)
         if self._may_interrupt:
             raise Interrupted
         for worker in _workers():
@@ -229,7 +241,7 @@ class Requests:
 
 
 def _workers() -> Iterator[psutil.Process]:
-    """The children of the fork server; not theirs, as snapshot agents outlive them."""
+    """Finds the children of the fork server; not theirs, as snapshot agents outlive them."""
     for child in psutil.Process().children():
         with suppress(psutil.NoSuchProcess):
             yield from child.children()

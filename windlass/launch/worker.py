@@ -1,4 +1,4 @@
-"""What every rank runs, forked by a launcher, or as `python -m windlass.launch.worker CONFIG.yaml`."""
+"""Runs one rank, forked by a launcher, or as `python -m windlass.launch.worker CONFIG.yaml`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from windlass.files import make_folder, open_growing
 from windlass.launch.fork_server import hear_signals
 from windlass.launch.torch_store import take_store_variables
 from windlass.os_errors import limits_named
-from windlass.outcome import OUTCOME_FILE, report_outcome, reported_outcome, stop_requested
+from windlass.outcome import OUTCOME_FILE, report_outcome, stop_requested
 from windlass.parallel.environment import RankEnvironment
 from windlass.parallel.mesh import Mesh, end_groups
 from windlass.streams import make_lasting
@@ -105,7 +105,7 @@ def output_folders(config: Config) -> dict[str, Path | None]:
 
 
 def forked(config_file: str, environment: Mapping[str, str]) -> None:
-    """What a child of the fork server runs: `main`, in the environment that its launcher has for it."""
+    """Runs `main` in a child of the fork server, in the environment that its launcher has for it."""
     os.environ.update(environment)
     make_lasting()
     # Its launcher's, too late when it has ended its training. (Not SIG_IGN, which would stay: `signals.handle`.)
@@ -123,15 +123,13 @@ def forked(config_file: str, environment: Mapping[str, str]) -> None:
 
 
 def main() -> int:
-    """The process that a launcher started. What it leaves for the launcher: see `windlass.outcome`.
+    """Runs the process that a launcher started, and leaves an outcome for it: see `windlass.outcome`.
 
     Returns:
         The code to exit with: where a launcher listens it is 0, or `EXIT_RESTART` to be started again.
     """
     faulthandler.enable()
     _end_with_parent()
-    if reported_outcome() is not None:  # the agent starts all ranks again when one of them has refused
-        return 0
     if stop_requested():
         return report_outcome(EXIT_STOPPED, has_begun=False)
     try:
@@ -155,7 +153,7 @@ def _end_with_parent() -> None:
 
 
 def _end_with_launcher() -> None:
-    """The same for the launcher of a forked worker: its parent, the fork server, lives on as long as its children."""
+    """Has this worker end with its launcher: its parent, the fork server, lives on as long as its children."""
     launcher = multiprocessing.parent_process()
     assert launcher is not None
 
@@ -167,7 +165,7 @@ def _end_with_launcher() -> None:
 
 
 def _set_name(name: str) -> None:
-    """What `ps` and `top` show: all children of a fork server have its command line."""
+    """Sets the name that `ps` and `top` show: all children of a fork server have its command line."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_NAME, name.encode())
 

@@ -1,4 +1,4 @@
-"""Which rank this process is, by the environment that torchrun and launchers like it set. Torch-free."""
+"""Reads from the environment, as torchrun and launchers like it set it, which rank this process is. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RESTART_COUNT"),
 )
-"""The variables that a rank reads."""
+"""Variables that a rank reads."""
 WHAT_TO_DO = (
     "start all ranks by `torchrun -m windlass.train`, which sets it, or unset RANK and WORLD_SIZE to train on one rank"
 )
@@ -43,7 +43,7 @@ class RankEnvironment:
         return RankEnvironment(rank, world_size, local_rank, local_world_size)
 
     def describe(self) -> str:
-        """Says what such a rank waits for."""
+        """Describes what such a rank waits for."""
         return f"{self.world_size} ranks to meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
 
 

@@ -17,7 +17,8 @@ from support.ranks import end_ranks
 
 from windlass.conf.store import to_yaml
 from windlass.errors import EXIT_DONE, EXIT_RESTART, EXIT_STOPPED
-from windlass.launch.node_workers import Ended, Life, NodeWorkers
+from windlass.launch.attempt import Attempt
+from windlass.launch.node_workers import Ended, NodeWorkers
 from windlass.outcome import Outcome
 
 NUM_RANKS = 2
@@ -46,11 +47,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def start(workers: NodeWorkers, number: int = 0) -> None:
-    workers.start(Life(number, 0, 1, NUM_RANKS, "127.0.0.1", workers.serve_store("127.0.0.1", SECRET), SECRET))
+    workers.start(Attempt(number, 0, 1, NUM_RANKS, "127.0.0.1", workers.serve_store("127.0.0.1", SECRET), SECRET))
 
 
 def ends_of(workers: NodeWorkers, timeout_s: float = 90) -> list[Ended]:
-    """Of all workers of this life, in the order of ranks."""
+    """Waits for all workers of this attempt; returns how they ended, in the order of ranks."""
     deadline = time.monotonic() + timeout_s
     ended: tuple[Ended, ...] = ()
     while len(ended) < NUM_RANKS:
@@ -69,7 +70,7 @@ def wait_for_step(config: runs.Config, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path, scratch: Path) -> None:
+def test_an_attempt_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Path, scratch: Path) -> None:
     calm = runs.undisturbed(NUM_RANKS)
     config = runs.run_config(tmp_path, "kept")
     workers = NodeWorkers(to_yaml(config), scratch)
@@ -85,7 +86,7 @@ def test_a_life_trains_as_any_other_start_of_the_ranks_and_is_heard(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path: Path, scratch: Path) -> None:
+def test_a_worker_that_is_killed_is_reported_and_the_next_attempt_goes_on(tmp_path: Path, scratch: Path) -> None:
     config = runs.run_config(tmp_path, "killed", "train.steps=40")
     workers = NodeWorkers(to_yaml(config), scratch)
     start(workers)
@@ -93,10 +94,10 @@ def test_a_worker_that_is_killed_is_reported_and_the_next_life_goes_on(tmp_path:
     ranks = {child.name(): child for child in psutil.Process().children(recursive=True)}
     ranks["windlass-1"].kill()
     nodes.wait_until(lambda: len(workers.watch(0, 0, True, 0.1).ended) > 0, "the end of a worker")
-    workers.end(grace_s=5.0)
-    first, second = ends_of(workers)
+    first, second = ends_of(workers)  # it fails by itself
     assert (second.exit_code, second.outcome) == (-signal.SIGKILL, None)
     assert first.exit_code not in (0, EXIT_RESTART) and first.outcome is None
+    workers.kill()
 
     start(workers, number=1)
     assert outcomes(ends_of(workers)) == [Outcome(EXIT_DONE, None, rank) for rank in range(NUM_RANKS)]
@@ -138,10 +139,11 @@ def test_a_worker_that_cannot_begin_has_its_last_words_kept(tmp_path: Path, scra
 KEEPER = """
 import sys, tempfile, time
 from pathlib import Path
-from windlass.launch.node_workers import Life, NodeWorkers
+from windlass.launch.attempt import Attempt
+from windlass.launch.node_workers import NodeWorkers
 scratch = tempfile.tempdir = sys.argv[2]
 workers = NodeWorkers(Path(sys.argv[1]).read_text(), Path(scratch))
-workers.start(Life(0, 0, 1, 2, "127.0.0.1", workers.serve_store("127.0.0.1", bytes(32)), bytes(32)))
+workers.start(Attempt(0, 0, 1, 2, "127.0.0.1", workers.serve_store("127.0.0.1", bytes(32)), bytes(32)))
 time.sleep(600)
 """
 

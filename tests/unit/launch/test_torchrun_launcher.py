@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +21,8 @@ from windlass.errors import ConfigError
 from windlass.launch import main as launch_main
 from windlass.launch import torchrun, worker
 from windlass.launch.elastic_agent import JobRendezvous
-from windlass.launch.meeting import JobEnded
-from windlass.outcome import LAUNCHER, OUTCOME_FILE, Outcome, report_outcome, reported_outcome
+from windlass.launch.job_messages import JobEnded, JobMessages
+from windlass.outcome import LAUNCHER, Outcome
 
 TWO_RANKS = ["launch=torchrun", "launch.nproc_per_node=2", "launch.max_restarts=5"]
 
@@ -39,7 +40,7 @@ def fake_agent(monkeypatch: pytest.MonkeyPatch, action: Callable[[], None] = lam
 
         def run(self) -> None:
             action()
-            raise JobEnded(reported_outcome() or Outcome(0), is_own=True)
+            raise JobEnded(Outcome(0), is_own=True)
 
     monkeypatch.setattr(torchrun, "NodeAgent", Agent)
     monkeypatch.setattr(torchrun, "fork_context", lambda: None)
@@ -94,10 +95,9 @@ def test_the_users_number_of_threads_stands(config: Config, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("code", [0, 2, 75])
-def test_the_code_that_a_worker_left_is_the_runs(code: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_agent(monkeypatch, lambda: report_outcome(code) and None)
+def test_the_code_of_the_jobs_outcome_is_the_runs(code: int, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_agent(monkeypatch, raiser(JobEnded(Outcome(code), is_own=False)))
     assert torchrun.launch(config) == code
-    assert OUTCOME_FILE not in os.environ
 
 
 def test_what_another_node_has_refused_is_said_here_too(
@@ -116,12 +116,12 @@ def test_what_rank_0_has_said_is_not_said_twice(
     assert capsys.readouterr().err == ""
 
 
-def test_a_launchers_own_word_names_no_rank_and_where_the_logs_are(
+def test_a_launchers_own_word_names_no_rank(
     config: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake_agent(monkeypatch, raiser(JobEnded(Outcome(1, "rank 1 died", LAUNCHER), is_own=True)))
     assert torchrun.launch(config) == 1
-    assert capsys.readouterr().err == f"windlass: error: rank 1 died; see {config.run_dir}/logs/\n"
+    assert capsys.readouterr().err == "windlass: error: rank 1 died\n"
 
 
 @pytest.mark.slow
@@ -131,6 +131,23 @@ def test_a_node_that_does_not_fit_is_refused(
     fake_agent(monkeypatch, raiser(ConfigError("launch.node_rank", 0, "two nodes have it", "number them")))
     assert torchrun.launch(config) == 2
     assert "launch.node_rank=0: two nodes have it" in capsys.readouterr().err
+
+
+def test_a_driver_that_fails_ends_the_job(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All nodes would wait for its next word."""
+    has_failed, published = threading.Event(), []
+    publish = JobMessages.publish
+
+    def note(self: JobMessages, outcome: Outcome) -> Outcome:
+        published.append(outcome)
+        return publish(self, outcome)
+
+    monkeypatch.setattr(threading, "excepthook", lambda _: has_failed.set())
+    monkeypatch.setattr(torchrun.Driver, "run", lambda _: 1 / 0)
+    monkeypatch.setattr(JobMessages, "publish", note)
+    fake_agent(monkeypatch, lambda: has_failed.wait(5) and None)
+    torchrun.launch(config)
+    assert published[0] == Outcome(1, "the launcher that runs the job has failed", LAUNCHER)
 
 
 def test_a_layout_that_cannot_be_is_refused_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

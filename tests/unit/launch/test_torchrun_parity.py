@@ -1,4 +1,4 @@
-"""How many parity shards a life has whose job may shrink."""
+"""How many parity shards an attempt has whose job may shrink."""
 
 from __future__ import annotations
 

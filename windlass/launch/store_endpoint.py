@@ -1,4 +1,4 @@
-"""Finds `launch.address`, where the launchers of a job's nodes meet: a key-value store that one of them serves.
+"""Serves the job store at `launch.address`, where the launchers of a job's nodes meet, or finds it there.
 
 The launcher that runs on HOST serves the store, or the first of several there. The others try until it answers, as
 nodes of a batch job start minutes apart, and names of containers are known only once they run. What is no store, whose
@@ -12,26 +12,25 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 from windlass.checkpoint.net.handshake import HANDSHAKE_S, OtherSecret, RefusedPeer, TransportError
 from windlass.errors import ConfigError
 from windlass.launch.interfaces import LOOPBACK, interface_of, is_own, listen_address, own_address
 from windlass.launch.job_store import StoreClient, StoreServer
 from windlass.launch.secret import SECRET
-from windlass.launch.torch_store import JobStore
 
 ANSWER_S = 10.0
-"""How long the store, or a node that has just been there, may take to answer."""
+"""How long somebody at the address may refuse this launcher before it gives up."""
 RETRY_S = 0.3
 SAY_AFTER_S = 3.0
 
 
 @dataclass(frozen=True)
-class Place:
+class StoreEndpoint:
     """Args:
     host: the name by which all nodes know the one that serves the store.
-    local_address: of this node, as the others reach it.
+    local_address: this node's, as the others reach it.
+    is_host: this node serves the store.
     """
 
     host: str
@@ -40,15 +39,15 @@ class Place:
     is_host: bool
     secret: bytes = field(default=b"", repr=False)
     server: StoreServer | None = field(default=None, repr=False, compare=False)
-    """Of the store, on the node that serves it."""
+    """On the node that serves the store."""
 
-    def connect(self) -> JobStore:
-        """Another connection with the store. It breaks when the network is cut.
+    def connect(self) -> StoreClient:
+        """Makes another connection with the store. It breaks when the network is cut.
 
         Raises:
             TransportError: the store is not there, or does not let this process in.
         """
-        return JobStore(StoreClient((self.host, self.port), self.secret), timedelta(seconds=ANSWER_S))
+        return StoreClient((self.host, self.port), self.secret)
 
     def close(self) -> None:
         """Ends the store, if this node serves it."""
@@ -57,11 +56,11 @@ class Place:
 
     @property
     def interface(self) -> str | None:
-        """The network interface of `local_address`."""
+        """The name of the network interface that has `local_address`."""
         return interface_of(self.local_address)
 
 
-def open_place(address: str, timeout_s: float, secret: bytes) -> tuple[JobStore, Place]:
+def open_endpoint(address: str, timeout_s: float, secret: bytes) -> tuple[StoreClient, StoreEndpoint]:
     """Serves the store, or finds it.
 
     Args:
@@ -102,8 +101,8 @@ def open_place(address: str, timeout_s: float, secret: bytes) -> tuple[JobStore,
         time.sleep(RETRY_S)
 
 
-def _try(host: str, port: int, secret: bytes) -> tuple[JobStore, Place] | OSError:
-    """The store, or why there is none yet."""
+def _try(host: str, port: int, secret: bytes) -> tuple[StoreClient, StoreEndpoint] | OSError:
+    """Serves the store or connects with it. Returns why there is none yet, if that is so."""
     try:
         resolved = str(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0])
     except socket.gaierror as error:
@@ -117,19 +116,20 @@ def _try(host: str, port: int, secret: bytes) -> tuple[JobStore, Place] | OSErro
             if error.errno != errno.EADDRINUSE:
                 return error
             # Another launcher on this machine serves it, or something else has the port.
-    place = Place(host, port, local_address, False, secret)
+    endpoint = StoreEndpoint(host, port, local_address, False, secret)
     try:
-        client = StoreClient((host, port), secret, patience_s=0.0, timeout_s=HANDSHAKE_S)
+        return StoreClient((host, port), secret, patience_s=0.0, timeout_s=HANDSHAKE_S), endpoint
     except TransportError as error:
         return error
-    return JobStore(client, timedelta(seconds=ANSWER_S)), place
 
 
-def _serve(host: str, interface: str, port: int, local_address: str, secret: bytes) -> tuple[JobStore, Place]:
+def _serve(
+    host: str, interface: str, port: int, local_address: str, secret: bytes
+) -> tuple[StoreClient, StoreEndpoint]:
     server = StoreServer(interface, secret, port)
-    place = Place(host, server.port, local_address, True, secret, server)
+    endpoint = StoreEndpoint(host, server.port, local_address, True, secret, server)
     try:
-        return place.connect(), place
+        return endpoint.connect(), endpoint
     except TransportError:
         server.close()
         raise

@@ -1,4 +1,4 @@
-"""The places of a job's nodes in a Ray cluster: bundles of placement groups, each on a node of its own.
+"""Reserves nodes of a Ray cluster for a job: bundles of placement groups, each on a node of its own.
 
 The fewest nodes that the job goes on with are first reserved as one STRICT_SPREAD group, as a whole or not at all, so
 that two jobs do not hold half of what each needs. Then each of these nodes, and every further one, gets a group of one
@@ -18,24 +18,24 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 NODE_LABEL = "ray.io/node-id"
 SWAP_S = 10.0
-"""What a node has to give its part of the first reservation to a group of its own; another job may be faster."""
+"""How long a node may take to give its part of the first reservation to its own group; another job may be faster."""
 
 
 @dataclass(eq=False)
-class Place:
+class Reservation:
     group: PlacementGroup
     give_up_at: float = inf
     avoids: frozenset[str] = frozenset()
     """Nodes where it must not be."""
     node_id: str | None = None
-    """Where it is; None: nowhere yet."""
+    """The node where it is; None: nowhere yet."""
 
     @property
     def strategy(self) -> PlacementGroupSchedulingStrategy:
         return PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=0)
 
 
-class Places:
+class Reservations:
     """Args:
     bundle: what is needed on a node.
     num_nodes: the fewest nodes.
@@ -44,18 +44,18 @@ class Places:
     def __init__(self, bundle: Mapping[str, float], num_nodes: int) -> None:
         self._bundle = dict(bundle)
         self._first: PlacementGroup | None = placement_group([self._bundle] * num_nodes, strategy="STRICT_SPREAD")
-        self._asked: list[Place] = []
-        self.places: list[Place] = []
+        self._asked: list[Reservation] = []
+        self.placed: list[Reservation] = []
 
     @property
     def has_first(self) -> bool:
-        """Whether the fewest nodes were had."""
+        """The fewest nodes have been reserved."""
         return self._first is None
 
     @property
     def num_swapping(self) -> int:
-        """Nodes of the first reservation that are about to be places of their own."""
-        return sum(place.give_up_at < inf for place in self._asked)
+        """Counts nodes of the first reservation that are about to get one of their own."""
+        return sum(reservation.give_up_at < inf for reservation in self._asked)
 
     def look(self, alive: Container[str]) -> None:
         """Sees what has been placed, as far as those nodes are alive."""
@@ -65,44 +65,44 @@ class Places:
                 return
             give_up_at = time.monotonic() + SWAP_S
             for node_id in table["bundles_to_node_id"].values():
-                self._asked.append(Place(self._group({NODE_LABEL: node_id}), give_up_at))
+                self._asked.append(Reservation(self._group({NODE_LABEL: node_id}), give_up_at))
             remove_placement_group(self._first)
             self._first = None
-        for place in list(self._asked):
-            table = placement_group_table(place.group)
+        for reservation in list(self._asked):
+            table = placement_group_table(reservation.group)
             if table["state"] == "CREATED" and table["bundles_to_node_id"][0] in alive:
-                place.node_id = table["bundles_to_node_id"][0]
-                self._asked.remove(place)
-                self.places.append(place)
-            elif time.monotonic() > place.give_up_at:
-                self._take_back(place)
+                reservation.node_id = table["bundles_to_node_id"][0]
+                self._asked.remove(reservation)
+                self.placed.append(reservation)
+            elif time.monotonic() > reservation.give_up_at:
+                self._take_back(reservation)
 
     def ask_for_one(self, avoid: frozenset[str]) -> None:
-        """Asks for one more place, unless that is asked already, on a node other than those."""
-        for place in [place for place in self._asked if place.give_up_at == inf]:
-            if place.avoids == avoid:
+        """Asks for one more node, other than those, unless that is asked already."""
+        for reservation in [reservation for reservation in self._asked if reservation.give_up_at == inf]:
+            if reservation.avoids == avoid:
                 return
-            self._take_back(place)
+            self._take_back(reservation)
         selector = {NODE_LABEL: f"!in({','.join(sorted(avoid))})"} if avoid else {}
-        self._asked.append(Place(self._group(selector), avoids=avoid))
+        self._asked.append(Reservation(self._group(selector), avoids=avoid))
 
     def _group(self, selector: dict[str, str]) -> PlacementGroup:
         return placement_group([self._bundle], strategy="STRICT_SPREAD", bundle_label_selector=[selector])
 
     def take_back(self) -> None:
         """Asks for no more."""
-        for place in [place for place in self._asked if place.give_up_at == inf]:
-            self._take_back(place)
+        for reservation in [reservation for reservation in self._asked if reservation.give_up_at == inf]:
+            self._take_back(reservation)
 
-    def _take_back(self, place: Place) -> None:
-        self._asked.remove(place)
-        remove_placement_group(place.group)
+    def _take_back(self, reservation: Reservation) -> None:
+        self._asked.remove(reservation)
+        remove_placement_group(reservation.group)
 
-    def give_back(self, place: Place) -> None:
-        self.places.remove(place)
-        remove_placement_group(place.group)
+    def give_back(self, reservation: Reservation) -> None:
+        self.placed.remove(reservation)
+        remove_placement_group(reservation.group)
 
     def close(self) -> None:
-        groups = [place.group for place in (*self._asked, *self.places)]
+        groups = [reservation.group for reservation in (*self._asked, *self.placed)]
         for group in groups if self._first is None else [*groups, self._first]:
             remove_placement_group(group)
