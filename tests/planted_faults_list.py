@@ -256,8 +256,8 @@ DATA = [
         "ranks_share_samples",
         "Every sample is seen exactly once an epoch, on any number of ranks.",
         "windlass/data/loader.py",
-        "own = self._rank * self._batch_size + np.arange",
-        "own = self._rank + np.arange",
+        "own = self._data_rank * self._batch_size + np.arange",
+        "own = self._data_rank + np.arange",
         (f"{TRAIN}/data/test_data_loader.py::test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch",),
     ),
     Fault(
@@ -394,9 +394,9 @@ RESUME = [
     Fault(
         "uneven_cut_placed_wrongly",
         "A checkpoint restores bit for bit into another number of ranks, also where dims do not divide.",
-        "windlass/parallel/fragment.py",
-        "chunk = -(-size // num_ranks)",
-        "chunk = max(1, size // num_ranks)",
+        "windlass/parallel/layout.py",
+        "chunk = -(-size // self.num_ranks)",
+        "chunk = max(1, size // self.num_ranks)",
         (f"{DISTRIBUTED}/test_reshard.py::test_uneven_cuts_and_empty_shards_restore_every_bit",),
     ),
 ]
