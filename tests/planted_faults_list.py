@@ -257,7 +257,7 @@ DATA = [
         "Every sample is seen exactly once an epoch, on any number of ranks.",
         "windlass/data/loader.py",
         "own = self._data_rank * self._batch_size + np.arange",
-        "own = self._rank + np.arange",
+        "own = self._data_rank + np.arange",
         (f"{UNIT}/data/test_data_loader.py::test_four_then_two_then_three_ranks_see_each_sample_once_an_epoch",),
     ),
     Fault(

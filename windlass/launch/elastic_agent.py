@@ -32,7 +32,8 @@ from windlass.checkpoint.net.handshake import TransportError
 from windlass.errors import EXIT_STOPPED
 from windlass.launch.attempt import Attempt
 from windlass.launch.config import LaunchConfig
-from windlass.launch.fork_server import fork_context, forked_worker, send_signal
+from windlass.launch.fork_server import fork_context, send_signal
+from windlass.launch.forked_worker import forked_worker
 from windlass.launch.job_messages import JobEnded, JobMessages, NodeReport, Phase
 from windlass.launch.policy import LAST_S, REFUSAL_S, WorkerEnd
 from windlass.launch.store_endpoint import SAY_AFTER_S, StoreEndpoint

@@ -16,7 +16,7 @@ import multiprocessing.util
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -90,13 +90,6 @@ def shared_cores(num_ranks: int) -> Iterator[None]:
     finally:
         if not is_chosen:
             os.environ.pop("OMP_NUM_THREADS", None)
-
-
-def forked_worker(config_file: str, environment: Mapping[str, str]) -> None:
-    """Runs a worker. A launcher that names it has no need itself of all that a worker imports, which takes seconds."""
-    from windlass.launch.worker import forked
-
-    forked(config_file, environment)
 
 
 def send_signal(process: BaseProcess, number: int) -> None:
