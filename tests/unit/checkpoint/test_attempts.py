@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import Training
 from support.agents import shared_memory
+from support.checkpoints import Training
 
 from windlass.checkpoint.agent.listing import list_agents
 from windlass.parallel.mesh import Mesh

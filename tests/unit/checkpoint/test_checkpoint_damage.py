@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import Training, chunks_of, own_chunk
+from support.checkpoints import Training, chunks_of, own_chunk
 from support.files import flip, snapshot_of
 from torch import nn
 

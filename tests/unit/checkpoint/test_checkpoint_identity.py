@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import Training
+from support.checkpoints import Training
 
 from windlass.checkpoint import inspect
 from windlass.checkpoint.durable.manifest import MANIFEST, Manifest, _digest, step_folder, step_of

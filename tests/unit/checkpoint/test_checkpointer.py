@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import Counter, MakeOptimizer, Training
+from support.checkpoints import Counter, MakeOptimizer, Training
 from support.files import disk_full_after, snapshot_of
 from torch import nn
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import bits_of
 from safetensors.torch import load_file
+from support.checkpoints import bits_of
 
 from windlass.checkpoint import image
 from windlass.checkpoint.durable.chunk_file import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_helpers import Training, own_chunk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.checkpoints import Training, own_chunk
 
 from windlass.checkpoint import inspect
 from windlass.checkpoint.durable.manifest import FORMAT, MANIFEST, VERSION, Manifest, _digest

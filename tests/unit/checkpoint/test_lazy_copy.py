@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_helpers import Training
 from support.agents import shared_memory, wait_until
+from support.checkpoints import Training
 from torch import nn
 
 from windlass.checkpoint.agent.slots import SlotFiles

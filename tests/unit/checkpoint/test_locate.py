@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from checkpoint_helpers import Training
+from support.checkpoints import Training
 
 from windlass.checkpoint import inspect
 from windlass.checkpoint.durable.locate import checkpoints_of, find_checkpoint

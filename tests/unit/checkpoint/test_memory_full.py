@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from checkpoint_helpers import Training
 from support.agents import Cluster, shared_memory, small_tmpfs, wait_until
+from support.checkpoints import Training
 
 from windlass.checkpoint import inspect
 from windlass.checkpoint.agent import slots

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import bits_of
+from support.checkpoints import bits_of
 from support.low_rank import CutMatrices, RowMoment, state_of, train
 from torch import nn
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import Training
+from support.checkpoints import Training
 from support.files import snapshot_of
 
 from windlass import mapped_file

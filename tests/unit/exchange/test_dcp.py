@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_helpers import MakeOptimizer, Training, bits_of
+from support.checkpoints import MakeOptimizer, Training, bits_of
 from support.files import disk_full_after
 from torch import nn
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as OldTensorProperties

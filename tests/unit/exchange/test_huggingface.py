@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_helpers import bits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.checkpoints import bits_of
 from support.files import disk_full_after, snapshot_of
 
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError

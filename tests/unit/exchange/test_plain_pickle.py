@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoint_helpers import Training
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.checkpoints import Training
 
 from windlass.errors import ConfigError, CorruptCheckpoint, DoesNotFit, RunFolderError
 from windlass.exchange import plain_pickle
