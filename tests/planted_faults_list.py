@@ -522,10 +522,10 @@ MEMORY = [
     Fault(
         "header_says_committed_too_early",
         "What a slot's header says is true: it is committed when all nodes have prepared it.",
-        "windlass/checkpoint/agent/process.py",
-        "            if slot.phase == Phase.empty:\n                if files.header is not None and files.index",
-        "            if slot.phase == Phase.prepared:\n                files.set_phase(Phase.committed)\n"
-        "            elif slot.phase == Phase.empty:\n                if files.header is not None and files.index",
+        "windlass/checkpoint/agent/core.py",
+        "return [SealSlot(index, replace(header, phase=Phase.prepared))]",
+        "return [SealSlot(index, replace(header, phase=Phase.prepared)), "
+        "WriteHeader(index, replace(header, phase=Phase.committed))]",
         (f"{CHECKPOINT}/test_agent.py::test_a_header_says_committed_when_all_nodes_have_prepared_and_not_before",),
     ),
     Fault(

@@ -18,8 +18,8 @@ from support.snapshots import Protected
 from support.toy import Layout
 
 from windlass.checkpoint.agent.client import AgentClient
+from windlass.checkpoint.agent.header import Header
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId, Stale
-from windlass.checkpoint.agent.slots import Header
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.manifest import committed_steps
 from windlass.errors import EXIT_DONE

@@ -23,8 +23,9 @@ import pytest
 from support.stored import noise
 from windlass.checkpoint.agent.client import AgentClient
 from windlass.checkpoint.agent.folder import AgentFolder
+from windlass.checkpoint.agent.header import Header
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.agent.slots import Header, SharedFile, SlotFiles
+from windlass.checkpoint.agent.slots import SharedFile, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.durable.storage import Location

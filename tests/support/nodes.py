@@ -25,8 +25,8 @@ from support import runs
 from support.ranks import CONTEXT, free_port
 from windlass.checkpoint.agent.client import AgentClient
 from windlass.checkpoint.agent.folder import AgentFolder, folders
+from windlass.checkpoint.agent.header import Header
 from windlass.checkpoint.agent.ledger import Phase
-from windlass.checkpoint.agent.slots import Header
 
 WAIT_S = 60.0
 

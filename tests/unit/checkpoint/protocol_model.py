@@ -1,4 +1,4 @@
-"""A job of n nodes around real ledgers: what may happen to it, one event at a time, and what must hold after each.
+"""A job of n nodes around the cores of real agents: what may happen to it, event by event, and what must then hold.
 
 The network is the set of all reports ever sent: any may arrive anywhere, at any time, often or never. Trainers are what
 they agreed on and have still to do. A state is not changed: an event makes the next one.
@@ -7,20 +7,23 @@ they agreed on and have still to do. A state is not changed: an event makes the 
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol_node import FOREVER, WHOLE, Job, Node, Part, Violation, step_of
+from protocol_node import FOREVER, Job, Node, Part, Violation, group_of, header_of, layout_of, step_of
 
-from windlass.checkpoint.agent.ledger import IN_FLIGHT, Busy, Ledger, Phase, Report, Slot, SnapshotId, Stale
+from windlass.checkpoint.agent.core import GIVE_UP_S
+from windlass.checkpoint.agent.effects import Effect
+from windlass.checkpoint.agent.ledger import IN_FLIGHT, WHOLE, Busy, Phase, Report, SnapshotId, Stale
 from windlass.checkpoint.snapshot.plan import RecoveryPlan, plan_recovery
 
 Event = tuple[Any, ...]
 """(kind, node or -1, ...)."""
-MAX_WRITES = {"begin": 1, "local": 1, "prepare": 1, "hear": 1, "abort": 2}
-"""How much an event writes down; a fence may write every slot, and the generation."""
+MAX_EFFECTS = {"begin": 2, "local": 3, "prepare": 3, "hear": 2, "abort": 4, "rebuild": 3}
+"""How many effects an event may have, and for what trainers ask, its answer; a fence may write every slot, and more."""
 _sound: set[tuple[Any, ...]] = set()
 """What `World.check` has found in order: it depends on what is written down alone, not on how it came about."""
 
@@ -51,15 +54,15 @@ class World:
     """How many nodes that held `floor` were lost since."""
     num_kills: int = 0
     num_pins: int = 0
-    max_writes: int = FOREVER
+    effects_left: int = FOREVER
+    """After so many the agent is killed."""
     touched: set[int] = field(default_factory=set)
 
     @staticmethod
     def begin(job: Job) -> World:
         world = World(job, [Node(job, position) for position in range(job.num_nodes)])
         for position, node in enumerate(world.nodes):
-            node.ledger.fence(world.generation, position, job.num_nodes)
-            node.write()
+            node.do(node.core.configure(group_of(job, world.generation, position), []), [])
         return world
 
     def key(self) -> tuple[Any, ...]:
@@ -97,13 +100,16 @@ class World:
             for event in self._node_events(index):
                 yield event
                 if self.num_kills < job.max_kills:
-                    for num_writes in range(MAX_WRITES.get(event[0], job.num_slots + 1)):
-                        yield ("killed", index, num_writes, event)
-            for slot, content in enumerate(self.nodes[index].ledger.slots):
-                if content.is_pinned:
-                    yield ("unpin", index, slot)
-                elif content.phase == Phase.committed and self.num_pins < job.max_pins:
-                    yield ("pin", index, slot)
+                    is_short = event[0] == "local" and job.num_parity_shards > 0
+                    for num_effects in range(1 if is_short else MAX_EFFECTS.get(event[0], job.num_slots + 2)):
+                        yield ("killed", index, num_effects, event)
+            core = self.nodes[index].core
+            if core.persists.job is not None:
+                yield ("unpin", index)
+            if self.num_pins < job.max_pins and core.group is not None:
+                newest = core.ledger.committed
+                if newest is not None and not core.persists.knows(newest):
+                    yield ("pin", index)
             if self.num_kills < job.max_kills:
                 yield ("kill", index)
             if self.num_lost < job.num_parity_shards or not self.nodes[index].holds_floor:
@@ -111,7 +117,12 @@ class World:
         if self.generation <= job.max_crashes:
             yield ("crash", -1)
         if not self.is_training and not self.to_fence and self.restored is not None:
-            yield from (("rebuild", index) for index in up if self._may_rebuild(index))
+            for index in [index for index in up if self._may_rebuild(index)]:
+                yield ("rebuild", index)
+                if self.num_kills < job.max_kills:
+                    yield from (
+                        ("killed", index, number, ("rebuild", index)) for number in range(MAX_EFFECTS["rebuild"])
+                    )
 
     def _node_events(self, index: int) -> Iterator[Event]:
         """What changes a ledger, in steps that the agent may be killed between."""
@@ -124,17 +135,17 @@ class World:
                 yield ("abort", index)
             if phase == Phase.writing:
                 yield ("local", index)
-            if phase == Phase.local and (job.num_parity_shards == 0 or len(self.finished) == job.num_nodes):
+            if phase == Phase.local and len(self.finished) == job.num_nodes:
                 yield ("prepare", index)
         for report in self.sent:
-            if report.generation == node.ledger.generation and report.position != index:
+            if report.generation == node.core.ledger.generation and report.position != index:
                 yield ("hear", index, report)
         if index in self.to_fence:
             yield ("fence", index)
 
     def _may_agree(self, up: list[int]) -> bool:
         is_whole = self.is_training and not self.to_begin | self.to_abort and len(up) == self.job.num_nodes
-        return is_whole and all(node.ledger.free_slot() is not None for node in self.nodes)
+        return is_whole and all(node.core.ledger.free_slot() is not None for node in self.nodes)
 
     def _may_rebuild(self, index: int) -> bool:
         assert self.restored is not None
@@ -148,15 +159,20 @@ class World:
         world = self.clone()
         kind, index, *rest = event
         getattr(world, f"_{kind}")(*([index] if index >= 0 else []), *rest)
-        for touched in world.touched:
-            if world.nodes[touched].is_up and kind not in ("pin", "unpin"):
-                world._send(touched)
         return world
 
-    def _send(self, index: int) -> None:
-        report = self.nodes[index].ledger.report()
-        if report not in self.sent and (report.prepared or report.aborted):
-            self.sent += (report,)
+    def _do(self, index: int, effects: list[Effect]) -> bool:
+        """Does what the core of a node asks for, unless the agent is killed before all of it is done: then False."""
+        sent: list[Report] = []
+        self.effects_left -= self.nodes[index].do(effects, sent, self.effects_left)
+        self._send(sent)
+        if self.effects_left:
+            return True
+        self._kill(index)
+        return False
+
+    def _send(self, reports: list[Report]) -> None:
+        self.sent += tuple(report for report in reports if report not in self.sent)
 
     def _agree(self) -> None:
         is_first = self.agreed is None or self.agreed.generation != self.generation
@@ -168,100 +184,113 @@ class World:
     def _begin(self, index: int) -> None:
         assert self.agreed is not None
         node, self.to_begin = self.node(index), self.to_begin - {index}
-        before = [(slot.snapshot, slot.phase) for slot in node.ledger.slots]
+        before = [(slot.snapshot, slot.phase) for slot in node.core.ledger.slots]
+        read = node.core.persists.job
         try:
-            slot = node.ledger.begin(self.agreed)
+            effects = node.core.begin(header_of(self.job, self.agreed, index))
         except (Busy, Stale):
-            self._give_up(node)
+            effects = self._give_up(node)
         else:
+            taken = before[node.core.slot_of(header_of(self.job, self.agreed, index))][0]
             newest = max((s for s, phase in before if phase == Phase.committed and s is not None), default=None)
-            if self.job.num_slots > 1 and newest is not None and before[slot][0] == newest:
+            if self.job.num_slots > 1 and newest is not None and taken == newest:
                 raise Violation("a snapshot was begun over the newest that is committed")
+            if read is not None and taken == read.snapshot:
+                raise Violation("a snapshot was begun over one that is being written to disk")
             if self.job.num_slots == 1:
                 self.floor = None  # the weaker promise: nothing is kept from a begin to the next commit
-        if not self._write(index):
+        if not self._do(index, effects):
             self.to_abort |= {index}
 
     def _abort(self, index: int) -> None:
         self.to_begin, self.to_abort = self.to_begin - {index}, self.to_abort - {index}
-        self._give_up(self.node(index))
-        if not self._write(index):
+        if not self._do(index, self._give_up(self.node(index))):
             self.to_abort |= {index}
 
-    def _give_up(self, node: Node) -> None:
+    def _give_up(self, node: Node) -> list[Effect]:
         assert self.agreed is not None
         before = node.memory()
         was_prepared = node.phase_of(self.agreed) in WHOLE
-        is_taken = node.ledger.abort(self.agreed)
-        if (was_prepared or self.agreed.generation != node.ledger.generation) and (is_taken or node.memory() != before):
+        effects = node.core.give_up(self.agreed, "it is to be")
+        is_other = self.agreed.generation != node.core.ledger.generation
+        if (was_prepared or is_other) and (effects or node.memory() != before):
             raise Violation("a snapshot was given up that others may have committed, or of another generation")
+        return effects
 
     def _local(self, index: int) -> None:
+        """The data of the node's only rank is there. The core may refuse it, as it is of an older generation."""
         assert self.agreed is not None
-        self._advance(index, lambda ledger, snapshot: ledger.finish_local(snapshot))
+        node = self.node(index)
+        before = node.memory()
+        self._fill(node, self.agreed, has_parity=self.job.num_parity_shards == 0)
+        try:
+            self._tell(index, node.core.copied, self.agreed, index)
+        except Stale:
+            if node.memory() != before or self.agreed.generation == node.core.ledger.generation:
+                raise Violation("what was refused had an effect") from None
         if self.nodes[index].phase_of(self.agreed) == Phase.local:
             self.finished |= {index}
 
     def _prepare(self, index: int) -> None:
-        self._advance(index, lambda ledger, snapshot: ledger.prepare(snapshot))
-
-    def _advance(self, index: int, change: Callable[[Ledger, SnapshotId], None]) -> None:
-        """The bytes are there, and the ledger hears of it: it may refuse, as they are of an older generation."""
+        """The data of all others is there."""
         assert self.agreed is not None
         node = self.node(index)
-        before, committed = node.memory(), node.ledger.committed
-        slot = node.ledger.find(self.agreed)
-        part = None if slot is None else node.parts[slot]
-        if part is not None and slot is not None:
-            node.parts[slot] = part._replace(has_data=True, has_parity=part.has_data)
-        try:
-            change(node.ledger, self.agreed)
-        except Stale:
-            if node.memory() != before or self.agreed.generation == node.ledger.generation:
-                raise Violation("what was refused had an effect") from None
-        if self._write(index):
-            self._note_commit(node, committed)
+        self._fill(node, self.agreed, has_parity=True)
+        progress = node.core.progress
+        owed = {} if progress is None else progress.owed.copy()
+        while owed:
+            position, num_blocks = owed.popitem()
+            num_whole = 0 if owed else self.job.num_parity_shards
+            self._tell(index, node.core.parity_arrived, self.agreed, position, num_blocks, num_whole)
+
+    def _fill(self, node: Node, snapshot: SnapshotId, has_parity: bool) -> None:
+        for index, part in enumerate(node.parts):
+            if part is not None and part.snapshot == snapshot:
+                node.parts[index] = Part(snapshot, has_data=True, has_parity=has_parity)
 
     def _hear(self, index: int, report: Report) -> None:
-        node = self.node(index)
-        committed = node.ledger.committed
-        node.ledger.hear(report)
-        if self._write(index):
-            self._note_commit(node, committed)
+        self._tell(index, self.node(index).core.hear, report)
+
+    def _tell(self, index: int, message: Callable[..., list[Effect]], *args: Any) -> None:
+        """Gives the core of a node a message that may make it commit, and does what comes of it."""
+        node = self.nodes[index]
+        before = node.core.ledger.committed
+        self._do(index, message(*args))
+        self._note_commit(node, before)
 
     def _note_commit(self, node: Node, before: SnapshotId | None) -> None:
         """The first commit of a snapshot anywhere. Once a recovery has asked what there is, it decides."""
-        committed = node.ledger.committed
+        committed = node.core.ledger.committed
         is_new = committed is not None and committed != before and (self.floor is None or committed > self.floor)
         if self.is_training and is_new:
             self.floor, self.num_lost = committed, self.job.num_nodes - len(self.up())
             for other in self.up():
                 self.node(other).holds_floor = True
 
-    def _pin(self, index: int, slot: int) -> None:
-        self.node(index).ledger.slots[slot].is_pinned = True
+    def _pin(self, index: int) -> None:
+        """Somebody takes the machine away, say: what is committed is to be written to disk."""
+        self._do(index, self.node(index).core.persist_newest())
         self.num_pins += 1
 
-    def _unpin(self, index: int, slot: int) -> None:
-        self.node(index).ledger.slots[slot].is_pinned = False
+    def _unpin(self, index: int) -> None:
+        sent: list[Report] = []
+        self.node(index).finish_persist(sent)
+        self._send(sent)
 
     def _kill(self, index: int) -> None:
         self.num_kills += 1
-        self.node(index).restart(self.job)
+        self.effects_left = FOREVER
+        sent: list[Report] = []
+        self.node(index).restart(self.job, sent)
+        self._send(sent)
 
-    def _killed(self, index: int, num_writes: int, event: Event) -> None:
-        """In the midst of `event`, after so much of it was written down."""
-        self.max_writes = num_writes
+    def _killed(self, index: int, num_effects: int, event: Event) -> None:
+        """In the midst of `event`, after so many effects of it."""
+        self.effects_left = num_effects
         kind, _, *rest = event
         getattr(self, f"_{kind}")(index, *rest)
-        self.max_writes = FOREVER
-
-    def _write(self, index: int) -> bool:
-        """What the ledger says, unless the agent is killed before all of it is down: then False."""
-        if self.nodes[index].write(self.max_writes):
-            return True
-        self._kill(index)
-        return False
+        if self.effects_left < FOREVER:
+            self._kill(index)
 
     def _lose(self, index: int) -> None:
         node = self.node(index)
@@ -280,21 +309,21 @@ class World:
         self.is_training, self.to_fence = False, frozenset(range(self.job.num_nodes))
 
     def _fence(self, index: int) -> None:
-        node = self.node(index)
-        node.ledger.fence(self.generation, index, self.job.num_nodes, [self.restored] if self.restored else [])
-        if self._write(index):
+        keep = [self.restored] if self.restored else []
+        if self._do(index, self.node(index).core.configure(group_of(self.job, self.generation, index), keep)):
             self.to_fence -= {index}
         self._resume_if_ready()
 
     def _rebuild(self, index: int) -> None:
         assert self.restored is not None
-        node = self.node(index)
-        slot = next((slot for slot, content in enumerate(node.ledger.slots) if content.phase == Phase.empty), None)
-        if slot is None:
-            raise Violation("there is no room to rebuild what is to be gone on from")
-        node.ledger.slots[slot] = Slot(self.restored, Phase.committed)
-        node.parts[slot] = Part(self.restored, True, True)
-        self._write(index)
+        node, header = self.node(index), header_of(self.job, self.restored, index)
+        try:
+            effects = node.core.begin_rebuild(header)
+        except Busy:
+            raise Violation("there is no room to rebuild what is to be gone on from") from None
+        if self._do(index, effects):
+            self._fill(node, self.restored, has_parity=True)
+            self._do(index, node.core.rebuilt(header))
         self._resume_if_ready()
 
     def _resume_if_ready(self) -> None:
@@ -312,23 +341,21 @@ class World:
 
     def check_stale(self) -> None:
         """Nothing of an older generation changes anything."""
-        for node in self.nodes:
-            before, ledger = node.memory(), node.ledger
-            for report in self.sent:
-                if report.generation != ledger.generation:
-                    ledger.hear(report)
+        for index, node in enumerate(self.nodes):
+            before, core = node.memory(), node.core
+            generation = core.ledger.generation
+            effects = [core.hear(report) for report in self.sent if report.generation != generation]
             old = [snapshot for snapshot in (self.agreed, self.restored) if snapshot is not None]
-            for snapshot in [s for s in old if s.generation != ledger.generation]:
-                is_refused = not ledger.abort(snapshot)
-                for change in (ledger.begin, ledger.finish_local, ledger.prepare):
+            for snapshot in [s for s in old if s.generation != generation]:
+                effects += [core.give_up(snapshot, "it is old"), core.parity_arrived(snapshot, 0, 1, 1)]
+                begun = header_of(self.job, snapshot, index)
+                for message in (functools.partial(core.begin, begun), functools.partial(core.copied, snapshot, index)):
                     try:
-                        change(snapshot)
-                        is_refused = False
+                        message()
                     except Stale:
                         continue
-                if not is_refused:
-                    raise Violation(f"{snapshot} was taken in generation {ledger.generation}")
-            if node.memory() != before:
+                    raise Violation(f"{snapshot} was taken in generation {generation}")
+            if any(effects) or node.memory() != before:
                 raise Violation("a message of another generation had an effect")
 
     def settle(self) -> None:
@@ -342,9 +369,9 @@ class World:
                 for index, node in enumerate(world.nodes):
                     for other in range(world.job.num_nodes):
                         if other != index:
-                            world.node(other).ledger.hear(node.ledger.report())
+                            world.node(other).do(world.node(other).core.hear(node.core.ledger.report()), [])
         for node in world.nodes:
-            if node.ledger.free_slot() is None:
+            if node.core.ledger.free_slot() is None:
                 raise Violation("a node waits forever for what will not come")
 
     def _recover(self) -> None:
@@ -361,32 +388,32 @@ class World:
         """What nodes do on their own. What is not prepared after a long time is given up."""
         for index in range(self.job.num_nodes):
             node = self.node(index)
-            for slot in node.ledger.slots:
-                slot.is_pinned = False
+            while node.core.persists.job is not None:
+                node.finish_persist([])
             if index in self.to_begin:
                 self._begin(index)
             if index in self.to_abort:
                 self._abort(index)
             if self.agreed is not None and node.phase_of(self.agreed) == Phase.writing:
                 self._local(index)
-        is_whole = self.job.num_parity_shards == 0 or len(self.finished) == self.job.num_nodes
+        is_whole = len(self.finished) == self.job.num_nodes
         for index, node in enumerate(self.nodes):
-            if self.agreed is not None and node.phase_of(self.agreed) == Phase.local:
-                if is_whole:
-                    self._prepare(index)
-                elif is_late:
-                    self._abort(index)
+            if self.agreed is not None and node.phase_of(self.agreed) == Phase.local and is_whole:
+                self._prepare(index)
+            elif is_late:
+                node.core.now = 2 * GIVE_UP_S
+                self._do(index, node.core.tick())
 
     def plan(self, gone: tuple[int, ...] = ()) -> RecoveryPlan | None:
         """What trainers would go on from, if the nodes `gone` were lost."""
-        nodes = [node.held(self.job) if node.is_up and node.position not in gone else () for node in self.nodes]
+        nodes = [node.held() if node.is_up and node.position not in gone else () for node in self.nodes]
         return plan_recovery(nodes, FOREVER)
 
     def check(self) -> None:
         """Whichever nodes are lost next, as many as the job bears, what was committed is there to go on from."""
         job, up = self.job, self.up()
         spare = job.num_parity_shards - self.num_lost if self.floor is not None else 0
-        slots = tuple((*node.headers, *node.parts, node.is_up) for node in self.nodes)
+        slots = tuple(node.disk_key() for node in self.nodes)
         key = (slots, self.floor, spare, job.num_parity_shards)
         if key in _sound:
             return
@@ -401,6 +428,6 @@ class World:
             for position, index in plan.holders.items():
                 if position != index or Part(plan.snapshot, True, True) not in self.nodes[index].parts:
                     raise Violation(f"node {index} says that it holds {plan.snapshot}, and does not")
-            if (plan.step, plan.layout) != (step_of(plan.snapshot), f"cut {plan.snapshot.generation}"):
+            if (plan.step, plan.layout) != (step_of(plan.snapshot), layout_of(plan.snapshot)):
                 raise Violation(f"steps or layouts are mixed in {plan}")
         _sound.add(key)

@@ -10,8 +10,9 @@ from typing import Self
 
 import pytest
 from protocol_model import Event, World
-from protocol_node import Job, Node, Violation
+from protocol_node import Job, Violation
 
+from windlass.checkpoint.agent.core import AgentCore
 from windlass.checkpoint.agent.ledger import Ledger, Phase, Report, Slot, SnapshotId
 
 SMALL = [
@@ -261,8 +262,9 @@ def test_a_broken_protocol_is_caught(ledger: type[Ledger]) -> None:
 
 @pytest.mark.slow
 def test_an_agent_that_writes_down_in_another_order_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_order = Node._writes
-    monkeypatch.setattr(Node, "_writes", lambda node: reversed(list(in_order(node))))
+    for message in ("_sync", "configure"):
+        in_order = getattr(AgentCore, message)
+        monkeypatch.setattr(AgentCore, message, lambda *arguments, of=in_order: of(*arguments)[::-1])
     explorer = Explorer(Job(2, 1, 2, max_pins=0))
     with pytest.raises(Violation):
         for seed in range(1000):

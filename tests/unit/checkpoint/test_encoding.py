@@ -13,8 +13,10 @@ import pytest
 from support.agents import shared_memory
 
 from windlass.checkpoint.agent.encoding import Encoding
+from windlass.checkpoint.agent.header import Header, Region
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
-from windlass.checkpoint.agent.slots import Header, Region, SlotFiles
+from windlass.checkpoint.agent.progress import Progress
+from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.codec.erasure import Codec
 from windlass.checksum import crc32c
@@ -37,7 +39,7 @@ def begin(shm: Path, stripes: Stripes, position: int, region_bytes: list[int]) -
     n, m = stripes.num_nodes, stripes.num_parity_shards
     files = SlotFiles(shm, position)
     files.begin(Header(SNAPSHOT, 1, Phase.writing, position, n, m, stripes.node_bytes, n, "", tuple(regions)))
-    return files, Encoding(SNAPSHOT, files, range(len(regions)), began=0.0)
+    return files, Encoding(files)
 
 
 def add(encoding: Encoding, row: int, chunk: int, block: int, data: np.ndarray) -> bool | None:
@@ -67,8 +69,10 @@ def test_any_order_on_any_threads_gives_the_parity_of_the_whole(n: int, m: int, 
         expected[row] = parity[row]
         arrivals += [(row, chunk, block) for chunk in range(n - m) for block in range(stripes.blocks_per_chunk)]
     order.shuffle(arrivals)
-    assert encoding.parity_left == m * stripes.blocks_per_chunk
-    assert sum(encoding.owed.values()) == len(arrivals)
+    assert files.header is not None
+    progress = Progress.begin(files.header, now=0.0)
+    assert progress.parity_left == m * stripes.blocks_per_chunk
+    assert sum(progress.owed.values()) == len(arrivals)
 
     def arrive(arrival: tuple[int, int, int]) -> bool:
         row, chunk, block = arrival
@@ -100,14 +104,16 @@ def test_memory_of_an_older_snapshot_does_not_come_through(shm: Path) -> None:
 
 def test_what_a_node_owes_is_known(shm: Path) -> None:
     stripes = Stripes(4, 1, 6 * BLOCK_BYTES)  # 2 blocks a chunk
-    _, encoding = begin(shm, stripes, 0, [6 * BLOCK_BYTES])
-    assert dict(encoding.owed) == {1: 2, 2: 2, 3: 2}
-    assert not encoding.has_begun_to_send(1)
-    encoding.owed[1] -= 1
-    assert encoding.has_begun_to_send(1)
-    encoding.owed[1] -= 1
-    assert not encoding.has_begun_to_send(1), "it has sent all"
-    assert not encoding.has_begun_to_send(0), "a node owes itself nothing"
+    files, _ = begin(shm, stripes, 0, [6 * BLOCK_BYTES])
+    assert files.header is not None
+    progress = Progress.begin(files.header, now=0.0)
+    assert dict(progress.owed) == {1: 2, 2: 2, 3: 2}
+    assert not progress.has_begun_to_send(1)
+    progress.owed[1] -= 1
+    assert progress.has_begun_to_send(1)
+    progress.owed[1] -= 1
+    assert not progress.has_begun_to_send(1), "it has sent all"
+    assert not progress.has_begun_to_send(0), "a node owes itself nothing"
 
 
 def test_nothing_is_added_to_a_snapshot_that_is_over(shm: Path) -> None:
@@ -128,8 +134,10 @@ def test_blocks_that_no_region_covers_are_the_agents_to_sum(shm: Path) -> None:
 
 
 def test_without_parity_only_ranks_are_awaited(shm: Path) -> None:
-    _, encoding = begin(shm, Stripes(3, 0, BLOCK_BYTES), 0, [10, 10])
-    assert (encoding.parity_left, encoding.waiting, sum(encoding.owed.values())) == (0, {0, 1}, 0)
+    files, _ = begin(shm, Stripes(3, 0, 2 * BLOCK_BYTES), 0, [10, 10])
+    assert files.header is not None
+    progress = Progress.begin(files.header, now=0.0)
+    assert (progress.parity_left, progress.waiting, sum(progress.owed.values())) == (0, {0, 1}, 0)
 
 
 def test_two_threads_on_one_block_lose_nothing(shm: Path) -> None:

@@ -14,8 +14,9 @@ from support.agents import shared_memory, small_tmpfs
 from support.files import disk_full_after, flip
 from support.stored import noise
 
+from windlass.checkpoint.agent.header import Header, Region
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId
-from windlass.checkpoint.agent.slots import Header, Region, SharedFile, SlotFiles
+from windlass.checkpoint.agent.slots import SharedFile, SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checksum import crc32c
 
@@ -49,7 +50,7 @@ def whole_slot(folder: Path, phase: Phase = Phase.committed) -> SlotFiles:
     for number in range(6):
         files.blocks(number)[:] = noise(str(number), BLOCK_BYTES)
         files.table[number] = crc32c(files.blocks(number))
-    files.set_phase(phase, with_table=True)
+    files.seal(replace(HEADER, phase=phase))
     return files
 
 
@@ -95,7 +96,7 @@ def test_a_whole_slot_is_adopted_with_its_bytes(shm: Path) -> None:
 def test_a_slot_that_is_being_written_is_adopted_without_a_table(phase: Phase, shm: Path) -> None:
     files = SlotFiles(shm, 0)
     files.begin(HEADER)
-    files.set_phase(phase)
+    files.write_header(replace(HEADER, phase=phase))
     found = adopted(shm)
     assert found.header is not None and found.header.phase == phase
     assert found.data is not None and found.data.size == 4 * BLOCK_BYTES

@@ -22,7 +22,7 @@ class SnapshotId(NamedTuple):
 
 
 class Phase(StrEnum):
-    """Of a slot. Those in the middle are in flight: of a snapshot that is not yet committed here."""
+    """How far a slot is. In those in the middle its snapshot is in flight: not yet committed here."""
 
     empty = "empty"
     writing = "writing"
@@ -35,6 +35,7 @@ class Phase(StrEnum):
 
 
 IN_FLIGHT = (Phase.writing, Phase.local, Phase.prepared)
+WHOLE = (Phase.prepared, Phase.committed)
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Slot:
     snapshot: SnapshotId | None = None
     phase: Phase = Phase.empty
     is_pinned: bool = False
-    """Somebody reads it, e.g. to write it to disk: it is not free."""
+    """It is not free: somebody reads it to write it to disk, or fills it from other nodes'."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,14 @@ class Ledger:
     def find(self, snapshot: SnapshotId) -> int | None:
         return next((index for index, slot in enumerate(self.slots) if slot.snapshot == snapshot), None)
 
+    def phase_of(self, snapshot: SnapshotId) -> Phase:
+        """The phase of the slot that holds `snapshot`; empty if there is none."""
+        return next((slot.phase for slot in self.slots if slot.snapshot == snapshot), Phase.empty)
+
+    def has_begun(self, snapshot: SnapshotId) -> bool:
+        """Tells whether a snapshot of this generation was begun or given up here, or a newer one."""
+        return self.newest_begun is not None and self.newest_begun >= snapshot
+
     def free_slot(self) -> int | None:
         """The slot that the next snapshot would take, or None while there is none."""
         if self.in_flight is not None:
@@ -120,7 +129,7 @@ class Ledger:
             Busy: there is no free slot.
         """
         self._require_generation(snapshot)
-        if self.newest_begun is not None and snapshot <= self.newest_begun:
+        if self.has_begun(snapshot):
             raise Stale(f"snapshot {snapshot} is not newer than {self.newest_begun}")
         index = self.free_slot()
         if index is None:
@@ -148,7 +157,7 @@ class Ledger:
             return False
         index = self.find(snapshot)
         if index is None:
-            if self.newest_begun is not None and snapshot <= self.newest_begun:
+            if self.has_begun(snapshot):
                 return False
             self.newest_begun = snapshot
         elif self.slots[index].phase in (Phase.prepared, Phase.committed):
@@ -157,6 +166,34 @@ class Ledger:
             self.slots[index] = Slot()
         self.aborted = snapshot
         return True
+
+    def pin(self, snapshot: SnapshotId) -> None:
+        """Keeps a snapshot's slot from being taken: somebody reads it."""
+        index = self.find(snapshot)
+        if index is not None:
+            self.slots[index].is_pinned = True
+
+    def release(self, snapshot: SnapshotId) -> None:
+        """Nobody reads a snapshot's slot any more."""
+        index = self.find(snapshot)
+        if index is not None:
+            self.slots[index].is_pinned = False
+
+    def begin_rebuild(self) -> int:
+        """Takes an empty slot that is to be filled from other nodes'. Raises Busy if there is none."""
+        for index, slot in enumerate(self.slots):
+            if slot.phase == Phase.empty and not slot.is_pinned:
+                slot.is_pinned = True
+                return index
+        raise Busy("there is no empty slot")
+
+    def finish_rebuild(self, index: int, snapshot: SnapshotId) -> None:
+        """The slot holds what was committed elsewhere; one that was mended in place stays pinned."""
+        before = self.slots[index]
+        self.slots[index] = Slot(snapshot, Phase.committed, before.is_pinned and before.snapshot == snapshot)
+
+    def abandon_rebuild(self, index: int) -> None:
+        self.slots[index] = Slot()
 
     def hear(self, report: Report) -> None:
         """Takes in what a peer says of itself. A report of another generation is passed over."""

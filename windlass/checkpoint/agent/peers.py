@@ -6,12 +6,11 @@ import logging
 import math
 import threading
 from collections import deque
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from windlass.checkpoint.agent.effects import Group, Json, SendData
 from windlass.checkpoint.agent.ledger import Report, SnapshotId
 from windlass.checkpoint.agent.repair import TRAINER
-from windlass.checkpoint.agent.slots import SlotFiles
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.handshake import TransportError
@@ -29,41 +28,14 @@ CONFIGURE_S = 20.0
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Group:
-    """The agents that protect each other, in one generation."""
-
-    generation: int
-    position: int
-    addresses: tuple[tuple[str, int], ...]
-    secret: bytes
-    num_parity_shards: int
-    writer: int
-    """The position that writes manifests: of rank 0's node."""
-
-    @property
-    def others(self) -> list[int]:
-        return [position for position in range(len(self.addresses)) if position != self.position]
-
-
-@dataclass
-class Push:
-    """Data of this node that is to become parity on one other."""
-
-    snapshot: SnapshotId
-    files: SlotFiles
-    targets: list[tuple[int, int]]
-    """(chunk, row)."""
-
-
 class PeerSender(threading.Thread):
     """Tells one peer everything that it is to know, in order, over a connection that is made again when it breaks."""
 
     def __init__(self, agent: Agent, group: Group, position: int) -> None:
         super().__init__(name=f"to {position}", daemon=True)
         self.agent, self.group, self.position = agent, group, position
-        self.messages: deque[dict[str, Any]] = deque()
-        self.pushes: deque[Push] = deque()
+        self.messages: deque[Json] = deque()
+        self.pushes: deque[SendData] = deque()
         self._connection: Connection | None = None
         self._told = -1  # the version of the report that the peer has
 
@@ -74,7 +46,7 @@ class PeerSender(threading.Thread):
                 agent.changed.wait_for(self._has_work, REPEAT_S)
                 if self._is_over():
                     break
-                is_quiet = not self._has_work() and agent.ledger.in_flight is None
+                is_quiet = not self._has_work() and agent.core.ledger.in_flight is None
             if is_quiet:
                 continue
             try:
@@ -90,7 +62,7 @@ class PeerSender(threading.Thread):
         self._drop_connection()
 
     def _is_over(self) -> bool:
-        return self.agent.group is not self.group or self.agent.is_closing
+        return self.agent.core.group is not self.group or self.agent.is_closing
 
     def _has_work(self) -> bool:
         return self._is_over() or bool(self.messages or self.pushes) or self._told != self.agent.version
@@ -117,7 +89,7 @@ class PeerSender(threading.Thread):
 
     def _send_report(self, connection: Connection) -> None:
         with self.agent.changed:
-            version, report = self.agent.version, self.agent.ledger.report()
+            version, report = self.agent.version, self.agent.report
         connection.send(
             {
                 "type": "report",
@@ -128,11 +100,12 @@ class PeerSender(threading.Thread):
         )
         self._told = version
 
-    def _push(self, connection: Connection, push: Push) -> None:
+    def _push(self, connection: Connection, push: SendData) -> None:
         """Sends the data of a snapshot, unless it is given up meanwhile."""
-        files, agent = push.files, self.agent
+        agent = self.agent
         with agent.changed:
-            if not agent.is_in_flight(push.snapshot):
+            files = agent.in_flight_files(push.snapshot)
+            if files is None:
                 return  # its slot may be empty by now
             assert files.header is not None and files.data is not None
             stripes, data, table = files.header.stripes, files.data.view, files.table
@@ -141,7 +114,7 @@ class PeerSender(threading.Thread):
                 for block in range(0, stripes.blocks_per_chunk, BLOCKS_PER_FRAME):
                     count = min(BLOCKS_PER_FRAME, stripes.blocks_per_chunk - block)
                     first = chunk * stripes.blocks_per_chunk + block
-                    if not agent.is_in_flight(push.snapshot):
+                    if agent.in_flight_files(push.snapshot) is not files:
                         return
                     if self._told != agent.version:
                         self._send_report(connection)
@@ -174,7 +147,7 @@ def serve_peer(agent: Agent, connection: Connection) -> None:
     try:
         while True:
             header, num_bytes = connection.receive(math.inf)
-            if agent.group is not group:
+            if agent.core.group is not group:
                 agent.count_stale(connection, f"node {position} of generation {group.generation}")
                 return
             kind = header["type"]
@@ -185,27 +158,26 @@ def serve_peer(agent: Agent, connection: Connection) -> None:
             elif kind == "read":
                 _answer_read(agent, connection, header)
             elif kind in ("written", "persisted"):
-                agent.persister.hear(kind, header)
+                agent.tell(agent.core.hear_of_write, header)
             else:
                 raise TransportError(f"{connection.peer} sent a frame of unknown type {kind!r}")
     finally:
-        agent.peer_gone(group, position)
+        agent.tell(agent.core.peer_gone, group, position)
 
 
-def _hear_report(agent: Agent, group: Group, position: int, header: dict[str, Any]) -> None:
+def _hear_report(agent: Agent, group: Group, position: int, header: Json) -> None:
     report = Report(
         position,
         group.generation,
         *(None if header[key] is None else SnapshotId(*header[key]) for key in ("prepared", "committed", "aborted")),
     )
     with agent.changed:
-        if agent.group is group:
-            agent.ledger.hear(report)
-            agent.apply()
+        if agent.core.group is group:
+            agent.tell(agent.core.hear, report)
 
 
 def _hear_parity(
-    agent: Agent, position: int, connection: Connection, header: dict[str, Any], num_bytes: int, scratch: memoryview
+    agent: Agent, position: int, connection: Connection, header: Json, num_bytes: int, scratch: memoryview
 ) -> None:
     snapshot = SnapshotId(*header["snapshot"])
     encoding = agent.wait_for_encoding(snapshot)
@@ -213,24 +185,28 @@ def _hear_parity(
     if encoding is None or num_bytes != len(checksums) * BLOCK_BYTES:
         connection.skip(num_bytes)
         return
-    for number, checksum in enumerate(checksums):
-        block = first + number
-        if not encoding.expects(row, chunk, block):
-            connection.skip(BLOCK_BYTES)
-            continue
-        mirror = encoding.mirror_block(row, block)
-        data = scratch if mirror is None else mirror
-        connection.receive_into(data)
-        if crc32c(data) != checksum:
-            agent.give_up(snapshot, f"data of node {position} was damaged on its way")
-        is_whole = encoding.add_block(row, chunk, block, data, checksum)
-        if is_whole is not None:
-            agent.parity_arrived(encoding, position, is_whole)
+    num_added = num_whole = 0
+    try:
+        for number, checksum in enumerate(checksums):
+            block = first + number
+            if not encoding.expects(row, chunk, block):
+                connection.skip(BLOCK_BYTES)
+                continue
+            mirror = encoding.mirror_block(row, block)
+            data = scratch if mirror is None else mirror
+            connection.receive_into(data)
+            if crc32c(data) != checksum:
+                agent.tell(agent.core.give_up, snapshot, f"data of node {position} was damaged on its way")
+            is_whole = encoding.add_block(row, chunk, block, data, checksum)
+            num_added += is_whole is not None
+            num_whole += is_whole is True
+    finally:
+        agent.tell(agent.core.parity_arrived, snapshot, position, num_added, num_whole)
 
 
-def _answer_read(agent: Agent, connection: Connection, header: dict[str, Any]) -> None:
+def _answer_read(agent: Agent, connection: Connection, header: Json) -> None:
     """Sends some blocks of a slot, with the checksums that they should have."""
-    files = agent.held(SnapshotId(*header["snapshot"]), int(header["position"]))
+    files = agent.whole_files(SnapshotId(*header["snapshot"]), int(header["position"]))
     if files is None:
         connection.send({"error": "this node does not hold that"})
         return

@@ -9,110 +9,110 @@ write some of the snapshots to the durable tier (`persist`). Torch-free.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
+from windlass.checkpoint.agent import effects as to_do
 from windlass.checkpoint.agent.commands import serve_trainer
+from windlass.checkpoint.agent.core import GIVE_UP_S, AgentCore
+from windlass.checkpoint.agent.effects import Effect, Group
 from windlass.checkpoint.agent.encoding import Encoding
 from windlass.checkpoint.agent.folder import AgentFolder, AgentSettings, peer_pid, remove_expired, uptime
-from windlass.checkpoint.agent.ledger import IN_FLIGHT, Ledger, Phase, Report, Slot, SnapshotId
-from windlass.checkpoint.agent.peers import Group, PeerSender, Push, serve_peer
+from windlass.checkpoint.agent.ledger import Phase, SnapshotId, Stale
+from windlass.checkpoint.agent.peers import PeerSender, serve_peer
 from windlass.checkpoint.agent.persist import Persister
 from windlass.checkpoint.agent.slots import SlotFiles, write_shared
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
-from windlass.checksum import crc32c
 from windlass.os_errors import said
 from windlass.untrusted import convert, parse_json
 
-GIVE_UP_S = 120.0
-"""A snapshot that is not prepared here after so long is given up: somebody has stopped."""
 TICK_S = 1.0
+TELL_S = 5.0
+"""What the agent has to tell the others how its last write went."""
 MAX_EVENTS = 100
 """Kept for trainers, which ask after each step, and get all of them when they are new."""
 
+P = ParamSpec("P")
 logger = logging.getLogger("windlass.checkpoint.agent.process")
 
 
 class Agent:
-    """Everything that the threads of the process share. `changed` guards all of it, and wakes who waits for some."""
+    """The shell around the core: what the threads of the process share. `changed` guards it, and wakes who waits."""
 
     def __init__(self, folder: AgentFolder, job: str, num_slots: int, host: str, lease_s: float) -> None:
         self.folder, self.job, self.lease_s = folder, job, lease_s
         self.incarnation = secrets.token_hex(8)
         self.changed = threading.Condition()
-        self.slots = [SlotFiles(folder.path, index) for index in range(num_slots)]
-        self.foreign: list[SlotFiles] = []
-        """Data of lost nodes whose place nobody has taken, until a newer snapshot is committed."""
-        self.damaged: dict[int, set[int]] = {}
-        """Index of a slot -> its blocks that were found to have changed."""
-        self.rebuilding: set[int] = set()
-        """Indexes of slots that are being filled from other nodes', which the ledger does not know of yet."""
-        self._aborted: SnapshotId | None = None
-        self.ended: set[int] = set()
-        """Ranks of this node that have said that the job is over."""
-        self.ledger = self._adopt()
-        self.group: Group | None = None
+        self.rebuilding = threading.Lock()
+        self.slots: dict[int, SlotFiles] = {}
+        self.core = self._adopt(num_slots)
         self.senders: dict[int, PeerSender] = {}
         self.encoding: Encoding | None = None
+        """The work on the snapshot in flight."""
+        self.report = self.core.ledger.report()
+        """The last that peers are to have, and how many there were before it."""
         self.version = 0
-        """Counts the changes of what there is to report."""
-        self._reported: Report | None = None
         self.events: list[dict[str, Any]] = []
         self.num_stale = 0
         self.sent_bytes = {"parity": 0, "read": 0}
         """To other nodes: to protect snapshots, and for those that restore them."""
+        self.ending: to_do.End | None = None
         self.is_closing = False
-        self.keeps_folder = False
-        """Whether another agent is to adopt what is here."""
         self.trainers: dict[Connection, int | None] = {}
         """Who is connected: by its process id, where the system tells."""
-        self.last_seen = time.monotonic()
         self.pacer = Pacer(None)
         self.persister = Persister(self)
         self.listener = Listener(host, lambda peer: serve_peer(self, peer), self._secret)
         self.socket = folder.listen()
 
-    # --- Life. ---
-
     def run(self) -> None:
         """Serves until the job ends or its lease does, and leaves nothing behind, unless another agent takes over."""
         self.persister.start()
         threading.Thread(target=self._accept_trainers, name="trainers", daemon=True).start()
-        self._write_headers()
-        while not self.is_closing:
-            self._tick()
+        self.tell(self.core.start)
+        while self.ending is None:
+            with _said_only("renew its lease"):
+                self.folder.touch(self.job, self.lease_s)
+            self.tell(self.core.tick)
             with self.changed:
-                self.changed.wait_for(lambda: self.is_closing, TICK_S)
-        self.listener.close(1.0)
-        if not self.keeps_folder:
-            self.folder.remove()
-
-    def close(self) -> None:
+                self.changed.wait_for(lambda: self.ending is not None, TICK_S)
         with self.changed:
+            if self.ending.after_sends:
+                self.changed.wait_for(lambda: not any(sender.messages for sender in self.senders.values()), TELL_S)
             self.is_closing = True
             self.changed.notify_all()
+        self.listener.close(1.0)
+        if not self.ending.keeps_folder:
+            self.folder.remove()
 
-    def _adopt(self) -> Ledger:
-        for files in self.slots:
-            files.adopt()
-        for index in sorted({int(path.stem) for path in self.folder.path.glob("*.head") if path.stem.isdecimal()}):
-            if index >= len(self.slots):
-                self.foreign.append(SlotFiles(self.folder.path, index))
-                self.foreign[-1].adopt()
-        headers = [files.header for files in self.slots]
-        slots = [Slot() if header is None else Slot(header.snapshot, header.phase) for header in headers]
+    def _adopt(self, num_slots: int) -> AgentCore:
+        """Opens what an earlier agent left."""
+        found = {int(path.stem) for path in self.folder.path.glob("*.head") if path.stem.isdecimal()}
+        for index in sorted(found | set(range(num_slots))):
+            self.files(index).adopt()
+        headers = {index: files.header for index, files in self.slots.items()}
+        foreign = {index: header for index, header in headers.items() if index >= num_slots and header is not None}
         generation, aborted = self._saved("generation"), self._saved("aborted")
-        return Ledger.adopt(generation[0] if generation else 0, slots, SnapshotId(*aborted) if aborted else None)
+        return AgentCore.adopt(
+            [headers[index] for index in range(num_slots)],
+            foreign,
+            generation[0] if generation else 0,
+            SnapshotId(*aborted) if aborted else None,
+            self.lease_s,
+            time.monotonic(),
+        )
 
     def _saved(self, name: str) -> list[int]:
         """Numbers that an earlier agent wrote down; none if damaged: trainers then count on from the store's."""
@@ -121,21 +121,6 @@ class Agent:
         except (FileNotFoundError, ValueError):
             return []
 
-    def _tick(self) -> None:
-        with _said_only("renew its lease"):
-            self.folder.touch(self.job, self.lease_s)
-        with self.changed:
-            if self.trainers:
-                self.last_seen = time.monotonic()
-            encoding = self.encoding
-            is_late = encoding is not None and time.monotonic() > encoding.began + GIVE_UP_S
-        if encoding is not None and is_late:
-            self.give_up(encoding.snapshot, f"it was not prepared within {GIVE_UP_S:.0f} s")
-        if time.monotonic() > self.last_seen + self.lease_s:
-            logger.info("no trainer came for %.0f s: the job is over", self.lease_s)
-            self.persister.persist_newest()
-            self.close()
-
     def _accept_trainers(self) -> None:
         while True:
             sock, _ = self.socket.accept()
@@ -143,43 +128,146 @@ class Agent:
             threading.Thread(target=serve_trainer, args=(self, connection, peer_pid(sock)), daemon=True).start()
 
     def _secret(self) -> bytes | None:
-        return None if self.group is None else self.group.secret
+        return None if self.core.group is None else self.core.group.secret
 
-    # --- The group. ---
+    # --- Messages and effects. ---
 
-    def configure(self, group: Group, keep: list[SnapshotId]) -> None:
-        """Begins a generation, or says again who is in it. Whoever still acts for an older one is refused from now on.
+    def tell(self, message: Callable[P, list[Effect]], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Gives the core a message, and does what it answers with.
+
+        Args:
+            message: a method of the core.
 
         Raises:
-            Stale: a newer one has begun.
+            Busy, Stale: the core refuses it.
+            OSError: memory is not there for what cannot be done without it.
         """
         with self.changed:
-            is_new = group.generation > self.ledger.generation
-            self.ledger.fence(group.generation, group.position, len(group.addresses), keep)
-            if self.encoding is not None:
-                # In a generation that goes on: with the connections goes what is under way on them.
-                self.ledger.abort(self.encoding.snapshot)
-            self._write_headers()  # first: an old slot in flight would never end in the new generation
-            write_shared(self.folder.path / "generation", str(group.generation).encode())
-            self.group = group
-            self.ended.clear()
-            if is_new:
-                for files in self.foreign:
-                    if files.header is None or files.header.snapshot not in keep:
-                        files.empty()
-                self.foreign = [files for files in self.foreign if files.header is not None]
-            self.persister.forget()
-            self.apply()
-            self.senders = {position: PeerSender(self, group, position) for position in group.others}
-            for sender in self.senders.values():
-                sender.start()
-            self.changed.notify_all()
+            self.do(self.step(message, *args, **kwargs))
+
+    def step(self, message: Callable[P, list[Effect]], *args: P.args, **kwargs: P.kwargs) -> list[Effect]:
+        """Gives the core a message, and leaves what it answers with to the caller."""
+        with self.changed:
+            self.core.now = time.monotonic()
+            return message(*args, **kwargs)
+
+    def do(self, effects: list[Effect]) -> None:
+        """Does effects in their order, and then those of what comes of them."""
+        with self.changed:
+            self._end_encoding()
+            todo = deque(effects)
+            while todo:
+                todo.extend(self._do(todo.popleft()))
+            self._end_encoding()
+            if effects:
+                self.changed.notify_all()
+
+    def _do(self, effect: Effect) -> list[Effect]:
+        """Does one effect, and returns those of what comes of it."""
+        match effect:
+            case to_do.ReserveSlot(index, stripes):
+                self.files(index).reserve(stripes)
+            case to_do.BeginSlot(index, header):
+                self.files(index).begin(header)
+                if self.core.progress is not None and self.core.progress.header is header:
+                    self.encoding = Encoding(self.files(index))
+            case to_do.SealSlot(index, header):
+                try:
+                    return self.core.sealed(index, self.files(index).seal(header))
+                except OSError as error:
+                    if header.phase == Phase.committed:  # rebuilt: whoever asked for it hears of it
+                        raise
+                    return self.core.give_up(header.snapshot, f"it cannot be described: {said(error)}")
+            case to_do.WriteHeader(index, header):
+                with _said_only(f"write down that slot {index} is {header.phase}"):
+                    self.files(index).write_header(header)
+                    return []
+                return self.core.header_not_written(index)
+            case to_do.EmptySlot(index):
+                self.files(index).empty()
+            case to_do.SaveAborted(snapshot, why):
+                logger.warning("gave up snapshot %s: %s", tuple(snapshot), why)
+                with _said_only("write down what it gave up"):
+                    write_shared(self.folder.path / "aborted", "{} {}".format(*snapshot).encode())
+            case to_do.SaveGeneration(generation):
+                write_shared(self.folder.path / "generation", str(generation).encode())
+            case to_do.Connect(group):
+                self.senders = {position: PeerSender(self, group, position) for position in group.others}
+                for sender in self.senders.values():
+                    sender.start()
+            case to_do.SendReport(report):
+                self.report, self.version = report, self.version + 1
+            case to_do.Send(position, message):
+                if message not in self.senders[position].messages:
+                    self.senders[position].messages.append(message)
+            case to_do.SendData(position=position):
+                self.senders[position].pushes.append(effect)
+            case to_do.WritePart() | to_do.WriteCheckpoint():
+                self.persister.work.put(effect)
+            case to_do.Announce(kind, fields):
+                self._add_event(kind, fields)
+            case to_do.End():
+                self.ending = effect
+        return []
+
+    def _end_encoding(self) -> None:
+        """Takes in no more parity of a snapshot that is not in flight any more."""
+        progress = self.core.progress
+        if self.encoding is not None and (progress is None or progress.snapshot != self.encoding.snapshot):
+            self.encoding.is_over = True
+            self.encoding = None
+
+    def _add_event(self, kind: str, fields: dict[str, Any]) -> None:
+        # The next agent's go on from these: no two of them run at the same time.
+        number = self.events[-1]["number"] + 1 if self.events else int(uptime() * 1e6)
+        ended = {"ended": time.time()} if "seconds" in fields else {}
+        self.events.append({"number": number, "kind": kind, **fields, **ended})
+        del self.events[:-MAX_EVENTS]
+        if kind == "persist_failed":
+            logger.warning("step %d was not written: %s", fields["step"], fields["reason"])
+
+    # --- What other threads ask for. ---
+
+    def files(self, index: int) -> SlotFiles:
+        return self.slots.setdefault(index, SlotFiles(self.folder.path, index))
+
+    def whole_files(self, snapshot: SnapshotId, position: int) -> SlotFiles | None:
+        """The slot with the part of a snapshot that belongs to the node `position`, if all of it is here."""
+        with self.changed:
+            index = self.core.whole_slot_of(snapshot, position)
+            return None if index is None else self.files(index)
+
+    def in_flight_files(self, snapshot: SnapshotId) -> SlotFiles | None:
+        """The slot of a snapshot that is in flight; None if it is over."""
+        index = self.core.ledger.find(snapshot)
+        return None if index is None or index != self.core.ledger.in_flight else self.files(index)
+
+    def encoding_of(self, snapshot: SnapshotId) -> Encoding:
+        """The work on the snapshot in flight. Raises Stale if that is another."""
+        with self.changed:
+            if self.encoding is None or self.encoding.snapshot != snapshot:
+                raise Stale(f"snapshot {snapshot} is over")
+            return self.encoding
+
+    def wait_for_encoding(self, snapshot: SnapshotId) -> Encoding | None:
+        """The work on a snapshot, once trainers have begun it here; None if it is over."""
+        ledger = self.core.ledger
+        with self.changed:
+            self.changed.wait_for(
+                lambda: snapshot.generation != ledger.generation or ledger.has_begun(snapshot), GIVE_UP_S
+            )
+            with contextlib.suppress(Stale):
+                return self.encoding_of(snapshot)
+        return None
 
     def group_of_generation(self, generation: int, wait_s: float) -> Group | None:
         """The group, once `generation` has begun here; None if it is over, or does not begin."""
         with self.changed:
-            self.changed.wait_for(lambda: self.group is not None and self.group.generation >= generation, wait_s)
-            return self.group if self.group is not None and self.group.generation == generation else None
+            self.changed.wait_for(
+                lambda: self.core.group is not None and self.core.group.generation >= generation, wait_s
+            )
+            group = self.core.group
+            return group if group is not None and group.generation == generation else None
 
     def count_stale(self, connection: Connection, who: str) -> None:
         with self.changed:
@@ -190,157 +278,10 @@ class Agent:
         with self.changed:
             self.sent_bytes[kind] += num_bytes
 
-    # --- Snapshots. ---
-
-    def is_in_flight(self, snapshot: SnapshotId) -> bool:
-        index = self.ledger.find(snapshot)
-        return index is not None and self.ledger.slots[index].phase in IN_FLIGHT
-
-    def held(self, snapshot: SnapshotId, position: int) -> SlotFiles | None:
-        """The whole slot of a snapshot that belongs to the node `position`, if it is here."""
-        with self.changed:
-            for files in [*self.slots, *self.foreign]:
-                header = files.header
-                if header is not None and (header.snapshot, header.position) == (snapshot, position):
-                    return files if header.phase in (Phase.prepared, Phase.committed) else None
-        return None
-
-    def wait_for_encoding(self, snapshot: SnapshotId) -> Encoding | None:
-        """The work on a snapshot, once trainers have begun it here; None if it is over."""
-        with self.changed:
-            self.changed.wait_for(
-                lambda: snapshot.generation != self.ledger.generation or self._has_begun(snapshot), GIVE_UP_S
-            )
-            encoding = self.encoding
-            return encoding if encoding is not None and encoding.snapshot == snapshot else None
-
-    def _has_begun(self, snapshot: SnapshotId) -> bool:
-        return self.ledger.newest_begun is not None and self.ledger.newest_begun >= snapshot
-
-    def local_is_whole(self, encoding: Encoding) -> None:
-        """All ranks of this node have copied: from now on the others may have the data."""
-        for number in encoding.uncovered_blocks():
-            encoding.files.table[number] = crc32c(encoding.files.blocks(number))
-        with self.changed:
-            if encoding.is_over:
-                return
-            self.ledger.finish_local(encoding.snapshot)
-            encoding.copied_at = time.monotonic()
-            assert self.group is not None
-            pushes: dict[int, list[tuple[int, int]]] = {}
-            for chunk, row, target in encoding.stripes.parity_targets(self.group.position):
-                pushes.setdefault(target, []).append((chunk, row))
-            for position, targets in pushes.items():
-                self.senders[position].pushes.append(Push(encoding.snapshot, encoding.files, targets))
-            self._prepare_if_whole(encoding)
-
-    def parity_arrived(self, encoding: Encoding, position: int, is_whole: bool) -> None:
-        """A node has sent a block, which may have made a block of parity whole."""
-        with self.changed:
-            encoding.owed[position] -= 1
-            if is_whole:
-                encoding.parity_left -= 1
-                if encoding.parity_left == 0:
-                    self._prepare_if_whole(encoding)
-
-    def _prepare_if_whole(self, encoding: Encoding) -> None:
-        if not encoding.is_over and not encoding.waiting and encoding.parity_left == 0:
-            index = self.ledger.find(encoding.snapshot)
-            if index is None or self.ledger.slots[index].phase != Phase.local:
-                return  # the last rank's data is here, and its checksums are still being looked after
-            try:
-                encoding.files.set_phase(Phase.prepared, with_table=True)  # first: who says so promises to keep it
-            except OSError as error:
-                self.give_up(encoding.snapshot, f"it cannot be described: {said(error)}")
-                return
-            self.ledger.prepare(encoding.snapshot)
-            encoding.prepared_at = time.monotonic()
-        self.apply()
-
-    def give_up(self, snapshot: SnapshotId, why: str) -> None:
-        """Aborts a snapshot, on all nodes, unless this node has promised to keep it."""
-        with self.changed:
-            if self.ledger.abort(snapshot):
-                logger.warning("gave up snapshot %s: %s", tuple(snapshot), why)
-                self.apply(why)
-
-    def peer_gone(self, group: Group, position: int) -> None:
-        """A peer's connection has ended. What it had begun to send will not come."""
-        with self.changed:
-            encoding = self.encoding if self.group is group else None
-            is_missing = encoding is not None and not encoding.is_over and encoding.has_begun_to_send(position)
-        if encoding is not None and is_missing:
-            self.give_up(encoding.snapshot, f"node {position} was lost while it sent parity")
-
-    def apply(self, why: str = "another node gave it up") -> None:
-        """Brings headers, work and reports up to what the ledger says. `changed` is held.
-
-        Args:
-            why: a snapshot in flight is over without a commit, if it is.
-        """
-        step = None if self.encoding is None or self.encoding.files.header is None else self.encoding.files.header.step
-        self._write_headers()
-        encoding = self.encoding
-        if encoding is not None:
-            index = self.ledger.find(encoding.snapshot)
-            phase = Phase.empty if index is None else self.ledger.slots[index].phase
-            if phase in (Phase.empty, Phase.committed):
-                encoding.is_over = True
-                self.encoding = None
-            if phase == Phase.committed:
-                self._committed(encoding)
-            elif phase == Phase.empty:
-                self.add_event("snapshot_given_up", step=step, reason=why)
-        report = self.ledger.report()
-        if report != self._reported:
-            self._reported = report
-            self.version += 1
-        self.changed.notify_all()
-
-    def _committed(self, encoding: Encoding) -> None:
-        header = encoding.files.header
-        assert header is not None
-        seconds = time.monotonic() - encoding.began
-        self.add_event(
-            "snapshot_committed",
-            step=header.step,
-            seconds=round(seconds, 6),
-            copy_s=round(encoding.copied_at - encoding.began, 6),
-            encode_s=round(encoding.prepared_at - encoding.copied_at, 6),
-            ended=time.time(),
-        )
-        for files in self.foreign:
-            files.empty()
-        self.foreign.clear()
-        if header.persist:
-            self.persister.add(encoding.snapshot, header.step)
-
-    def add_event(self, kind: str, **fields: Any) -> None:
-        """For trainers to collect."""
-        # The next agent's go on from these: no two of them run at the same time.
-        number = self.events[-1]["number"] + 1 if self.events else int(uptime() * 1e6)
-        self.events.append({"number": number, "kind": kind, **fields})
-        del self.events[:-MAX_EVENTS]
-
-    def _write_headers(self) -> None:
-        if self.ledger.aborted != self._aborted and self.ledger.aborted is not None:
-            # First: whoever waits for the snapshot must hear of it, also from the next agent here.
-            with _said_only("write down what it gave up"):
-                write_shared(self.folder.path / "aborted", "{} {}".format(*self.ledger.aborted).encode())
-        self._aborted = self.ledger.aborted
-        for slot, files in zip(self.ledger.slots, self.slots, strict=True):
-            if slot.phase == Phase.empty:
-                if files.header is not None and files.index not in self.rebuilding:
-                    files.empty()
-            elif files.header is not None and files.header.phase != slot.phase:
-                # Else the next agent here finds less than there is, and hears of the rest.
-                with _said_only(f"write down that slot {files.index} is {slot.phase}"):
-                    files.set_phase(slot.phase)
-
 
 @contextmanager
 def _said_only(what: str) -> Iterator[None]:
-    """Of what an agent can go on without: shared memory may be full of what others have put there."""
+    """Logs that the system refuses what an agent can go on without: others may have filled the shared memory."""
     try:
         yield
     except OSError as error:
@@ -365,7 +306,9 @@ def main() -> int:
         except OSError as error:
             logger.error("it cannot listen on %s, or use %s: %s", host, path, said(error))
             return 1
-        signal.signal(signal.SIGTERM, lambda *_: threading.Thread(target=agent.persister.persist_and_close).start())
+        signal.signal(
+            signal.SIGTERM, lambda *_: threading.Thread(target=agent.tell, args=(agent.core.terminate,)).start()
+        )
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         agent.run()

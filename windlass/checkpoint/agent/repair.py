@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +79,7 @@ def block_number(stripes: Stripes, shard: int, block: int) -> int:
     return shard * stripes.blocks_per_chunk + block
 
 
-def runs_of(stripes: Stripes, position: int, wanted: set[int] | None) -> Iterator[Run]:
+def runs_of(stripes: Stripes, position: int, wanted: Set[int] | None) -> Iterator[Run]:
     """What a node holds, in pieces that are read at once; only the block numbers `wanted`, or all for None."""
     for shard in range(stripes.num_nodes):
         k = stripes.num_data_shards
@@ -100,7 +100,7 @@ class Rebuilder:
         self.stripes, self.position = files.header.stripes, files.header.position
         self._codec = Codec(self.stripes.num_data_shards, self.stripes.num_parity_shards)
 
-    def rebuild(self, wanted: set[int] | None = None) -> int:
+    def rebuild(self, wanted: Set[int] | None = None) -> int:
         """Restores the blocks `wanted`, or all, and their checksums where there were none; returns how many.
 
         Raises:

@@ -10,98 +10,23 @@ A slot whose head or table is not as it was written holds nothing. A block with 
 
 from __future__ import annotations
 
-import dataclasses
 import errno
-import json
 import mmap
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.header import Header
+from windlass.checkpoint.agent.ledger import WHOLE
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.image import PAGE_BYTES
 from windlass.checksum import crc32c
 from windlass.os_errors import MISSING
-from windlass.untrusted import Malformed, convert, parse_json
 
 OWNER_ONLY = 0o600
-MAX_NODES = 1 << 16
-MAX_NODE_BYTES = 1 << 50
-
-
-@dataclass(frozen=True)
-class Region:
-    """Where a rank's part lies in its node's data."""
-
-    position: int
-    """Of the node."""
-    rank: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Header:
-    """What a slot holds, and how far it is."""
-
-    snapshot: SnapshotId
-    step: int
-    phase: Phase
-    position: int
-    num_nodes: int
-    num_parity_shards: int
-    node_bytes: int
-    world_size: int
-    layout: str
-    """Says how the job was cut: what differs in it is never mixed."""
-    regions: tuple[Region, ...] = ()
-    """Of all nodes: who restores a lost node's data must know what is in it."""
-    persist: bool = False
-    """Whether the snapshot is to be written to the durable tier."""
-    num_resumes: int = 0
-    """How often trainers began to go on from it."""
-    table_crc: int = 0
-
-    @property
-    def own_regions(self) -> list[Region]:
-        return [region for region in self.regions if region.position == self.position]
-
-    @property
-    def stripes(self) -> Stripes:
-        return Stripes(self.num_nodes, self.num_parity_shards, self.node_bytes)
-
-    def to_bytes(self) -> bytes:
-        body = json.dumps(asdict(self), sort_keys=True).encode()
-        return b"%08x\n" % crc32c(body) + body
-
-    @staticmethod
-    def from_bytes(data: bytes) -> Header:
-        """Raises ValueError unless the bytes are as `to_bytes` gave them."""
-        body = data[9:]
-        if data[:9] != b"%08x\n" % crc32c(body):
-            raise ValueError("the header's bytes have changed")
-        return Header.from_json(parse_json(body))
-
-    @staticmethod
-    def from_json(document: Any) -> Header:
-        """Raises Malformed unless it describes a slot. Keys that a header has not are passed over."""
-        known = {field.name for field in dataclasses.fields(Header)}
-        given = {key: value for key, value in document.items() if key in known} if isinstance(document, dict) else {}
-        header = convert(given, Header)
-        counts = (*header.snapshot, header.step, header.position, header.num_resumes, header.table_crc)
-        if min(counts) < 0 or not 0 <= header.num_parity_shards < header.num_nodes <= MAX_NODES:
-            raise Malformed("it has impossible numbers")
-        if not (0 <= header.node_bytes <= MAX_NODE_BYTES and header.position < header.num_nodes):
-            raise Malformed("it has impossible numbers")
-        for region in header.regions:
-            if min(region.offset, region.nbytes) < 0 or region.offset + region.nbytes > header.node_bytes:
-                raise Malformed("it has a region outside of its data")
-        return header
 
 
 class SharedFile:
@@ -146,6 +71,11 @@ class SlotFiles:
     parity: SharedFile | None = None
     table: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint32))
 
+    @property
+    def num_bytes(self) -> int:
+        """The memory that the slot has taken."""
+        return sum(file.size for file in (self.data, self.parity) if file)
+
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.index}.{suffix}"
 
@@ -176,14 +106,12 @@ class SlotFiles:
             return file
         return SharedFile(self.path(suffix), size)
 
-    def set_phase(self, phase: Phase, with_table: bool = False) -> None:
-        """Writes the header with another phase; after the table, where that has changed."""
+    def seal(self, header: Header) -> Header:
+        """Writes the checksums of the blocks, and then `header` with the sum of them, which it returns."""
+        write_shared(self.path("table"), self.table.tobytes())
+        self.write_header(replace(header, table_crc=crc32c(self.table)))
         assert self.header is not None
-        header = replace(self.header, phase=phase)
-        if with_table:
-            write_shared(self.path("table"), self.table.tobytes())
-            header = replace(header, table_crc=crc32c(self.table))
-        self.write_header(header)
+        return self.header
 
     def write_header(self, header: Header) -> None:
         write_shared(self.path("head"), header.to_bytes())
@@ -220,7 +148,7 @@ class SlotFiles:
         self.data = SharedFile(self.path("data"), stripes.data_bytes, may_make=False)
         if with_parity:
             self.parity = SharedFile(self.path("parity"), stripes.parity_bytes, may_make=False)
-        if header.phase in (Phase.prepared, Phase.committed):
+        if header.phase in WHOLE:
             table = np.frombuffer(self.path("table").read_bytes(), np.uint32)
             if table.size * BLOCK_BYTES != stripes.data_bytes + stripes.parity_bytes:
                 raise ValueError("the table has another length")

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 
 from windlass.checkpoint.agent.client import AgentError, NoMemory, TransportError
+from windlass.checkpoint.agent.header import Region
 from windlass.checkpoint.agent.ledger import Busy, SnapshotId, Stale
-from windlass.checkpoint.agent.slots import Region, SharedFile
+from windlass.checkpoint.agent.slots import SharedFile
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.image import round_up
 from windlass.checkpoint.snapshot.agent_clients import AgentClients
