@@ -338,8 +338,7 @@ class Policy:
                     fresh[rank] = WorkerEnd(rank, node_rank, None)
         if self.is_short_of(lost):
             self._short_since = now
-        # Those that were killed come before those that failed in their turn.
-        for end in sorted(fresh.values(), key=lambda end: (not end.is_killed, end.rank)):
+        for _, end in sorted(fresh.items()):
             self.ends.append(end)
             self._kill_at = min(self._kill_at, now + patience_s(end))
 
