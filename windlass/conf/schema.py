@@ -64,7 +64,7 @@ GROUPS: dict[str, Registry] = {
 
 
 ADDED_LATER = {"objective": {"name": "next_token"}}
-"""What files of runs that do not have these groups mean by it."""
+"""The choices of groups that files of older runs do not have."""
 
 
 PATH_KEYS = (

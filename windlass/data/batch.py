@@ -45,7 +45,7 @@ class Batch:
 
 
 class BatchMaker(Protocol):
-    """What an objective says of its batches."""
+    """An objective's part in making batches."""
 
     @property
     def lookahead(self) -> int:

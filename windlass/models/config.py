@@ -17,7 +17,7 @@ MODELS = Registry("model")
 
 @dataclass
 class ModelConfig:
-    """What every model has. `vocab_size=null` takes the tokenizer's vocabulary, rounded up to a multiple of 64."""
+    """The settings of all models. `vocab_size=null` is the tokenizer's vocabulary, rounded up to a multiple of 64."""
 
     name: str = "tiny"
     vocab_size: int | None = bounded(None, at_least=1)

@@ -20,7 +20,7 @@ EMBEDDING = "embed_tokens.weight"
 GENERATION_CONFIG = "generation_config.json"
 PREFIX = "model."
 ROTARY_BUFFER = ".rotary_emb.inv_freq"
-"""Of old exports; rope_theta says the same."""
+"""A buffer of old exports; rope_theta says the same."""
 
 
 def huggingface_name(name: str) -> str:
@@ -63,7 +63,7 @@ def _other_weights(path: Location, differences: list[str]) -> ConfigError:
 
 
 def to_huggingface(config: LlamaConfig, seq_len: int | None, dtype: str, eos_id: int | None) -> dict[str, Any]:
-    """What config.json says of a model.
+    """Returns the config.json of a model.
 
     Args:
         seq_len: that the model was trained with, if it is known. It bounds nothing: rotary positions have no end.
@@ -99,7 +99,7 @@ def to_huggingface(config: LlamaConfig, seq_len: int | None, dtype: str, eos_id:
 
 
 def tokenizer_config(eos_token: str | None, seq_len: int | None) -> dict[str, Any]:
-    """What tokenizer_config.json says, so that transformers takes tokenizer.json as it is.
+    """Returns the tokenizer_config.json with which transformers takes tokenizer.json as it is.
 
     Without it transformers takes the tokenizer for one of Llama 2, and adds its special tokens beyond the vocabulary.
     """

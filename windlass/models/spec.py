@@ -1,4 +1,4 @@
-"""What a model has to be, to be trained here: the seam between architectures and everything else.
+"""The seam between architectures and everything else: what a model has to be, to be trained here.
 
 A model is built on the meta device, cut into shards there, and then given its weights, a unit at a time. A unit is what
 is gathered, streamed from a tier and recomputed together. Hidden states and the head are apart: what is made of them,
@@ -36,7 +36,7 @@ class Head:
 
 
 Reduction = Callable[[Tensor, Head], Tensor]
-"""What is to be made of hidden states (batch, seq_len, hidden_size) and the head, e.g. a summed loss."""
+"""Makes something of hidden states (batch, seq_len, hidden_size) and the head, e.g. a summed loss."""
 
 
 class Model(nn.Module):

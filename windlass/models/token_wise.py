@@ -31,7 +31,7 @@ class Layer(Protocol):
         ...
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        """What the attention makes of them: (batch, seq_len, heads * head_dim)."""
+        """Returns what the attention makes of them: (batch, seq_len, heads * head_dim)."""
         ...
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class _Replay:
         """Both only while gradients are computed."""
 
     def record(self, run: Callable[..., Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What `run` makes of `inputs`, each alone in its storage; and what its gradient needs besides them."""
+        """Returns what `run` makes of `inputs`, each alone in its storage; and what its gradient needs besides them."""
         saved: list[Tensor] = []
         places = {tensor.untyped_storage()._cdata: place for place, tensor in enumerate(inputs)}
 

@@ -1,4 +1,4 @@
-"""What spreads a step over ranks: the seam between ways of sharding and the loop.
+"""The seam between ways of sharding and the loop: an engine spreads a step over ranks.
 
 A step is: for each micro-batch `begin_micro_step`, a forward pass and `backward`; then `grad_norm`, the vote, `step`
 and `zero_grad`. An engine is built for a mesh, shards a model while it has no storage, and is then given the optimizer
@@ -44,7 +44,7 @@ class Engine(Protocol):
 
     @property
     def in_backward(self) -> StepInBackward | None:
-        """What updates weights in the backward pass; None where `step` does."""
+        """The hooks that update weights in the backward pass; None where `step` does."""
         ...
 
     def shard(self, model: nn.Module, units: Sequence[Unit], dtype: torch.dtype) -> None:
@@ -73,7 +73,7 @@ class Engine(Protocol):
         ...
 
     def all_ranks_finite(self, grad_norm: Tensor) -> bool:
-        """Whether the gradients are finite on all ranks: one host sync."""
+        """True if the gradients are finite on all ranks: one host sync."""
         ...
 
     def step(self) -> None:
@@ -89,5 +89,5 @@ class Engine(Protocol):
         ...
 
     def checkpointed(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: by name, modules, optimizers and objects with a `state_dict`."""
+        """The objects that a checkpoint holds, by name: modules, optimizers and others with a `state_dict`."""
         ...

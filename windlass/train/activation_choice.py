@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from windlass.train.build import StepParts
 
 MARGIN = 0.1
-"""Of the memory that the trial left free, for what it has not met: an evaluation, pieces that are too small to use."""
+"""The share of free memory that is left for what the trial has not met: an evaluation, pieces too small to use."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the configuration is to say, and why."""
+    """The settings that the configuration is to have, and the reasons."""
 
     activation_checkpoint: ActivationCheckpoint
     activation_fraction: float | None
@@ -64,7 +64,7 @@ class Decision:
 
 
 def decision_before(config: Config, before: Mapping[str, Any]) -> Decision | None:
-    """What the run of the plain configuration `before`, which `config` goes on with, was trained with.
+    """Returns what the run of the plain configuration `before`, which `config` goes on with, was trained with.
 
     None where `config` says itself what to do. A limit that `config` gives is kept, and one is of use to a disk alone.
     """

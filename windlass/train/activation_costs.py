@@ -1,4 +1,4 @@
-"""What a layer's activations take, and what it costs to compute them again: what `choose_activations` chooses by."""
+"""The costs that `choose_activations` chooses by: of a layer's activations, and of computing them again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def layer_costs(
     device: torch.device,
     num_micro_batches: int = 1,
 ) -> LayerCosts:
-    """Of one layer.
+    """The costs of one layer.
 
     Bytes are of what autograd saves in a pass over tensors without data, with the kernels that torch chooses for
     `device`; it must be of a kind that this torch was built for. Products are counted in FLOPs, what else there is in
@@ -57,7 +57,7 @@ def layer_costs(
 
 
 def _touched_bytes(config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device) -> int:
-    """What a layer's forward reads and writes besides its products and the attention."""
+    """The bytes that a layer's forward reads and writes besides its products and the attention."""
     counter = _Touched()
     with FakeTensorMode(), device:
         block, x, rope = _layer(config, dtype, batch_size, seq_len, device)
@@ -92,7 +92,7 @@ def _tensors(tree: Any) -> dict[int, Tensor]:
 def _saved_bytes(
     config: LlamaConfig, dtype: torch.dtype, batch_size: int, seq_len: int, device: torch.device, saved_fraction: float
 ) -> int:
-    """Of the storages that autograd saves of a layer, but for its weights and their copies in `dtype`."""
+    """The bytes of storages that autograd saves of a layer, but for its weights and their copies in `dtype`."""
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What ranks tell each other in every step, and what they decide from it alike.
+"""The agreement of ranks in every step: what they tell each other, and decide from it alike.
 
 One all-reduce of a small vector on the host, behind the first forward pass, carries all of it: the tokens that count,
 what signals have asked of each rank, and how long the step before was work for each. Every rank has the same sums, so
@@ -38,7 +38,7 @@ class Ending(StrEnum):
 
 
 class StepAgreement:
-    """What all ranks must know of a step. Begun by the constructor; each property waits for what it needs.
+    """The figures of a step that all ranks must know. Begun by the constructor; each property waits for what it needs.
 
     Args:
         num_targets: what the loss of this rank's batches is a sum over.
@@ -85,7 +85,7 @@ class StepAgreement:
 
     @property
     def request(self) -> Request:
-        """What the job does after this step."""
+        """The request that the job follows after this step."""
         leaving = self.leaving_nodes
         if self._sums[_STOP]:
             return Request.stop

@@ -1,4 +1,4 @@
-"""What a run is made of, and how it is put together."""
+"""The parts of a run, put together."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 VOCAB_MULTIPLE = 64
 _CXX = "clang++" if sys.platform == "darwin" else "g++"
-"""What torch takes for the host."""
+"""The compiler that torch takes for the host."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class TrainState:
 
 @dataclass
 class StepParts:
-    """What forward, backward and update of a step are made with."""
+    """The parts with which forward, backward and update of a step are made."""
 
     config: Config
     mesh: Mesh
@@ -106,12 +106,12 @@ class StepParts:
         return [batches] if self.is_fused else [[batch] for batch in batches]
 
     def activations_offloaded(self) -> AbstractContextManager[None]:
-        """What the forward pass saves under it may leave the device's memory."""
+        """Lets what the forward pass saves leave the device's memory while it lasts."""
         return nullcontext() if self.tiers is None else self.tiers.offloaded()
 
     @property
     def offload_figures(self) -> OffloadFigures:
-        """What offloading has cost so far."""
+        """The costs of offloading so far."""
         return OffloadFigures() if self.tiers is None else self.tiers.figures
 
 
@@ -356,7 +356,7 @@ def build_checkpointer(
 
 
 def num_parity_shards(config: Config, mesh: Mesh) -> int:
-    """What snapshots of this life have: a job that may shrink keeps as many of those that it asks for as it can."""
+    """The parity shards of snapshots now: a job that may shrink keeps as many of those it asks for as it can."""
     if config.checkpoint.name != CheckpointKind.erasure:
         return 0
     wanted = config.checkpoint.num_parity_shards

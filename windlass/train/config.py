@@ -17,7 +17,7 @@ class DType(StrEnum):
 
 
 class ActivationCheckpoint(StrEnum):
-    """What becomes of a layer's activations between its forward and its backward pass."""
+    """The ways to treat a layer's activations between its forward and its backward pass."""
 
     none = "none"
     """They are saved."""

@@ -119,7 +119,7 @@ def step_figures(mesh: Mesh, stall_s: float, comm_bytes: int) -> dict[str, float
 
 
 def offload_figures(run: Run, before: OffloadFigures) -> dict[str, float | int]:
-    """What this rank's tiers have cost since `before`; nothing where there are none."""
+    """The costs of this rank's tiers since `before`; nothing where there are none."""
     if run.tiers is None:
         return {}
     figures = run.offload_figures.since(before)

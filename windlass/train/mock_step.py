@@ -31,12 +31,12 @@ FIXES = (
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a step needs, of this rank."""
+    """The memory that a step of this rank needs."""
 
     optimizer_bytes: int
-    """Of optimizer state in memory."""
+    """The size of optimizer state in memory."""
     free_bytes: int
-    """Of the device's memory, the least that there was. On a CPU that is the host's, which its ranks share."""
+    """The least free memory of the device. On a CPU that is the host's, which its ranks share."""
 
 
 def mock_step(run: StepParts) -> StepMemory:
@@ -100,7 +100,7 @@ def _step_without_effect(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _free_device_bytes() -> int:
-    """Of the GPU's memory, the least that there was since its peak was reset."""
+    """The least free memory of the GPU since its peak was reset."""
     free, _ = torch.cuda.mem_get_info()
     return free + torch.cuda.memory_reserved() - torch.cuda.max_memory_allocated()
 
@@ -108,7 +108,7 @@ def _free_device_bytes() -> int:
 @dataclass
 class _Watch:
     free_bytes: int
-    """Of the host, the least that was seen."""
+    """The least free memory of the host that was seen."""
 
 
 @contextmanager

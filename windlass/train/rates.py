@@ -1,4 +1,4 @@
-"""What is said of the learning rate where a run goes on with another schedule, or could: schedules end with the run."""
+"""Warns of the learning rate where a run goes on with another schedule, or could: schedules end with the run."""
 
 from __future__ import annotations
 

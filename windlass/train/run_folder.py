@@ -31,7 +31,7 @@ FIXED_KEYS = (
     "train.dtype",
     "train.max_norm",
 )
-"""What a run keeps from its first step to its last: another value would be another run. (The text, too: the loader
+"""The keys that a run keeps from its first step to its last: another value is another run. (The text, too: the loader
 compares its fingerprint, so that the same text may move to another path.)"""
 
 
@@ -121,7 +121,7 @@ def refuse_another_run(path: Path | str, before: Mapping[str, Any], now: Mapping
 
 
 def set_again(key: str, value: object) -> str:
-    """What has a run get the value that a saved configuration has."""
+    """The override that gives a run the value that a saved configuration has."""
     if key.endswith(".name") and key != "model.name":
         return f"choose {override(key.removesuffix('.name'), value)}"
     return f"set {override(key, value)}"

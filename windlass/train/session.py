@@ -191,7 +191,7 @@ def _refuse_links(config: Config) -> None:
 
 
 def _config_of(checkpoints: Location, steps: list[int]) -> dict[str, Any]:
-    """What the newest checkpoint that can be read says; nothing where it does not say it."""
+    """Reads the configuration in the newest checkpoint that can be read; nothing where it has none."""
     for step in reversed(steps):
         with suppress(CorruptCheckpoint):  # it is set aside when it is its turn to be restored
             info = Manifest.read(step_folder(checkpoints, step)).objects.get("info")

@@ -1,4 +1,4 @@
-"""What a worker is asked by signals while it trains; it does so after the step that it is in.
+"""Hears the signals that a worker gets while it trains; it does what they ask after the step that it is in.
 
 | signal | asks |
 | --- | --- |
@@ -29,7 +29,7 @@ from windlass.errors import EXIT_FAILURE, EXIT_STOPPED
 from windlass.outcome import OUTCOME_FILE, report_outcome, stop_of_launcher
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""What asks a whole run to stop, at whatever process the user sees."""
+"""The signals that ask a whole run to stop, at whatever process the user sees."""
 SECOND_PRESS_S = 2.0
 """A terminal and a launcher may both pass on one Ctrl-C; a later one means it."""
 UNWIND_S = 5.0
@@ -39,7 +39,7 @@ Handler = Callable[[int, FrameType | None], Any]
 
 
 class Request(IntEnum):
-    """What may be asked of a job; where several are, the highest is done."""
+    """The requests to a job; where there are several, the highest is followed."""
 
     nothing = 0
     restart = 1
@@ -48,7 +48,7 @@ class Request(IntEnum):
 
 
 def requests_of_signals() -> dict[signal.Signals, Request]:
-    """What each signal asks of this process. SIGTERM is torch's elastic agent changing who is in the job."""
+    """Maps each signal to what it asks of this process. SIGTERM is torch's elastic agent changing who is in the job."""
     has_launcher = OUTCOME_FILE in os.environ
     return {
         signal.SIGTERM: Request.restart if has_launcher else Request.stop,
@@ -110,9 +110,9 @@ class StopRequest:
     def __init__(self) -> None:
         self._asked = Request.nothing
         self.signal_name: str | None = None
-        """Of the first signal that asked that."""
+        """The name of the first signal that asked that."""
         self.awaits = "the step to end"
-        """What this rank has to do before it ends; for who presses Ctrl-C again."""
+        """The work that this rank has to do before it ends; for who presses Ctrl-C again."""
         self._waits_for: str | None = None
         self._first_at = 0.0
         self._heard_at: float | None = None

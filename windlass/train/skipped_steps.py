@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def has_diverged(run: Run, first_step: int) -> bool:
-    """Whether the last step was one skipped step too many. The same on all ranks.
+    """True if the last step was one skipped step too many. The same on all ranks.
 
     Args:
         first_step: how many steps were made when this life began: one whose steps were all skipped is not done.
@@ -65,7 +65,7 @@ def divergence(run: Run) -> Diverged:
 
 
 def warning_at_the_end(run: Run) -> list[str]:
-    """What is to be said of a run that is done, though its last steps were skipped."""
+    """Returns what to say of a run that is done, though its last steps were skipped."""
     count = run.state.skipped_in_a_row
     if count == 0:
         return []

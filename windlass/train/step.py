@@ -26,7 +26,7 @@ Around = Callable[[int, int], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Stepped:
-    """What a step has done.
+    """The result of a step.
 
     Args:
         loss_sum: of this rank's micro-batches, 0-dim, on the device.

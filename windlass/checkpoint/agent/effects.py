@@ -1,4 +1,4 @@
-"""What the core of an agent asks of its shell: effects, to be done one after the other in the order of their list."""
+"""The effects that the core of an agent asks of its shell, to be done one after the other, as they are listed."""
 
 from __future__ import annotations
 

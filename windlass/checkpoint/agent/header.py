@@ -1,4 +1,4 @@
-"""What a slot holds, and how far it is: the header that stands beside its bytes. No I/O."""
+"""The header that stands beside a slot's bytes: what the slot holds, and how far it is. No I/O."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Report:
-    """What a node tells its peers of itself: facts that stay true for the generation, so any may be lost or late."""
+    """A node's report of itself to its peers: facts that stay true for the generation, so any may be lost or late."""
 
     position: int
     generation: int

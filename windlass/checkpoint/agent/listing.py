@@ -21,7 +21,7 @@ END_S = 90.0
 
 
 def job_name(location: Location, identity: str) -> str:
-    """What agents know a job by: where its checkpoints go, and what tells that place from an earlier one there."""
+    """The name of a job among agents: where its checkpoints go, and what tells that place from an earlier one."""
     return f"{location}#{identity}"
 
 
@@ -37,14 +37,14 @@ class ListedAgent:
     num_trainers: int
     generation: int
     step: int | None
-    """Of the newest snapshot that is committed."""
+    """The step of the newest snapshot that is committed."""
     num_bytes: int
     lease_left_s: float
     """Until the folder goes, unless trainers come."""
 
 
 def list_agents(shm_dir: Path | None = None) -> list[ListedAgent]:
-    """Of this user, on this node."""
+    """Lists the agents of this user on this node."""
     found = []
     for folder in folders(shm_dir):
         with contextlib.suppress(FileNotFoundError):  # it has left meanwhile
@@ -122,7 +122,7 @@ def _folders_of(location: Location, shm_dir: Path | None) -> list[AgentFolder]:
 
 
 def _end_agent(folder: AgentFolder) -> bool:
-    """Whether the agent has left in time."""
+    """Ends an agent; True if it has left in time."""
     try:
         client = AgentClient(folder.connect())
         client.ask("end", rank=-1, num_local_ranks=1, persist=True)

@@ -1,4 +1,4 @@
-"""What a snapshot agent says to the other nodes' agents, and hears from them."""
+"""Talks to the other nodes' agents, and hears from them."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Outcome:
     seconds: float = 0.0
     num_bytes: int = 0
     written_bytes: int = 0
-    """What was not in the store already."""
+    """The bytes that were not in the store already."""
 
     def announce(self) -> Announce:
         if self.error is not None:
@@ -50,7 +50,7 @@ class Job:
     group: Group
     """The one that began it. In another its result is of no use."""
     part: Json | None = None
-    """What this node has put, once it has."""
+    """The part that this node has put, once it has."""
     sent_at: float | None = None
     is_at_store: bool = False
     """The shell makes the checkpoint."""

@@ -80,7 +80,7 @@ def block_number(stripes: Stripes, shard: int, block: int) -> int:
 
 
 def runs_of(stripes: Stripes, position: int, wanted: Set[int] | None) -> Iterator[Run]:
-    """What a node holds, in pieces that are read at once; only the block numbers `wanted`, or all for None."""
+    """Yields what a node holds, in pieces that are read at once; only the block numbers `wanted`, or all for None."""
     for shard in range(stripes.num_nodes):
         k = stripes.num_data_shards
         is_data = shard < k

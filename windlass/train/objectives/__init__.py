@@ -1,1 +1,1 @@
-"""What training makes small."""
+"""The objectives: what training makes small."""

@@ -15,7 +15,7 @@ OBJECTIVES = Registry("objective")
 
 @dataclass
 class ObjectiveConfig:
-    """What every objective has."""
+    """The settings of every objective."""
 
     name: str = "next_token"
 

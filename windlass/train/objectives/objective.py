@@ -1,4 +1,4 @@
-"""What training makes small: the seam between losses and everything else.
+"""The seam between losses and everything else: an objective is what training makes small.
 
 A loss is a sum over targets, to be divided by the number of targets of the whole global batch, over all micro-batches
 and ranks. So it is exact per target however tokens are dealt out, and a mean of means is nowhere.
@@ -26,14 +26,14 @@ class Objective(NextTokens):
     """
 
     metrics: Sequence[str] = ("loss",)
-    """What an evaluation reports, each a mean over targets; `metrics.jsonl` has it as `val/NAME`. The first is `loss`.
+    """The means over targets that an evaluation reports; `metrics.jsonl` has it as `val/NAME`. The first is `loss`.
     """
 
     def __init__(self, config: Any) -> None:
         self.config = config
 
     def num_targets(self, batch: Batch) -> int:
-        """What the loss of `batch` is a sum over: its labels that count."""
+        """The number of targets that the loss of `batch` is a sum over: its labels that count."""
         return int((batch.labels != IGNORE_INDEX).sum())
 
     def loss_sum(self, hidden: Tensor, head: Head, batch: Batch) -> Tensor:
