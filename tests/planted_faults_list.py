@@ -719,8 +719,8 @@ RUNS = [
         "groups_outlive_their_run",
         "A rank that has ended its training has ended the threads of its process groups.",
         "windlass/parallel/mesh.py",
-        "            _clear_sharding_prop_cache()  # of",
-        "            pass  # of",
+        "            _clear_sharding_prop_cache()\n",
+        "            pass\n",
         (f"{FAULT}/test_stop_and_restart.py::test_plain_torchrun_runs_the_same_loop_and_leaves_no_thread_of_torch",),
     ),
     Fault(

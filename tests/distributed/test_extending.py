@@ -45,7 +45,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def kill_at(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
     """Kills the launcher, and with it its group, once the run has gone beyond `step`."""
     metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not metrics.exists() or len(metrics.read_text().splitlines()) <= step:
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)

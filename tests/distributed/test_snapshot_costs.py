@@ -88,7 +88,7 @@ def cost(folder: Path, shm_dir: Path, num_parity_shards: int, size: int, num_sna
     snapshot_and_step(checkpointer, optimizer, range(1, 1 + warm_up))
     assert checkpointer.snapshots is not None
     memory = checkpointer.snapshots.coordinator
-    client = AgentClient(memory.group.folder.connect())
+    client = AgentClient(memory.agents.folder.connect())
     before = client.ask("status")
     samples = [(Usage.of(os.getpid()), Usage.of(before["pid"]))]
     for part in range(PARTS):
@@ -98,7 +98,7 @@ def cost(folder: Path, shm_dir: Path, num_parity_shards: int, size: int, num_sna
     after = client.ask("status")
     client.close()
     files = [
-        path for path in memory.group.folder.path.iterdir() if path.suffix in (".data", ".parity", ".table", ".head")
+        path for path in memory.agents.folder.path.iterdir() if path.suffix in (".data", ".parity", ".table", ".head")
     ]
     result = Costs(
         sum(piece.tensor.nbytes for piece in checkpointer.objects.pieces()),

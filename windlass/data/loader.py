@@ -209,8 +209,11 @@ def count_samples(dataset: TokenDataset, seq_len: int, lookahead: int = 1) -> in
     return num_samples
 
 
-def make_batch(dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders: Borders, maker: BatchMaker) -> Batch:
+def make_batch(
+    dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders: Borders, maker: BatchMaker | None = None
+) -> Batch:
     """The `samples` [B] of the stream as a batch."""
+    maker = maker or NextTokens()
     length, starts = seq_len + maker.lookahead, (samples * seq_len).tolist()
     tokens = np.empty((len(samples), length), dtype=np.int64)
     documents = np.empty((len(samples), length), dtype=np.int32)

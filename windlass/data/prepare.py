@@ -72,7 +72,8 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
         folder = Path(cfg.path).expanduser()
         _say_left_out(Manifest.load(folder), progress)
         return folder
-    assert isinstance(cfg, PreparedDataConfig), f"data={cfg.name} has no source"
+    require(isinstance(cfg, PreparedDataConfig), "data", cfg.name, "has no source", "use data=stdlib, text or parquet")
+    assert isinstance(cfg, PreparedDataConfig)
     source = cfg.source()
     tokenizer = load_tokenizer(cfg.tokenizer)
     settings = _settings(source, tokenizer, cfg.validation_fraction)

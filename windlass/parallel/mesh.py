@@ -91,6 +91,7 @@ class Mesh:
         world = device_mesh = None
         groups: dict[frozenset[Axis], dist.ProcessGroup] = {}
         if ranks.world_size > 1:
+            _forget_meshes()
             world = dist.group.WORLD
             names = tuple(axis.value for axis in axes)
             device_mesh = init_device_mesh(device.type, tuple(axes.values()), mesh_dim_names=names)
@@ -241,12 +242,21 @@ def end_groups() -> None:
     """
     if dist.is_initialized():
         dist.destroy_process_group()
+    _forget_meshes()
+    gc.collect()
+
+
+def _forget_meshes() -> None:
+    """Has torch forget the device meshes that it has cached with shardings.
+
+    They keep their groups alive. And a mesh equals one of a group that came after, so that tensors get it from the
+    cache: its groups have names that nothing answers to any more.
+    """
     if "torch.distributed.tensor" in sys.modules:
         with suppress(ImportError):  # another torch may not have it: see `windlass.process.end`
             from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-            _clear_sharding_prop_cache()  # of device meshes, and so of groups
-    gc.collect()
+            _clear_sharding_prop_cache()
 
 
 def _store_of_this_attempt(rank: int, world_size: int, timeout: timedelta, store: dist.Store | None) -> dict[str, Any]:

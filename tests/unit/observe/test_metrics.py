@@ -110,7 +110,7 @@ def test_rates_cover_the_window_with_stalls_and_without_evaluation(tmp_path: Pat
     stall = {"checkpoint/stall_s": 0.25, "comm/bytes": 5, "memory/x_bytes": 3, "other/last": 2}
     first = take_step(metrics, 2, step_s=0.75, **stall)
     clock.now += 3
-    metrics.evaluated(2, 2.5, 3.0, 640)
+    metrics.evaluated(2, {"loss": 2.5}, 3.0, 640)
     clock.now += 1
     take_step(metrics, 3, step_s=1.0)
     clock.now += 1
@@ -161,7 +161,7 @@ def test_non_finite_figures_stay_json(tmp_path: Path) -> None:
 def test_other_ranks_count_and_write_nothing(tmp_path: Path) -> None:
     with build(tmp_path / "run", rank=1) as metrics:
         records = [take_step(metrics, step) for step in range(1, 11)]
-        metrics.evaluated(10, 1.0, 0.1, 64)
+        metrics.evaluated(10, {"loss": 1.0}, 0.1, 64)
         metrics.count_skipped_step(10)
     assert records[-1] is not None and records[-1]["tokens"] == 1000
     assert metrics.skipped_steps == 1

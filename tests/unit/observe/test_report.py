@@ -74,12 +74,12 @@ def two_lives(run_dir: Path, clock: Clock) -> None:
     with live(run_dir, clock, 1, 60) as run:
         run.count_skipped_step(33, grad_norm=math.inf)
         run.event("persisted", 50)
-        run.evaluated(60, 2.5, 0.0, 64)
+        run.evaluated(60, {"loss": 2.5}, 0.0, 64)
     append_event(run_dir, "restart", 60, reason="rank 1 <was> killed")
     clock.now += 1000.0  # nobody was there
     state = {"step": 50, "tokens": 50_000, "skipped_steps": 1}
     with live(run_dir, clock, 51, 100, state) as run:
-        run.evaluated(100, 2.75, 0.0, 64)
+        run.evaluated(100, {"loss": 2.75}, 0.0, 64)
         run.event("done", 100)
     (run_dir / "config.yaml").write_text("optim:\n  lr: 0.01\n  name: '<b>'\nhf_token: s3cret\nrun_dir: ${oc.env:X}\n")
 
