@@ -184,6 +184,7 @@ def test_links_that_lead_away_are_refused(tmp_path: Path) -> None:
         (folder / "b.txt").unlink()
 
 
+@pytest.mark.slow
 def test_parquet_that_stands_for_more_than_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A word of a dictionary in thousands of rows, and rows that repeat the one before: from bytes to gigabytes."""
     monkeypatch.setattr(source_files, "UNPACKED_FREE_BYTES", 1 << 23)
