@@ -694,7 +694,7 @@ RUNS = [
     Fault(
         "launcher_keeps_sigterm_to_itself",
         "SIGTERM to the launcher stops the run after a checkpoint.",
-        "windlass/launch/torchrun.py",
+        "windlass/launch/stop_requests.py",
         "passed_on = signal.SIGUSR1 if number == signal.SIGTERM else signal.Signals(number)",
         "passed_on = signal.Signals(number)",
         (f"{UNIT}/launch/test_torchrun_launcher.py::test_requests_to_stop_go_to_the_workers",),

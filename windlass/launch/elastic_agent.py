@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -36,6 +36,7 @@ from windlass.launch.fork_server import fork_context, send_signal
 from windlass.launch.forked_worker import forked_worker
 from windlass.launch.job_messages import JobEnded, JobMessages, NodeReport, Phase
 from windlass.launch.policy import LAST_S, REFUSAL_S, WorkerEnd
+from windlass.launch.stop_requests import Requests
 from windlass.launch.store_endpoint import SAY_AFTER_S, StoreEndpoint
 from windlass.launch.store_nodes import HEARTBEAT_S
 from windlass.launch.torch_store import JobStore
@@ -44,20 +45,6 @@ from windlass.outcome import LAUNCHER, OUTCOME_FILE, Outcome
 MONITOR_S = 0.05
 POLL_S = 0.02
 UNLIMITED = 1 << 30
-
-
-class Requested(Protocol):
-    """Holds what this process was asked for."""
-
-    @property
-    def is_leaving(self) -> bool: ...
-
-    @property
-    def is_stopping(self) -> bool: ...
-
-    def may_interrupt(self) -> AbstractContextManager[None]:
-        """Entered while there are no workers, in which a request is for the launcher itself."""
-        ...
 
 
 class JobRendezvous(RendezvousHandler):
@@ -76,7 +63,7 @@ class JobRendezvous(RendezvousHandler):
         endpoint: StoreEndpoint,
         launch: LaunchConfig,
         num_local_ranks: int,
-        requests: Requested,
+        requests: Requests,
     ) -> None:
         self.messages, self.node, self.launch, self.requests = messages, node, launch, requests
         self._endpoint, self._num_local_ranks = endpoint, num_local_ranks

@@ -9,18 +9,14 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
-import psutil
 import torch
 
 from windlass.checkpoint.net.handshake import TransportError
@@ -35,11 +31,12 @@ from windlass.launch.job_messages import JobEnded, JobMessages
 from windlass.launch.job_store import StoreClient
 from windlass.launch.policy import Policy, may_leave
 from windlass.launch.secret import job_secret
+from windlass.launch.stop_requests import Interrupted, Requests
 from windlass.launch.store_endpoint import StoreEndpoint, open_endpoint
 from windlass.launch.store_nodes import StoreNodes, limits_of
-from windlass.outcome import LAUNCHER, STOP_FILE, Outcome, write_request
+from windlass.outcome import LAUNCHER, STOP_FILE, Outcome
 from windlass.text import printable
-from windlass.train.signals import STOP_SIGNALS, handle, say, stop_heard
+from windlass.train.signals import say
 
 
 def launch(config: Config) -> int:
@@ -181,67 +178,3 @@ def _worker_environment(requests: Requests, endpoint: StoreEndpoint) -> dict[str
         # a job that is alone, which no other machine is to reach, one that others do.
         environment["GLOO_SOCKET_IFNAME"] = endpoint.interface
     return environment
-
-
-class Interrupted(Exception):
-    """Raised when the launcher is asked to stop or to leave while it has no workers to ask."""
-
-
-class Requests:
-    """Passes what asks this process to stop on to the workers, which save and end by themselves.
-
-    SIGTERM is how schedulers take back a machine: this node leaves the job where that may go on without it.
-    """
-
-    def __init__(self, stop_file: Path) -> None:
-        self.may_leave = False
-        self.is_leaving = False
-        self.signal_name: str | None = None
-        """The first signal that asked the job to stop."""
-        self.stop_file = stop_file
-        self.is_stopping = self._may_interrupt = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Requests:
-        self._previous = handle(dict.fromkeys(STOP_SIGNALS, self._hear))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @contextmanager
-    def may_interrupt(self) -> Iterator[None]:
-        """Entered while there are no workers: raises Interrupted when asked, or if it was before."""
-        self._may_interrupt = True
-        try:
-            if self.is_leaving or self.is_stopping:
-                raise Interrupted
-            yield
-        finally:
-            self._may_interrupt = False
-
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGTERM and (self.is_leaving or self.is_stopping):
-            return  # repeated, it means no more, but SIGINT would
-        stop_heard()
-        # A worker would take SIGTERM for its launcher's, who is about to start it again.
-        passed_on = signal.SIGUSR1 if number == signal.SIGTERM else signal.Signals(number)
-        if number == signal.SIGTERM and self.may_leave:
-            self.is_leaving = True
-        else:
-            self.is_leaving, self.is_stopping = False, True
-            self.signal_name = self.signal_name or signal.Signals(number).name
-        write_request(self.stop_file, self.signal_name)
-        if self._may_interrupt:
-            raise Interrupted
-        for worker in _workers():
-            with suppress(psutil.NoSuchProcess):
-                worker.send_signal(passed_on)
-
-
-def _workers() -> Iterator[psutil.Process]:
-    """Finds the children of the fork server; not theirs, as snapshot agents outlive them."""
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            yield from child.children()

@@ -22,6 +22,7 @@ from windlass.launch import main as launch_main
 from windlass.launch import torchrun, worker
 from windlass.launch.elastic_agent import JobRendezvous
 from windlass.launch.job_messages import JobEnded, JobMessages
+from windlass.launch.stop_requests import Interrupted, Requests
 from windlass.outcome import LAUNCHER, Outcome
 
 TWO_RANKS = ["launch=torchrun", "launch.nproc_per_node=2", "launch.max_restarts=5"]
@@ -182,7 +183,7 @@ def test_requests_to_stop_go_to_the_workers(
 
 
 def test_sigterm_has_a_node_leave_where_the_job_may_go_on(tmp_path: Path) -> None:
-    with torchrun.Requests(tmp_path / "stop") as requests:
+    with Requests(tmp_path / "stop") as requests:
         requests.may_leave = True
         with server_with_worker() as worker:
             signal.raise_signal(signal.SIGTERM)
@@ -194,10 +195,10 @@ def test_sigterm_has_a_node_leave_where_the_job_may_go_on(tmp_path: Path) -> Non
 
 
 def test_a_launcher_without_workers_is_interrupted_itself(tmp_path: Path) -> None:
-    with torchrun.Requests(tmp_path / "stop") as requests:
-        with pytest.raises(torchrun.Interrupted), requests.may_interrupt():
+    with Requests(tmp_path / "stop") as requests:
+        with pytest.raises(Interrupted), requests.may_interrupt():
             signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(torchrun.Interrupted), requests.may_interrupt():
+        with pytest.raises(Interrupted), requests.may_interrupt():
             raise AssertionError("it was asked before")
 
 
