@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch, matrix_squares, row_squares
 from windlass.optim.config import ApolloConfig, Granularity
 from windlass.optim.lockstep import Update, sum_over_ranks
 from windlass.optim.low_rank import (
@@ -23,6 +22,7 @@ from windlass.optim.low_rank import (
     sum_columns,
     to_columns,
 )
+from windlass.optim.matrix_stack import MatrixStack, matrix_squares, row_squares
 from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.random import fill_normal_
@@ -78,60 +78,60 @@ class Apollo(LowRankOptimizer):
     def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
         return super().matrix_state(group, shape) | {"prev_norm": StateSpec(())}
 
-    def update(self, batch: Batch) -> Update:
-        by_channel = batch.group["granularity"] == Granularity.channel
-        projection = own_rows(batch, self._projection(batch))
-        projected, squares = batch.project_and(row_squares if by_channel else matrix_squares, projection)
+    def update(self, stack: MatrixStack) -> Update:
+        by_channel = stack.group["granularity"] == Granularity.channel
+        projection = own_rows(stack, self._projection(stack))
+        projected, squares = stack.project_and(row_squares if by_channel else matrix_squares, projection)
         if not by_channel:
-            projected = yield from sum_columns(batch, projected)
-        elif is_cut_along_short_dim(batch):
-            both = yield from sum_columns(batch, torch.cat((projected, squares), dim=-1))
+            projected = yield from sum_columns(stack, projected)
+        elif is_cut_along_short_dim(stack):
+            both = yield from sum_columns(stack, torch.cat((projected, squares), dim=-1))
             projected, squares = both[..., :-1], both[..., -1:]
-        exp_avg, exp_avg_sq = batch.state("exp_avg", "exp_avg_sq")
-        direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+        exp_avg, exp_avg_sq = stack.state("exp_avg", "exp_avg_sq")
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, stack.group["betas"], stack.group["eps"])
         # What waits for other ranks below must not add up to the size of the state.
         if by_channel:
             factor = _norm(direction) / (_norm(projected) + 1e-8)
             del direction, projected
             square_norm = yield from sum_over_ranks(_sums(factor.square() * squares))
             norm = square_norm.sqrt()
-            factor = yield from to_columns(batch, factor)
+            factor = yield from to_columns(stack, factor)
         else:
             terms = torch.stack([_sums(direction.square()), _sums(projected.square()), squares[:, 0, 0]])
             del direction, projected
             of_direction, of_projected, of_gradient = (yield from sum_over_ranks(terms)).sqrt()
             factor = (of_direction / (of_projected + 1e-8))[:, None, None]
             norm = factor[:, 0, 0] * of_gradient
-        excess = self._limit_growth(batch, norm)
-        factor = factor * (adam_step_size(batch) * batch.group["scale"] ** 0.5 / excess)[:, None, None]
-        batch.subtract_scaled_gradient(factor.mT if batch.is_wide else factor)
-        batch.decay()
+        excess = self._limit_growth(stack, norm)
+        factor = factor * (adam_step_size(stack) * stack.group["scale"] ** 0.5 / excess)[:, None, None]
+        stack.subtract_scaled_gradient(factor.mT if stack.is_wide else factor)
+        stack.decay()
 
-    def _limit_growth(self, batch: Batch, norm: Tensor) -> Tensor:
+    def _limit_growth(self, stack: MatrixStack, norm: Tensor) -> Tensor:
         """By how much an update of length `norm` is too long; sets `prev_norm` to its length after division by that."""
-        (prev_norm,) = batch.state("prev_norm")
-        if batch.step == 1:
+        (prev_norm,) = stack.state("prev_norm")
+        if stack.step == 1:
             prev_norm.copy_(norm)
             return torch.ones_like(norm)
         excess = (norm / (prev_norm + 1e-8)).clamp_(min=MAX_NORM_GROWTH).div_(MAX_NORM_GROWTH)
-        if batch.group["compat"]:
+        if stack.group["compat"]:
             prev_norm.copy_(norm / excess)
             return excess
-        usual = math.sqrt(max(batch.layout.shape) * batch.group["rank"])  # elements of the moments are about 1
+        usual = math.sqrt(max(stack.layout.shape) * stack.group["rank"])  # elements of the moments are about 1
         excess = torch.where(prev_norm > NEXT_TO_NOTHING * usual, excess, torch.ones_like(excess))
         fallen = torch.maximum(norm / excess, MIN_NORM_MEMORY * prev_norm)
         prev_norm.copy_(torch.where(norm > NEXT_TO_NOTHING * prev_norm, fallen, prev_norm))
         return excess
 
-    def _projection(self, batch: Batch) -> Tensor:
+    def _projection(self, stack: MatrixStack) -> Tensor:
         """P of this step, (s, r): N(0, 1/r), the same for all matrices of one width (compat: [k, s, r])."""
-        epoch = (batch.step - 1) // batch.group["update_interval"]
-        width, rank, device = min(batch.layout.shape), batch.group["rank"], batch.parameters[0].device
-        if batch.group["compat"]:
-            makers = [(member, partial(self._authors_projection, member, rank, epoch)) for member in batch.parameters]
+        epoch = (stack.step - 1) // stack.group["update_interval"]
+        width, rank, device = min(stack.layout.shape), stack.group["rank"], stack.parameters[0].device
+        if stack.group["compat"]:
+            makers = [(member, partial(self._authors_projection, member, rank, epoch)) for member in stack.parameters]
             return torch.stack([self._kept((member, epoch), make) for member, make in makers])
-        key = (batch.group["seed"], width, rank, device)
-        return self._kept((key, epoch), lambda: random_projection(width, rank, batch.group["seed"], epoch).to(device))
+        key = (stack.group["seed"], width, rank, device)
+        return self._kept((key, epoch), lambda: random_projection(width, rank, stack.group["seed"], epoch).to(device))
 
     def _kept(self, key: tuple[Any, int], make: Callable[[], Tensor]) -> Tensor:
         """Returns what `make` returned for `key` before; the two newest used of each thing are kept.

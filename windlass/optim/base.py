@@ -1,6 +1,6 @@
-"""The base of the matrix optimizers: checks, state sharded as its parameter is, batches, plain AdamW for the rest.
+"""The base of the matrix optimizers: checks, state sharded as its parameter is, stacks, plain AdamW for the rest.
 
-An algorithm is a subclass that says which state a matrix has (`matrix_state`) and how a batch of matrices is updated
+An algorithm is a subclass that says which state a matrix has (`matrix_state`) and how a stack of matrices is updated
 (`update`, see `windlass.optim.lockstep`). It is written once: for plain tensors, and for DTensors sharded along
 either dim, evenly or not.
 """
@@ -19,15 +19,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from windlass.optim.adamw import adamw_step
-from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.lockstep import Gathered, Update, Wave, run_in_lockstep
+from windlass.optim.matrix_stack import MatrixStack, local_gradient
 from windlass.optim.strides import laid_out_as, shares_no_memory
 from windlass.parallel.fragment import local_tensor, with_local
 from windlass.parallel.layout import layout_of, zeros_over, zeros_sharded_as
 
 BATCH_NUMEL = {"cpu": 1 << 22, "cuda": 1 << 24}
 """Elements of the matrices that are updated together: enough to hide what launching kernels costs, few enough that the
-intermediates of a batch are small beside a model. A larger matrix is a batch of its own."""
+intermediates of a stack are small beside a model. A larger matrix is a stack of its own."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """The state of a matrix of `shape` beside its step."""
         raise NotImplementedError
 
-    def update(self, batch: Batch) -> Update:
-        """Updates the weights and the state of a batch of matrices."""
+    def update(self, stack: MatrixStack) -> Update:
+        """Updates the weights and the state of a stack of matrices."""
         raise NotImplementedError
 
-    def gathered(self, batch: Batch) -> Gathered | None:
+    def gathered(self, stack: MatrixStack) -> Gathered | None:
         """The parts of each matrix that `update` gathers in this step, where matrices are sharded; None for nothing.
 
-        Updates that gather run in waves, so that what is together at a time is bounded, and `batch.owners` is set.
+        Updates that gather run in waves, so that what is together at a time is bounded, and `stack.owners` is set.
         """
         return None
 
@@ -168,16 +168,16 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     f"{self._name_of(parameter)} has a sparse gradient, which {type(self).__name__} does not support: "
                     "make its module with sparse=False"
                 )
-        batches: list[Batch] = []
+        stacks: list[MatrixStack] = []
         for group, members in zip(self.param_groups, trained, strict=True):
             by_step = self._count_step(group, members)
             for step, of_step in by_step.items():
                 if self.is_matrix_group(group):
-                    batches += self._batches(group, [parameter for parameter in of_step if parameter.numel()], step)
+                    stacks += self._stacks(group, [parameter for parameter in of_step if parameter.numel()], step)
                 else:
                     self._adamw(group, of_step, step)
-        for wave in self._waves(batches):
-            run_in_lockstep((batch.layout.groups, self.update(batch)) for batch in wave)
+        for wave in self._waves(stacks):
+            run_in_lockstep((stack.layout.groups, self.update(stack)) for stack in wave)
         return loss
 
     def empty_state(self, parameter: Tensor) -> dict[str, Tensor]:
@@ -239,44 +239,44 @@ class MatrixOptimizer(torch.optim.Optimizer):
             by_step.setdefault(int(state["step"]), []).append(parameter)
         return by_step
 
-    def _batches(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> Iterator[Batch]:
+    def _stacks(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> Iterator[MatrixStack]:
         alike: dict[tuple, list[Tensor]] = {}
         for parameter in parameters:
             layout = layout_of(parameter)
             alike.setdefault((layout, parameter.dtype, parameter.device.type), []).append(parameter)
         for (layout, _, device_type), members in alike.items():
-            # The global size decides, so that all ranks make the same batches.
+            # The global size decides, so that all ranks make the same stacks.
             size = max(1, BATCH_NUMEL.get(device_type, 1) // max(1, math.prod(layout.shape)))
             for start in range(0, len(members), size):
-                of_batch = members[start : start + size]
-                yield Batch(group, step, layout, of_batch, [self.state[parameter] for parameter in of_batch])
+                of_stack = members[start : start + size]
+                yield MatrixStack(group, step, layout, of_stack, [self.state[parameter] for parameter in of_stack])
 
-    def _waves(self, batches: list[Batch]) -> Iterator[list[Batch]]:
-        """The batches that are updated side by side, each with its owners; batches that gather nothing go first.
+    def _waves(self, stacks: list[MatrixStack]) -> Iterator[list[MatrixStack]]:
+        """The stacks that are updated side by side, each with its owners; stacks that gather nothing go first.
 
         By process group, as other groups of this rank have other ranks, which know nothing of what is in this one.
         """
-        of_groups: dict[dist.ProcessGroup | None, list[tuple[Gathered, Batch]]] = {}
-        first: list[Batch] = []
-        for batch in batches:
-            gathered = self.gathered(batch) if batch.layout.groups else None
+        of_groups: dict[dist.ProcessGroup | None, list[tuple[Gathered, MatrixStack]]] = {}
+        first: list[MatrixStack] = []
+        for stack in stacks:
+            gathered = self.gathered(stack) if stack.layout.groups else None
             if gathered is None:
-                first.append(batch)
+                first.append(stack)
             else:
-                of_groups.setdefault(batch.layout.group, []).append((gathered, batch))
+                of_groups.setdefault(stack.layout.group, []).append((gathered, stack))
         yield first
         for members in of_groups.values():
             wave, following = Wave(members[0][1].layout.num_ranks), []
             # The costliest first: what is left for the end evens the ranks out.
-            for gathered, batch in sorted(members, key=lambda member: -member[1].cost):
-                owners = wave.take(len(batch), batch.cost, gathered)
+            for gathered, stack in sorted(members, key=lambda member: -member[1].cost):
+                owners = wave.take(len(stack), stack.cost, gathered)
                 if owners is None:
                     yield following
-                    wave, following = Wave(batch.layout.num_ranks), []
-                    owners = wave.take(len(batch), batch.cost, gathered)
+                    wave, following = Wave(stack.layout.num_ranks), []
+                    owners = wave.take(len(stack), stack.cost, gathered)
                     assert owners is not None, "an empty wave takes anything"
-                batch.owners = owners
-                following.append(batch)
+                stack.owners = owners
+                following.append(stack)
             yield following
 
     def _adamw(self, group: dict[str, Any], parameters: list[Tensor], step: int) -> None:

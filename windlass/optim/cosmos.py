@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch, aligned, join, one_by_one
 from windlass.optim.config import CosmosConfig
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
+from windlass.optim.matrix_stack import MatrixStack, aligned, join, one_by_one
 from windlass.optim.newton_schulz import newton_schulz
 from windlass.optim.param_groups import matrix_param_groups
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
@@ -86,55 +86,55 @@ class Cosmos(WholeMatrixOptimizer):
             "covariance": StateSpec((rank, rank), sharded_dim=0),
         }
 
-    def gathered(self, batch: Batch) -> Gathered | None:
+    def gathered(self, stack: MatrixStack) -> Gathered | None:
         # The gradient and the direction come, and the update is of their size.
-        numels = [math.prod(spec.shape) for spec in self.matrix_state(batch.group, batch.layout.shape).values()]
+        numels = [math.prod(spec.shape) for spec in self.matrix_state(stack.group, stack.layout.shape).values()]
         return Gathered(at_owner=sum(numels) + 2 * numels[0])
 
-    def update(self, batch: Batch) -> Update:
-        layout, owners, beta1 = batch.layout, batch.owners, batch.group["betas"][0]
-        gradient = batch.gradient()
-        (momentum,) = batch.state("momentum_buffer")
+    def update(self, stack: MatrixStack) -> Update:
+        layout, owners, beta1 = stack.layout, stack.owners, stack.group["betas"][0]
+        gradient = stack.gradient()
+        (momentum,) = stack.state("momentum_buffer")
         momentum.mul_(beta1).add_(gradient)
         direction = gradient.add(momentum, alpha=beta1)
         # Over the sum of the weights that its gradients have.
-        direction.mul_((1 - beta1) / (1 - beta1 ** (batch.step + 1)))
+        direction.mul_((1 - beta1) / (1 - beta1 ** (stack.step + 1)))
         gradient = yield from gather_to_owners(gradient, layout, owners)
         direction = yield from gather_to_owners(direction, layout, owners)
         keys = ("exp_avg_sq", "basis", "covariance")
-        specs = self.matrix_state(batch.group, layout.shape)
+        specs = self.matrix_state(stack.group, layout.shape)
         layouts = [layout.of(specs[key].shape, 0) for key in keys]
-        own_parts = batch.state(*keys)
+        own_parts = stack.state(*keys)
         wholes = []
         for part, its_layout in zip(own_parts, layouts, strict=True):
             wholes.append((yield from gather_to_owners(part, its_layout, owners)))
         if len(gradient):  # this rank owns any
-            reflections = [_turn_basis(batch, *parts) for parts in one_by_one(gradient, *wholes)]
-            direction = self._precondition(batch, direction, wholes[0], reflections)
+            reflections = [_turn_basis(stack, *parts) for parts in one_by_one(gradient, *wholes)]
+            direction = self._precondition(stack, direction, wholes[0], reflections)
         del gradient
         for part, whole, its_layout in zip(own_parts, wholes, layouts, strict=True):
             part.copy_((yield from scatter_from_owners(whole, its_layout, owners)))
         step = yield from scatter_from_owners(direction, layout, owners)
-        batch.decay()
-        batch.subtract(step.mul_(batch.lr))
+        stack.decay()
+        stack.subtract(step.mul_(stack.lr))
 
     def _precondition(
-        self, batch: Batch, direction: Tensor, exp_avg_sq: Tensor, reflections: list[tuple[Tensor, Tensor]]
+        self, stack: MatrixStack, direction: Tensor, exp_avg_sq: Tensor, reflections: list[tuple[Tensor, Tensor]]
     ) -> Tensor:
         """The update [k, a, b] for lr 1, from the momentum [k, a, b] and what `torch.geqrf` gave for the bases.
 
         What lies outside of the basis is orthogonalized in coordinates of its own: b - r columns instead of b with r
         empty directions, which takes half the time at r = b / 4 and leaves no room there for bfloat16's noise.
         """
-        group = batch.group
-        size, rank = math.sqrt(math.prod(batch.layout.shape)), exp_avg_sq.shape[-1]
+        group = stack.group
+        size, rank = math.sqrt(math.prod(stack.layout.shape)), exp_avg_sq.shape[-1]
         turned = [
             torch.ormqr(*reflection, part, left=False).tensor_split((rank,), dim=-1)
             for reflection, (part,) in zip(reflections, one_by_one(direction), strict=True)
         ]
         dtype = torch.float32 if group["compat"] else torch.bfloat16
         orthogonal = newton_schulz(join([outside for _, outside in turned]), dtype=dtype).float()
-        correction = 1 - group["betas"][1] ** batch.step
+        correction = 1 - group["betas"][1] ** stack.step
         steps = []
         for reflection, (inside, outside), (part, outer, square) in zip(
             reflections, turned, one_by_one(direction, orthogonal, exp_avg_sq), strict=True
@@ -149,7 +149,7 @@ class Cosmos(WholeMatrixOptimizer):
 
 
 def _turn_basis(
-    batch: Batch, gradient: Tensor, exp_avg_sq: Tensor, basis: Tensor, covariance: Tensor
+    stack: MatrixStack, gradient: Tensor, exp_avg_sq: Tensor, basis: Tensor, covariance: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Takes the gradient [k, a, b] into the state, in place.
 
@@ -159,9 +159,9 @@ def _turn_basis(
     Returns:
         The new basis as `torch.geqrf` gives it: reflections, which make it a basis of the whole space.
     """
-    beta2 = batch.group["betas"][1]
+    beta2 = stack.group["betas"][1]
     gradient, before, covariance_before = aligned(gradient), aligned(basis), aligned(covariance)
-    if batch.step == 1:
+    if stack.step == 1:
         image = _leading_directions(gradient, basis.shape[-1])
     else:
         image = gradient.mT @ (gradient @ before)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from windlass.optim.adamw import adam_direction
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch
 from windlass.optim.config import GaLoreConfig
 from windlass.optim.lockstep import Gathered, Reply, Update, all_gather, gather_to_owners, scatter_from_owners
 from windlass.optim.low_rank import (
@@ -21,6 +20,7 @@ from windlass.optim.low_rank import (
     sum_columns,
     to_columns,
 )
+from windlass.optim.matrix_stack import MatrixStack
 from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.layout import Layout
 
@@ -61,59 +61,59 @@ class GaLore(LowRankOptimizer):
         projector = StateSpec((min(shape), group["rank"]), 0 if group["shard_projector"] else None)
         return super().matrix_state(group, shape) | {"projector": projector}
 
-    def gathered(self, batch: Batch) -> Gathered | None:
-        long, short = batch.tall_layout.shape
-        rank, is_refresh, across = batch.group["rank"], self.is_refresh(batch), is_cut_along_short_dim(batch)
+    def gathered(self, stack: MatrixStack) -> Gathered | None:
+        long, short = stack.tall_layout.shape
+        rank, is_refresh, across = stack.group["rank"], self.is_refresh(stack), is_cut_along_short_dim(stack)
         everywhere = long * rank if across else 0
-        if is_refresh or (batch.group["shard_projector"] and not across):
+        if is_refresh or (stack.group["shard_projector"] and not across):
             everywhere += short * rank
         at_owner = long * short if is_refresh else 0
         return Gathered(at_owner, everywhere) if everywhere else None
 
-    def update(self, batch: Batch) -> Update:
-        if self.is_refresh(batch):
-            yield from self._refresh(batch)
-        projector = yield from self._projector(batch)
-        projected = yield from self.project(batch, projector)
-        exp_avg, exp_avg_sq = batch.state("exp_avg", "exp_avg_sq")
-        direction = adam_direction(projected, exp_avg, exp_avg_sq, batch.group["betas"], batch.group["eps"])
+    def update(self, stack: MatrixStack) -> Update:
+        if self.is_refresh(stack):
+            yield from self._refresh(stack)
+        projector = yield from self._projector(stack)
+        projected = yield from self.project(stack, projector)
+        exp_avg, exp_avg_sq = stack.state("exp_avg", "exp_avg_sq")
+        direction = adam_direction(projected, exp_avg, exp_avg_sq, stack.group["betas"], stack.group["eps"])
         del projected
-        direction = yield from to_columns(batch, direction)
-        factors = (projector, direction) if batch.is_wide else (direction, projector)
-        batch.subtract_product(*factors, adam_step_size(batch) * batch.group["scale"])
-        batch.decay()
+        direction = yield from to_columns(stack, direction)
+        factors = (projector, direction) if stack.is_wide else (direction, projector)
+        stack.subtract_product(*factors, adam_step_size(stack) * stack.group["scale"])
+        stack.decay()
 
-    def project(self, batch: Batch, projector: Tensor) -> Reply:
+    def project(self, stack: MatrixStack, projector: Tensor) -> Reply:
         """Returns what Adam gets: this rank's rows of R = G P, [k, own L, r]."""
-        return (yield from sum_columns(batch, batch.project(projector)))
+        return (yield from sum_columns(stack, stack.project(projector)))
 
-    def is_refresh(self, batch: Batch) -> bool:
-        return (batch.step - 1) % batch.group["update_interval"] == 0
+    def is_refresh(self, stack: MatrixStack) -> bool:
+        return (stack.step - 1) % stack.group["update_interval"] == 0
 
-    def _projector(self, batch: Batch) -> Reply:
+    def _projector(self, stack: MatrixStack) -> Reply:
         """Those rows of P [k, s, r] that meet this rank's columns of the tall G."""
-        (projector,) = batch.state("projector")
-        if not batch.group["shard_projector"]:
-            return own_rows(batch, projector)
-        if batch.tall_layout.dim == 0:
-            return (yield from all_gather(projector, _projector_layout(batch)))
+        (projector,) = stack.state("projector")
+        if not stack.group["shard_projector"]:
+            return own_rows(stack, projector)
+        if stack.tall_layout.dim == 0:
+            return (yield from all_gather(projector, _projector_layout(stack)))
         return projector  # whole on a rank of its own, or cut as the columns are
 
-    def _refresh(self, batch: Batch) -> Update:
+    def _refresh(self, stack: MatrixStack) -> Update:
         """Sets the projectors to the main directions of this step's gradients, found by the owners of the matrices."""
-        layout = _projector_layout(batch)
-        (before,) = batch.state("projector")
+        layout = _projector_layout(stack)
+        (before,) = stack.state("projector")
         if layout.dim is not None:
-            before = yield from gather_to_owners(before, layout, batch.owners)
+            before = yield from gather_to_owners(before, layout, stack.owners)
         elif layout.group is not None:
-            before = before[[index for index, owner in enumerate(batch.owners) if owner == layout.rank]]
-        gradients = yield from gather_to_owners(batch.tall_gradient(), batch.tall_layout, batch.owners)
+            before = before[[index for index, owner in enumerate(stack.owners) if owner == layout.rank]]
+        gradients = yield from gather_to_owners(stack.tall_gradient(), stack.tall_layout, stack.owners)
         found = torch.empty_like(before)
         for index, gradient in enumerate(gradients):
-            found[index] = self._directions(gradient, before[index], batch.is_wide, batch.group["compat"])
+            found[index] = self._directions(gradient, before[index], stack.is_wide, stack.group["compat"])
         del gradients  # what waits for other ranks below must not be of the size of a matrix
-        projector = yield from scatter_from_owners(found, layout, batch.owners)
-        (kept,) = batch.state("projector")
+        projector = yield from scatter_from_owners(found, layout, stack.owners)
+        (kept,) = stack.state("projector")
         kept.copy_(projector)
 
     def _directions(self, gradient: Tensor, before: Tensor, is_wide: bool, is_compat: bool) -> Tensor:
@@ -158,9 +158,9 @@ def aligned(directions: Tensor, before: Tensor) -> Tensor:
     return directions * torch.where(product == 0, largest, product).sign()
 
 
-def _projector_layout(batch: Batch) -> Layout:
-    shape = (min(batch.layout.shape), batch.group["rank"])
-    return batch.layout.of(shape, 0 if batch.group["shard_projector"] else None)
+def _projector_layout(stack: MatrixStack) -> Layout:
+    shape = (min(stack.layout.shape), stack.group["rank"])
+    return stack.layout.of(shape, 0 if stack.group["shard_projector"] else None)
 
 
 def build(config: GaLoreConfig, model: nn.Module) -> GaLore:

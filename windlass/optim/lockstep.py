@@ -1,6 +1,6 @@
 """Runs the updates of many matrices side by side, so that what they send travels together.
 
-An update is written as a generator, for one batch of matrices, as if it were alone: where it needs other ranks it
+An update is written as a generator, for one stack of matrices, as if it were alone: where it needs other ranks it
 yields a request and is resumed with the answer. `run_in_lockstep` advances all updates to their next request and
 answers these with one collective of a kind, so a model of 200 matrices costs one all-reduce where the algorithm has
 one. On a rank of its own every request is answered at once by what it sent.

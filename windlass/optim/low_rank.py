@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import MatrixOptimizer, StateSpec, require_key
-from windlass.optim.batch import Batch
 from windlass.optim.lockstep import Reply, all_gather, reduce_scatter
+from windlass.optim.matrix_stack import MatrixStack
 from windlass.parallel.layout import Layout
 
 
@@ -62,40 +62,40 @@ class LowRankOptimizer(MatrixOptimizer):
         return group["eps"] / math.sqrt(1 - group["betas"][1] ** step)
 
 
-def adam_step_size(batch: Batch) -> float:
+def adam_step_size(stack: MatrixStack) -> float:
     """The learning rate with Adam's bias correction."""
-    beta1, beta2 = batch.group["betas"]
-    return batch.lr * math.sqrt(1 - beta2**batch.step) / (1 - beta1**batch.step)
+    beta1, beta2 = stack.group["betas"]
+    return stack.lr * math.sqrt(1 - beta2**stack.step) / (1 - beta1**stack.step)
 
 
-def is_cut_along_short_dim(batch: Batch) -> bool:
-    return batch.tall_layout.dim == 1
+def is_cut_along_short_dim(stack: MatrixStack) -> bool:
+    return stack.tall_layout.dim == 1
 
 
-def own_rows(batch: Batch, projector: Tensor) -> Tensor:
+def own_rows(stack: MatrixStack, projector: Tensor) -> Tensor:
     """Those rows of P [..., s, r] that meet this rank's columns of the tall G."""
-    layout = batch.tall_layout
+    layout = stack.tall_layout
     return projector[..., layout.span(), :] if layout.dim == 1 else projector
 
 
-def moment_layout(batch: Batch, width: int) -> Layout:
+def moment_layout(stack: MatrixStack, width: int) -> Layout:
     """The layout of what there is of each of the L rows: (L, width), cut along L."""
-    layout = batch.tall_layout
+    layout = stack.tall_layout
     return layout.of((layout.shape[0], width), 0)
 
 
-def sum_columns(batch: Batch, partial: Tensor) -> Reply:
+def sum_columns(stack: MatrixStack, partial: Tensor) -> Reply:
     """From what each rank's columns of G give for every row [k, L, width], the sums for this rank's rows.
 
     Where G is not cut along s the rows are whole already.
     """
-    if not is_cut_along_short_dim(batch):
+    if not is_cut_along_short_dim(stack):
         return partial
-    return (yield from reduce_scatter(partial, moment_layout(batch, partial.shape[-1])))
+    return (yield from reduce_scatter(partial, moment_layout(stack, partial.shape[-1])))
 
 
-def to_columns(batch: Batch, rows: Tensor) -> Reply:
+def to_columns(stack: MatrixStack, rows: Tensor) -> Reply:
     """The reverse way: what this rank has for its rows [k, own L, width], for all rows if G is cut along s."""
-    if not is_cut_along_short_dim(batch):
+    if not is_cut_along_short_dim(stack):
         return rows
-    return (yield from all_gather(rows, moment_layout(batch, rows.shape[-1])))
+    return (yield from all_gather(rows, moment_layout(stack, rows.shape[-1])))

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch
 from windlass.optim.config import LRAdjustment, MuonConfig
 from windlass.optim.lockstep import Gathered, Update, gather_to_owners, scatter_from_owners
+from windlass.optim.matrix_stack import MatrixStack
 from windlass.optim.newton_schulz import COEFFICIENTS, newton_schulz
 from windlass.optim.param_groups import matrix_param_groups
 from windlass.optim.whole_matrix import WholeMatrixOptimizer
@@ -81,22 +81,22 @@ class Muon(WholeMatrixOptimizer):
     def matrix_state(self, group: Mapping[str, Any], shape: tuple[int, ...]) -> dict[str, StateSpec]:
         return {"momentum_buffer": StateSpec(shape, is_like_parameter=True)}
 
-    def gathered(self, batch: Batch) -> Gathered | None:
-        return Gathered(at_owner=math.prod(batch.layout.shape))
+    def gathered(self, stack: MatrixStack) -> Gathered | None:
+        return Gathered(at_owner=math.prod(stack.layout.shape))
 
-    def update(self, batch: Batch) -> Update:
-        group, layout = batch.group, batch.layout
-        gradient = batch.gradient()
-        (momentum,) = batch.state("momentum_buffer")
+    def update(self, stack: MatrixStack) -> Update:
+        group, layout = stack.group, stack.layout
+        gradient = stack.gradient()
+        (momentum,) = stack.state("momentum_buffer")
         momentum.lerp_(gradient, 1 - group["momentum"])
         direction = gradient.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
         direction = direction.to(torch.bfloat16)
         del gradient
-        whole = yield from gather_to_owners(direction, layout, batch.owners)
+        whole = yield from gather_to_owners(direction, layout, stack.owners)
         whole = newton_schulz(whole, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        direction = yield from scatter_from_owners(whole, layout, batch.owners)
-        batch.decay()
-        batch.subtract(direction.float().mul_(batch.lr * lr_ratio(group["adjust_lr_fn"], layout.shape)))
+        direction = yield from scatter_from_owners(whole, layout, stack.owners)
+        stack.decay()
+        stack.subtract(direction.float().mul_(stack.lr * lr_ratio(group["adjust_lr_fn"], layout.shape)))
 
 
 def lr_ratio(adjustment: str | None, shape: tuple[int, ...]) -> float:

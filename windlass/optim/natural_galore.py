@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from windlass.optim.base import StateSpec, require_key
-from windlass.optim.batch import Batch, aligned, of_each
 from windlass.optim.config import NaturalGaLoreConfig
 from windlass.optim.galore import GaLore
 from windlass.optim.lockstep import Reply, sum_over_ranks
+from windlass.optim.matrix_stack import MatrixStack, aligned, of_each
 from windlass.optim.param_groups import groups_of_low_rank
 from windlass.parallel.fragment import local_tensor
 
@@ -62,19 +62,19 @@ class NaturalGaLore(GaLore):
             "gram": StateSpec((2, steps, steps)),
         }
 
-    def project(self, batch: Batch, projector: Tensor) -> Reply:
-        projected = yield from super().project(batch, projector)
+    def project(self, stack: MatrixStack, projector: Tensor) -> Reply:
+        projected = yield from super().project(stack, projector)
         # One by one: stacked histories would be copies of the largest part of the state.
-        histories = [local_tensor(state["history"]) for state in batch.states]
-        is_first = self.is_refresh(batch)
-        slot = (batch.step - 1) % batch.group["update_interval"] % batch.group["history"]
+        histories = [local_tensor(state["history"]) for state in stack.states]
+        is_first = self.is_refresh(stack)
+        slot = (stack.step - 1) % stack.group["update_interval"] % stack.group["history"]
         for history, newest in zip(histories, projected, strict=True):
             if is_first:
                 history.zero_()
             history[slot] = newest
         del projected
         products = yield from sum_over_ranks(torch.stack([products_with(history, slot) for history in histories]))
-        (parts,) = batch.state("gram")
+        (parts,) = stack.state("gram")
         gram = parts.double().sum(1)
         if is_first:
             gram.zero_()
@@ -82,7 +82,7 @@ class NaturalGaLore(GaLore):
         gram[:, :, slot] = products
         parts[:, 0] = gram
         parts[:, 1] = gram - parts[:, 0]
-        weights = of_each(lambda gram: natural_weights(gram, slot, batch.group["damping"]), gram)
+        weights = of_each(lambda gram: natural_weights(gram, slot, stack.group["damping"]), gram)
         return torch.stack(
             [combination(history, aligned(of_one)) for history, of_one in zip(histories, weights, strict=True)]
         )

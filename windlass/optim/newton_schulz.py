@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from windlass.optim.batch import aligned, join, of_each, one_by_one
+from windlass.optim.matrix_stack import aligned, join, of_each, one_by_one
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a, b, c of the quintic a x + b x^3 + c x^5. Chosen for a steep slope at 0: five steps bring singular values from 0.01

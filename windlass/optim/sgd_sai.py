@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from windlass.optim.base import MatrixOptimizer, StateSpec, require_key
-from windlass.optim.batch import Batch, local_gradient
 from windlass.optim.config import SGDSaIConfig
 from windlass.optim.lockstep import Reply, Update, sum_over_ranks
+from windlass.optim.matrix_stack import MatrixStack, local_gradient
 from windlass.optim.param_groups import decay_param_groups
 from windlass.parallel.fragment import local_tensor
 
@@ -74,21 +74,21 @@ class SGDSaI(MatrixOptimizer):
         super().load_state_dict(state_dict)
         self._measured.clear()
 
-    def update(self, batch: Batch) -> Update:
-        gradients = [local_gradient(parameter).float() for parameter in batch.parameters]
-        momenta = [local_tensor(state["momentum_buffer"]) for state in batch.states]
-        scales = [state["gsnr"] for state in batch.states]
-        if not self._are_measured(batch.parameters, scales):
-            measured = yield from _signal_to_noise(batch, gradients)
+    def update(self, stack: MatrixStack) -> Update:
+        gradients = [local_gradient(parameter).float() for parameter in stack.parameters]
+        momenta = [local_tensor(state["momentum_buffer"]) for state in stack.states]
+        scales = [state["gsnr"] for state in stack.states]
+        if not self._are_measured(stack.parameters, scales):
+            measured = yield from _signal_to_noise(stack, gradients)
             for scale, value in zip(scales, measured.unbind(0), strict=True):
                 scale.copy_(torch.where(scale > 0, scale, value))
-        if batch.step == 1:
+        if stack.step == 1:
             torch._foreach_copy_(momenta, gradients)
         else:
-            torch._foreach_lerp_(momenta, gradients, 1 - batch.group["momentum"])
-        batch.decay()
-        for weight, momentum, scale in zip(batch.weights(), momenta, scales, strict=True):
-            weight.addcmul_(momentum, scale.abs(), value=-batch.lr)
+            torch._foreach_lerp_(momenta, gradients, 1 - stack.group["momentum"])
+        stack.decay()
+        for weight, momentum, scale in zip(stack.weights(), momenta, scales, strict=True):
+            weight.addcmul_(momentum, scale.abs(), value=-stack.lr)
 
     def _are_measured(self, parameters: list[Tensor], scales: list[Tensor]) -> bool:
         """True if all have their gsnr, which is read from the device only until they do. The same on all ranks."""
@@ -99,7 +99,7 @@ class SGDSaI(MatrixOptimizer):
         return all(known)
 
 
-def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
+def _signal_to_noise(stack: MatrixStack, gradients: list[Tensor]) -> Reply:
     """gsnr of each tensor [k], from all ranks' parts of its gradient; negative if that is small, 0 if it is zero."""
     # In float64, so that the sums are the same however the tensor is cut.
     doubles = [gradient.double() for gradient in gradients]
@@ -107,11 +107,11 @@ def _signal_to_noise(batch: Batch, gradients: list[Tensor]) -> Reply:
     del doubles
     sums = yield from sum_over_ranks(sums)
     total, square = sums.unbind(1)
-    numel = math.prod(batch.layout.shape)
+    numel = math.prod(stack.layout.shape)
     variance = (square - total.square() / numel) / max(1, numel - 1)
-    ratio = square.sqrt() / (variance.clamp(min=0).sqrt() + batch.group["eps"])
+    ratio = square.sqrt() / (variance.clamp(min=0).sqrt() + stack.group["eps"])
     ratio = torch.where(variance * numel > MIN_VARIANCE * square, ratio, math.sqrt(numel))
-    is_small = square <= numel * batch.group["eps"] ** 2
+    is_small = square <= numel * stack.group["eps"] ** 2
     return torch.where(square > 0, torch.where(is_small, -ratio, ratio), 0.0).float()
 
 

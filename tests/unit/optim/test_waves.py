@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from windlass.optim.base import MatrixOptimizer
-from windlass.optim.batch import Batch
 from windlass.optim.lockstep import MAX_GATHERED_NUMEL, Gathered, Wave
+from windlass.optim.matrix_stack import MatrixStack
 from windlass.parallel.layout import Layout, Split
 
 GROUPS: Any = ["one group", "another"]
@@ -49,26 +49,26 @@ class Gathering(MatrixOptimizer):
     def is_matrix_group(self, group: Any) -> bool:
         return True
 
-    def gathered(self, batch: Batch) -> Gathered | None:
-        return None if batch.step > 1 else Gathered(at_owner=batch.layout.shape[0] * batch.layout.shape[1])
+    def gathered(self, stack: MatrixStack) -> Gathered | None:
+        return None if stack.step > 1 else Gathered(at_owner=stack.layout.shape[0] * stack.layout.shape[1])
 
 
-def batch_of(shape: tuple[int, int], group: Any, step: int = 1, num_matrices: int = 1) -> Batch:
+def stack_of(shape: tuple[int, int], group: Any, step: int = 1, num_matrices: int = 1) -> MatrixStack:
     layout = Layout(shape, () if group is None else (Split(0, group, 0, 2),))
-    return Batch({}, step, layout, [torch.empty(0)] * num_matrices, [{}] * num_matrices)
+    return MatrixStack({}, step, layout, [torch.empty(0)] * num_matrices, [{}] * num_matrices)
 
 
-def test_costly_batches_go_first_and_each_group_has_its_waves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costly_stacks_go_first_and_each_group_has_its_waves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("windlass.optim.lockstep.MAX_GATHERED_NUMEL", 32)
-    batches = {
-        "small": batch_of((2, 8), GROUPS[0], num_matrices=2),
-        "square": batch_of((4, 4), GROUPS[0]),
-        "late": batch_of((9, 9), GROUPS[0], step=2),
-        "other": batch_of((4, 4), GROUPS[1]),
-        "large": batch_of((4, 8), GROUPS[0]),
-        "alone": batch_of((9, 9), None),
+    stacks = {
+        "small": stack_of((2, 8), GROUPS[0], num_matrices=2),
+        "square": stack_of((4, 4), GROUPS[0]),
+        "late": stack_of((9, 9), GROUPS[0], step=2),
+        "other": stack_of((4, 4), GROUPS[1]),
+        "large": stack_of((4, 8), GROUPS[0]),
+        "alone": stack_of((9, 9), None),
     }
-    name_of = {id(batch): name for name, batch in batches.items()}
-    waves = Gathering([torch.empty(2, 2)], {})._waves(list(batches.values()))
-    found = [{name_of[id(batch)]: batch.owners for batch in wave} for wave in waves]
+    name_of = {id(stack): name for name, stack in stacks.items()}
+    waves = Gathering([torch.empty(2, 2)], {})._waves(list(stacks.values()))
+    found = [{name_of[id(stack)]: stack.owners for stack in wave} for wave in waves]
     assert found == [{"late": [], "alone": []}, {"large": [0], "square": [1]}, {"small": [0, 1]}, {"other": [0]}]

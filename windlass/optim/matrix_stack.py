@@ -19,10 +19,10 @@ of 16; torch allocates at multiples of 64."""
 
 
 @dataclass
-class Batch:
+class MatrixStack:
     """k matrices of one shape and layout, k >= 1, at the same step of the same param group.
 
-    On a CPU what becomes of a matrix must not depend, to the bit, on which others are in its batch, nor on where
+    On a CPU what becomes of a matrix must not depend, to the bit, on which others are in its stack, nor on where
     tensors lie in memory. What is elementwise may run over all at once; products, decompositions and sums over a matrix
     run one matrix at a time (`one_by_one`, `of_each`), their operands at addresses like any other's (`aligned`).
 
@@ -123,7 +123,7 @@ class Batch:
             for index, part in enumerate(parts)
         ):
             return first.as_strided((len(parts), *first.shape), (size, *first.stride()))
-        # New state, or restored, or in another batch before: from now on it is together.
+        # New state, or restored, or in another stack before: from now on it is together.
         packed = torch.stack(parts)
         for state, part in zip(self.states, packed, strict=True):
             state[key] = with_local(state[key], part)
