@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from windlass.checkpoint.agent.core import AgentCore
+from windlass.checkpoint.agent.core import GIVE_UP_S, AgentCore
 from windlass.checkpoint.agent.effects import (
     BeginSlot,
     Effect,
@@ -25,7 +25,7 @@ from windlass.checkpoint.agent.effects import (
     WriteHeader,
 )
 from windlass.checkpoint.agent.header import Header, Region
-from windlass.checkpoint.agent.ledger import Ledger, Phase, Report, Slot, SnapshotId
+from windlass.checkpoint.agent.ledger import WHOLE, Busy, Ledger, Phase, Report, Slot, SnapshotId, Stale
 from windlass.checkpoint.agent.persist_queue import Outcome
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.snapshot.plan import Held
@@ -65,32 +65,72 @@ class Job:
         return self.num_nodes - self.num_parity_shards
 
 
+class Change(NamedTuple):
+    """What comes of an event on a node."""
+
+    node: Node
+    sent: tuple[Report, ...]
+    is_alive: bool
+    """The agent was not killed in its midst."""
+
+
 class Node:
-    """One node: `core` is in memory, the rest outlives the agent."""
+    """A state of a node: `core` is in memory, the rest outlives the agent. It stays as it is: `after` gives the next.
 
-    __slots__ = ("_keys", "aborted", "core", "generation", "headers", "holds_floor", "is_up", "parts", "position")
+    Args:
+        states: all that were met, so that equal ones are one, and what comes of an event is found out once.
+    """
 
-    def __init__(self, job: Job, position: int) -> None:
-        self.position = position
+    __slots__ = ("_after", "_left", "_sent", "aborted", "core", "generation", "headers", "is_up", "job", "parts")
+    __slots__ += ("committed", "disk_key", "position", "report", "states")
+
+    def __init__(self, job: Job, position: int, states: dict[tuple[Any, ...], Node]) -> None:
+        self.job, self.position, self.states = job, position, states
         self.headers: list[Header | None] = [None] * job.num_slots
         self.parts: list[Part | None] = [None] * job.num_slots
         self.generation = 0
         self.aborted: SnapshotId | None = None
         self.is_up = True
-        self.holds_floor = False
-        self._keys: tuple[tuple[Any, ...], tuple[Any, ...]] | None = None
-        self.core = self._adopt(job)
-        self.do(self.core.start(), [])
+        self.report: Report | None = None  # the last that was sent
+        self._left, self._sent = FOREVER, []
+        self._restart()
+
+    def after(self, event: str, *args: Any, max_effects: int = FOREVER) -> Change:
+        """What comes of an event.
+
+        Args:
+            event: the name of a method, without its underscore.
+            max_effects: after so many the agent is killed; at the latest before it answers.
+        """
+        key = (event, args, max_effects)
+        if key not in self._after:
+            node = self.clone()
+            node._left, node._sent = max_effects, []
+            getattr(node, f"_{event}")(*args)
+            is_alive = max_effects == FOREVER
+            if not is_alive:
+                node._left = FOREVER
+                node._restart()
+            self._after[key] = Change(node.settled(), tuple(node._sent), is_alive)
+        return self._after[key]
 
     def clone(self) -> Node:
         node = object.__new__(Node)
+        node.job, node.position, node.states = self.job, self.position, self.states
         node.core = clone_core(self.core)
-        node.position = self.position
-        node.headers, node.parts = list(self.headers), list(self.parts)
-        node.generation, node.aborted = self.generation, self.aborted
-        node.is_up, node.holds_floor = self.is_up, self.holds_floor
-        node._keys = None
+        node.headers, node.parts = self.headers.copy(), self.parts.copy()
+        node.generation, node.aborted, node.is_up = self.generation, self.aborted, self.is_up
+        node.report = self.report
         return node
+
+    def settled(self) -> Node:
+        """The one node that is equal to this one. From now on it stays as it is."""
+        heads = [None if header is None else (header.snapshot, header.phase) for header in self.headers]
+        self.disk_key = (*heads, *self.parts, self.is_up)
+        self._after: dict[tuple[Any, ...], Change] = {}
+        self.committed = self.core.ledger.committed
+        key = (self.position, self.memory(), self.disk_key, self.generation, self.aborted)
+        return self.states.setdefault(key, self)
 
     def memory(self) -> tuple[Any, ...]:
         """All that the core knows."""
@@ -108,20 +148,9 @@ class Node:
             frozenset(persists.outcomes),
         )
 
-    def key(self) -> tuple[Any, ...]:
-        """Tells states apart. It may be asked for once the node changes no more."""
-        return self._both_keys()[0]
-
-    def disk_key(self) -> tuple[Any, ...]:
-        """Tells apart what is in the slots."""
-        return self._both_keys()[1]
-
-    def _both_keys(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        if self._keys is None:
-            heads = [None if header is None else (header.snapshot, header.phase) for header in self.headers]
-            disk = (*heads, *self.parts, self.is_up)
-            self._keys = ((self.memory(), *disk, self.generation, self.aborted, self.holds_floor), disk)
-        return self._keys
+    @property
+    def is_free(self) -> bool:
+        return self.core.ledger.free_slot() is not None
 
     def phase_of(self, snapshot: SnapshotId) -> Phase:
         return self.core.ledger.phase_of(snapshot)
@@ -134,28 +163,142 @@ class Node:
             if header is not None
         ]
 
-    def do(self, effects: list[Effect], sent: list[Report], max_effects: int = FOREVER) -> int:
-        """Does effects, and those of what comes of them, in the order that the core gives; at most `max_effects`.
+    # --- Events. ---
 
-        Args:
-            sent: gets what is said.
+    def _begin(self, snapshot: SnapshotId) -> None:
+        """Trainers begin a snapshot, and give it up if the agent refuses."""
+        before, read = list(self.core.ledger.slots), self.core.persists.job
+        newest = self.core.ledger.committed
+        try:
+            effects = self.core.begin(header_of(self.job, snapshot, self.position))
+        except (Busy, Stale):
+            self._abort(snapshot)
+            return
+        taken = before[self.core.ledger.slots.index(Slot(snapshot, Phase.writing))].snapshot
+        if self.job.num_slots > 1 and newest is not None and taken == newest:
+            raise Violation("a snapshot was begun over the newest that is committed")
+        if read is not None and taken == read.snapshot:
+            raise Violation("a snapshot was begun over one that is being written to disk")
+        self._do(effects)
 
-        Returns:
-            How many were done.
-        """
-        todo, num_done = deque(effects), 0
-        while todo and num_done < max_effects:
+    def _abort(self, snapshot: SnapshotId) -> None:
+        before = self.memory()
+        was_prepared = self.phase_of(snapshot) in WHOLE
+        effects = self.core.give_up(snapshot, "it is to be")
+        is_other = snapshot.generation != self.core.ledger.generation
+        if (was_prepared or is_other) and (effects or self.memory() != before):
+            raise Violation("a snapshot was given up that others may have committed, or of another generation")
+        self._do(effects)
+
+    def _local(self, snapshot: SnapshotId) -> None:
+        """The data of the node's only rank is there. The core may refuse it, as it is of an older generation."""
+        before = self.memory()
+        self._fill(snapshot, has_parity=self.job.num_parity_shards == 0)
+        try:
+            self._do(self.core.copied(snapshot, self.position))
+        except Stale:
+            if self.memory() != before or snapshot.generation == self.core.ledger.generation:
+                raise Violation("what was refused had an effect") from None
+
+    def _prepare(self, snapshot: SnapshotId) -> None:
+        """The data of all others is there."""
+        self._fill(snapshot, has_parity=True)
+        progress = self.core.progress
+        owed = {} if progress is None else progress.owed.copy()
+        while owed:
+            position, num_blocks = owed.popitem()
+            num_whole = 0 if owed else self.job.num_parity_shards
+            self._do(self.core.parity_arrived(snapshot, position, num_blocks, num_whole))
+
+    def _fill(self, snapshot: SnapshotId, has_parity: bool) -> None:
+        for index, part in enumerate(self.parts):
+            if part is not None and part.snapshot == snapshot:
+                self.parts[index] = Part(snapshot, has_data=True, has_parity=has_parity)
+
+    def _hear(self, report: Report) -> None:
+        self._do(self.core.hear(report))
+
+    def _fence(self, generation: int, restored: SnapshotId | None) -> None:
+        keep = [] if restored is None else [restored]
+        self._do(self.core.configure(group_of(self.job, generation, self.position), keep))
+
+    def _rebuild(self, snapshot: SnapshotId) -> None:
+        header = header_of(self.job, snapshot, self.position)
+        try:
+            effects = self.core.begin_rebuild(header)
+        except Busy:
+            raise Violation("there is no room to rebuild what is to be gone on from") from None
+        if self._do(effects):
+            self._fill(snapshot, has_parity=True)
+            self._do(self.core.rebuilt(header))
+
+    def _pin(self) -> None:
+        """What is committed is to be written to disk."""
+        self._do(self.core.persist_newest())
+
+    def _unpin(self) -> None:
+        """The snapshot that is being written to disk is written, here and everywhere."""
+        core, job = self.core, self.core.persists.job
+        assert job is not None
+        part = {"type": "written", "snapshot": job.snapshot, "position": self.position, "error": None}
+        outcome = Outcome(None, job.step)
+        self._do(core.part_written(part))
+        if job.group is not core.group:
+            return
+        if self.position == job.group.writer:
+            for other in job.group.others:
+                self._do(core.hear_of_write(part | {"position": other}))
+            self._do(core.checkpoint_written(outcome))
+        else:
+            told = {"type": "persisted", "snapshot": job.snapshot, "outcome": vars(outcome)}
+            self._do(core.hear_of_write(told))
+
+    def _wait(self) -> None:
+        """Nothing has happened for so long that somebody must have stopped."""
+        self.core.now = 2 * GIVE_UP_S
+        self._do(self.core.tick())
+        self.core.now = 0.0
+
+    def _lose(self) -> None:
+        self.is_up = False
+
+    def _kill(self) -> None:
+        self._restart()
+
+    def _stale(self, reports: tuple[Report, ...], snapshots: tuple[SnapshotId, ...]) -> None:
+        """Messages of other generations come."""
+        before, core = self.memory(), self.core
+        effects = [core.hear(report) for report in reports]
+        for snapshot in snapshots:
+            effects += [core.give_up(snapshot, "it is old"), core.parity_arrived(snapshot, 0, 1, 1)]
+            begun = header_of(self.job, snapshot, self.position)
+            for message, args in ((core.begin, (begun,)), (core.copied, (snapshot, self.position))):
+                try:
+                    message(*args)
+                except Stale:
+                    continue
+                raise Violation(f"{snapshot} was taken in generation {core.ledger.generation}")
+        if any(effects) or self.memory() != before:
+            raise Violation("a message of another generation had an effect")
+
+    # --- What the core asks for. ---
+
+    def _do(self, effects: list[Effect]) -> bool:
+        """Does effects, and then those of what comes of them, in their order; False if the agent is to be killed."""
+        todo = deque(effects)
+        while todo and self._left:
             effect = todo.popleft()
             if isinstance(effect, KEPT):
-                todo.extend(self._do(effect, sent))
-                num_done += 1
-        return num_done
+                todo.extend(self._do_one(effect))
+                self._left -= 1
+        return self._left > 0
 
-    def _do(self, effect: Effect, sent: list[Report]) -> list[Effect]:
+    def _do_one(self, effect: Effect) -> list[Effect]:
         match effect:
             case SendReport(report):
+                self.report = report
                 if report.prepared or report.aborted:
-                    sent.append(report)
+                    self._sent.append(report)
             case WriteHeader(index, header):
                 self.headers[index] = header
             case BeginSlot(index, header):
@@ -171,33 +314,13 @@ class Node:
                 self.generation = generation
         return []
 
-    def restart(self, job: Job, sent: list[Report]) -> None:
-        """The agent is killed, and the next one adopts what was written down, and hears who its peers are."""
-        self.core = self._adopt(job)
-        self.do(self.core.start(), sent)
+    def _restart(self) -> None:
+        """An agent adopts what was written down, and hears who its peers are."""
+        job = self.job
+        self.core = job.core.adopt(self.headers, {}, self.generation, self.aborted, FOREVER, 0.0, job.ledger)
+        self._do(self.core.start())
         if self.generation:
-            self.do(self.core.configure(group_of(job, self.generation, self.position), []), sent)
-
-    def _adopt(self, job: Job) -> AgentCore:
-        return job.core.adopt(self.headers, {}, self.generation, self.aborted, float("inf"), 0.0, job.ledger)
-
-    def finish_persist(self, sent: list[Report]) -> None:
-        """The snapshot that is being written to disk is written, here and everywhere."""
-        job = self.core.persists.job
-        assert job is not None
-        part = {"type": "written", "snapshot": job.snapshot, "position": self.position, "error": None}
-        outcome = Outcome(None, job.step)
-        is_over = job.group is not self.core.group
-        self.do(self.core.part_written(part), sent)
-        if is_over:
-            return
-        if self.position == job.group.writer:
-            for other in job.group.others:
-                self.do(self.core.hear_of_write(part | {"position": other}), sent)
-            self.do(self.core.checkpoint_written(outcome), sent)
-        else:
-            told = {"type": "persisted", "snapshot": job.snapshot, "outcome": vars(outcome)}
-            self.do(self.core.hear_of_write(told), sent)
+            self._do(self.core.configure(group_of(job, self.generation, self.position), []))
 
 
 def clone_core(core: AgentCore) -> AgentCore:

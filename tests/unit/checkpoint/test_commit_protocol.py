@@ -10,10 +10,12 @@ from typing import Self
 
 import pytest
 from protocol_model import Event, World
-from protocol_node import Job, Violation
+from protocol_node import Job, Violation, clone_core
 
 from windlass.checkpoint.agent.core import AgentCore
+from windlass.checkpoint.agent.effects import Effect, Group, SaveAborted, SaveGeneration, SealSlot, SendReport
 from windlass.checkpoint.agent.ledger import Ledger, Phase, Report, Slot, SnapshotId
+from windlass.checkpoint.agent.progress import Progress
 
 SMALL = [
     Job(2, 1, 2, max_snapshots=1, max_kills=0, max_crashes=1, max_pins=0),
@@ -213,6 +215,44 @@ BROKEN = [
 ]
 
 
+class PromisesBeforeItSeals(AgentCore):
+    """Says that it has prepared before the checksums are written."""
+
+    def _seal_if_whole(self, progress: Progress) -> list[Effect]:
+        effects = super()._seal_if_whole(progress)
+        is_whole = any(isinstance(effect, SealSlot) for effect in effects)
+        report = dataclasses.replace(self.ledger.report(), prepared=progress.snapshot)
+        return [SendReport(report), *effects] if is_whole else effects
+
+
+class ForgetsItsGeneration(AgentCore):
+    def configure(self, group: Group, keep: Iterable[SnapshotId]) -> list[Effect]:
+        return [effect for effect in super().configure(group, keep) if not isinstance(effect, SaveGeneration)]
+
+
+class KeepsToItselfWhatItGaveUp(AgentCore):
+    def _write(self, why: str = "") -> list[Effect]:
+        return [effect for effect in super()._write(why) if not isinstance(effect, SaveAborted)]
+
+
+class ReadsWithoutAPin(AgentCore):
+    """While a snapshot is written to disk."""
+
+    def persist_newest(self) -> list[Effect]:
+        effects = super().persist_newest()
+        if self.persists.job is not None:
+            self.ledger.release(self.persists.job.snapshot)
+        return effects
+
+
+BROKEN_CORES = [
+    PromisesBeforeItSeals,
+    ForgetsItsGeneration,
+    KeepsToItselfWhatItGaveUp,
+    ReadsWithoutAPin,
+]
+
+
 def explore(small: list[Job], num_walks: int, look_every: int) -> int:
     """All of the `small` jobs, and walks through jobs of all shapes. Returns the number of different interleavings."""
     total, kinds = 0, Counter()
@@ -258,6 +298,28 @@ def test_a_broken_protocol_is_caught(ledger: type[Ledger]) -> None:
     with pytest.raises(Violation):
         for seed in range(3000):
             explorer.walk(seed, look_every=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("core", BROKEN_CORES)
+def test_a_broken_core_is_caught(core: type[AgentCore]) -> None:
+    explorer = Explorer(dataclasses.replace(LONG, core=core))
+    with pytest.raises(Violation):
+        for seed in range(3000):
+            explorer.walk(seed, look_every=8)
+
+
+def test_states_share_nothing_that_changes() -> None:
+    """Else what happens in one would happen in another, and what is explored were not what can be."""
+    world = World.begin(Job(2, 1, 2))
+    for event in [("agree", -1), ("begin", 0), ("begin", 1), ("local", 0), ("local", 1), ("prepare", 0), ("pin", 1)]:
+        world = world.apply(event)
+        for core in [node.core for node in world.nodes]:
+            other = clone_core(core)
+            for one, two in ((core, other), (core.ledger, other.ledger), (core.persists, other.persists)):
+                for name, value in vars(one).items():
+                    is_constant = value is None or isinstance(value, int | float | tuple | Report | Group)
+                    assert is_constant or vars(two)[name] is not value, name
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from windlass.checkpoint.agent.header import Header
@@ -18,9 +17,9 @@ class Progress:
     began: float
     waiting: set[int]
     """Local ranks whose data is awaited."""
-    owed: Counter[int] = field(default_factory=Counter)
+    owed: dict[int, int] = field(default_factory=dict)
     """Blocks that each other node has still to send."""
-    all_owed: Counter[int] = field(default_factory=Counter)
+    all_owed: dict[int, int] = field(default_factory=dict)
     parity_left: int = 0
     """Blocks of parity that are not whole yet."""
     copied_at: float = 0.0
@@ -33,7 +32,8 @@ class Progress:
         for row in range(stripes.num_parity_shards):
             stripe = stripes.stripe_of_parity(header.position, row)
             for chunk in range(stripes.num_data_shards):
-                progress.owed[stripes.node_of_shard(stripe, chunk)] += stripes.blocks_per_chunk
+                position = stripes.node_of_shard(stripe, chunk)
+                progress.owed[position] = progress.owed.get(position, 0) + stripes.blocks_per_chunk
         progress.all_owed = progress.owed.copy()
         progress.parity_left = stripes.num_parity_shards * stripes.blocks_per_chunk
         return progress
@@ -44,4 +44,4 @@ class Progress:
 
     def has_begun_to_send(self, position: int) -> bool:
         """Tells whether a node has sent some of what it owes, and not all."""
-        return 0 < self.owed[position] < self.all_owed[position]
+        return 0 < self.owed.get(position, 0) < self.all_owed.get(position, 0)
