@@ -1,4 +1,4 @@
-"""What a snapshot agent decides: messages and the time go in, effects come out. No I/O, threads or clock.
+"""Decides what a snapshot agent does: messages and the time go in, effects come out. No I/O, threads or clock.
 
 A message is a method: from trainers, from peers, or of I/O that is done. The shell (`process`) sets `now`, calls it,
 and does the effects one after the other. What is said is written down first, so the order of effects is a promise: the
@@ -37,7 +37,7 @@ from windlass.checkpoint.agent.stripes import Stripes
 GIVE_UP_S = 120.0
 """A snapshot that is not prepared here after so long is given up: somebody has stopped."""
 LAST_WORDS_S = 60.0
-"""What the last write has when the job ends without its trainers."""
+"""The time that the last write has when the job ends without its trainers."""
 GIVEN_UP_ELSEWHERE = "another node gave it up"
 
 

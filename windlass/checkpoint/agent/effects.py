@@ -1,4 +1,4 @@
-"""What the core of an agent asks of its shell: effects, to be done one after the other in the order of their list."""
+"""Effects: the core of an agent asks its shell to do them, one after the other in the order of their list."""
 
 from __future__ import annotations
 

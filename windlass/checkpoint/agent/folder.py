@@ -1,4 +1,4 @@
-"""Where a snapshot agent lives: a folder of shared memory that only its user can open, one a job and node.
+"""The folder of a snapshot agent: shared memory that only its user can open, one a job and node.
 
 Slots, lock, socket and log lie in it. It outlives the agent, so that the next one adopts what is there, but not its
 lease: agents remove what dead jobs have left. Times are of the clock that runs since boot, which nobody sets.
@@ -34,18 +34,18 @@ from windlass.untrusted import Malformed, convert, read_json
 SHM_DIR = "WINDLASS_SHM_DIR"
 """Environment variable that stands in for `checkpoint.shm_dir` on one node: nodes may differ, and share a machine."""
 START_S = 30.0
-"""What an agent has to come up."""
+"""The time that an agent has to come up."""
 MAX_LEASE_BYTES = 1 << 16
 UNLEASED_S = 10 * START_S
 """How old a folder without a lease is for which no agent has come up."""
 GONE_S = 2.0
-"""What a process that was killed has to be gone."""
+"""The time that a process that was killed has to be gone."""
 _POLL_S = 0.01
 
 
 @dataclass(frozen=True)
 class Lease:
-    """What keeps a folder alive, and who asked for it."""
+    """Keeps a folder from being removed, and says who asked for it."""
 
     job: str
     """The folder of the job's checkpoints."""
@@ -61,7 +61,7 @@ class Lease:
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """What a process is told that is to be the agent of a folder: not on its command line, which others see."""
+    """Settings of a process that is to be the agent of a folder. They are not on its command line, which others see."""
 
     job: str
     num_slots: int
@@ -103,7 +103,7 @@ class AgentFolder:
 
     @contextmanager
     def locked(self) -> Iterator[bool]:
-        """Whether this process is the folder's agent now: there is one at a time."""
+        """Takes the folder's lock; yields False if it has an agent already: there is one at a time."""
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
@@ -132,7 +132,7 @@ class AgentFolder:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody comes back for the folder. Without a lease: an agent's first act is to write one."""
+        """Tells that nobody comes back for the folder. Without a lease: an agent's first act is to write one."""
         lease = self.lease()
         if lease is not None:
             return lease.is_over
@@ -228,7 +228,7 @@ class AgentFolder:
 
 
 def root(shm_dir: Path | None = None) -> Path:
-    """What holds the folders of this user's agents.
+    """The folder that holds those of this user's agents.
 
     Args:
         shm_dir: shared memory of this node; None: what `WINDLASS_SHM_DIR` names here, or the system's.
@@ -247,7 +247,7 @@ def root(shm_dir: Path | None = None) -> Path:
 
 
 def folders(shm_dir: Path | None = None) -> list[AgentFolder]:
-    """Of all jobs of this user on this node."""
+    """The folders of all jobs of this user on this node."""
     place = root(shm_dir)
     return [AgentFolder(path) for path in sorted(place.iterdir()) if path.is_dir()] if place.is_dir() else []
 

@@ -1,4 +1,4 @@
-"""What a slot holds, and how far it is: the header that stands beside its bytes. No I/O."""
+"""The header of a slot says what it holds and how far it is. No I/O."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_NODE_BYTES = 1 << 50
 
 @dataclass(frozen=True)
 class Region:
-    """Where a rank's part lies in its node's data."""
+    """The place of a rank's part in its node's data."""
 
     position: int
     """The node's."""

@@ -21,7 +21,7 @@ END_S = 90.0
 
 
 def job_name(location: Location, identity: str) -> str:
-    """What agents know a job by: where its checkpoints go, and what tells that place from an earlier one there."""
+    """Names a job to its agents: where its checkpoints go, and what tells that place from an earlier one there."""
     return f"{location}#{identity}"
 
 
@@ -31,20 +31,20 @@ class ListedAgent:
 
     path: str
     job: str
-    """Where the job's checkpoints go."""
+    """The place of the job's checkpoints."""
     pid: int | None
     """None: there is no agent, and the next one of this user removes the folder when its lease is over."""
     num_trainers: int
     generation: int
     step: int | None
-    """Of the newest snapshot that is committed."""
+    """The newest snapshot's that is committed."""
     num_bytes: int
     lease_left_s: float
     """Until the folder goes, unless trainers come."""
 
 
 def list_agents(shm_dir: Path | None = None) -> list[ListedAgent]:
-    """Of this user, on this node."""
+    """Lists the agents of this user on this node."""
     found = []
     for folder in folders(shm_dir):
         with contextlib.suppress(FileNotFoundError):  # it has left meanwhile
@@ -122,14 +122,14 @@ def _folders_of(location: Location, shm_dir: Path | None) -> list[AgentFolder]:
 
 
 def _end_agent(folder: AgentFolder) -> bool:
-    """Whether the agent has left in time."""
+    """Ends an agent; False if it has not left in time."""
     try:
         client = AgentClient(folder.connect())
         client.ask("end", rank=-1, num_local_ranks=1, persist=True)
         client.close()
     except TransportError:
         if not folder.has_agent():
-            folder.remove()  # its agent died, and what it held is of no life that goes on
+            folder.remove()  # its agent died, and what it held is of no job that goes on
     deadline = time.monotonic() + END_S
     while folder.path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""What a snapshot agent says to the other nodes' agents, and hears from them."""
+"""Talks with the other nodes' agents: sends reports, data and parts, and hears theirs."""
 
 from __future__ import annotations
 

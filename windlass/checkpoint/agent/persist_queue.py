@@ -1,4 +1,4 @@
-"""Which committed snapshots are to be written to the durable tier, and how far that is. No I/O, threads or clock.
+"""Decides which committed snapshots are written to the durable tier, and in what order. No I/O, threads or clock.
 
 Every agent puts the chunks of its own ranks. The writer, which is the agent of rank 0's node, commits them when it has
 heard of all, and tells the others how it went. A slot is pinned until then.
@@ -25,7 +25,7 @@ class Outcome:
     seconds: float = 0.0
     num_bytes: int = 0
     written_bytes: int = 0
-    """What was not in the store already."""
+    """Those that were not in the store already."""
 
     def announce(self) -> Announce:
         if self.error is not None:
@@ -50,7 +50,7 @@ class Job:
     group: Group
     """The one that began it. In another its result is of no use."""
     part: Json | None = None
-    """What this node has put, once it has."""
+    """The chunks that this node has put, once it has."""
     sent_at: float | None = None
     is_at_store: bool = False
     """The shell makes the checkpoint."""

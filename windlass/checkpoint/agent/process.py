@@ -40,7 +40,7 @@ from windlass.untrusted import convert, parse_json
 
 TICK_S = 1.0
 TELL_S = 5.0
-"""What the agent has to tell the others how its last write went."""
+"""The time that the agent has to tell the others how its last write went."""
 MAX_EVENTS = 100
 """Kept for trainers, which ask after each step, and get all of them when they are new."""
 
@@ -71,7 +71,7 @@ class Agent:
         self.ending: to_do.End | None = None
         self.is_closing = False
         self.trainers: dict[Connection, int | None] = {}
-        """Who is connected: by its process id, where the system tells."""
+        """The connections and their processes, where the system tells those."""
         self.pacer = Pacer(None)
         self.persister = Persister(self)
         self.listener = Listener(host, lambda peer: serve_peer(self, peer), self._secret)

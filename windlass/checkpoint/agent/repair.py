@@ -46,7 +46,7 @@ class BlockSource:
         )
 
     def take(self, into: np.ndarray) -> bool:
-        """Receives the blocks that were asked for; whether all are as they were written.
+        """Receives the blocks that were asked for; False if one is not as it was written.
 
         Raises:
             TransportError: the agent is gone, or does not hold the slot.
@@ -80,7 +80,7 @@ def block_number(stripes: Stripes, shard: int, block: int) -> int:
 
 
 def runs_of(stripes: Stripes, position: int, wanted: Set[int] | None) -> Iterator[Run]:
-    """What a node holds, in pieces that are read at once; only the block numbers `wanted`, or all for None."""
+    """Yields what a node holds, in pieces that are read at once; only the block numbers `wanted`, or all for None."""
     for shard in range(stripes.num_nodes):
         k = stripes.num_data_shards
         is_data = shard < k

@@ -1,4 +1,4 @@
-"""How the nodes' data is cut into stripes, and which node keeps which parity.
+"""Cuts the nodes' data into stripes, and says which node keeps which parity.
 
 n nodes, m parity shards, k = n - m. Every node's data is cut into k chunks, and there are n stripes: stripe s has its
 parity r on node s + r and its data chunk c on node s + m + c (mod n). So each node gives k chunks to k stripes and
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from windlass.checkpoint.image import round_up
 
 BLOCK_BYTES = 1 << 20
-"""What a checksum covers, and the unit of all that moves. Copied and then summed, a block stays in a core's cache."""
+"""The unit of checksums, and of all that moves. Copied and then summed, a block stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Stripes:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a node's data, and of a parity: whole blocks."""
+        """The size of a chunk of data, and of a parity: whole blocks."""
         return round_up(-(-self.node_bytes // self.num_data_shards), BLOCK_BYTES)
 
     @property
@@ -62,7 +62,7 @@ class Stripes:
         return (node - row) % self.num_nodes
 
     def node_of_shard(self, stripe: int, shard: int) -> int:
-        """Who holds a shard of a stripe: 0..k-1 are data, k..n-1 parity."""
+        """The node that holds a shard of a stripe: 0..k-1 are data, k..n-1 parity."""
         k = self.num_data_shards
         return (stripe + self.num_parity_shards + shard if shard < k else stripe + shard - k) % self.num_nodes
 
