@@ -21,7 +21,7 @@ Event = tuple[Any, ...]
 MAX_EFFECTS = {"begin": 2, "local": 3, "prepare": 3, "hear": 2, "abort": 4, "rebuild": 3}
 """How many effects an event may have, and for what trainers ask, its answer; a fence may write every slot, and more."""
 _sound: set[tuple[Any, ...]] = set()
-"""What `World.check` has found in order: it depends on what is written down alone, not on how it came about."""
+"""States that `World.check` has found in order: by what is written down alone, not by how it came about."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class World:
                     )
 
     def _node_events(self, index: int) -> Iterator[Event]:
-        """What changes a ledger, in steps that the agent may be killed between."""
+        """Events that change a node, in steps that the agent may be killed between."""
         node, agreed, job = self.nodes[index], self.agreed, self.job
         if agreed is not None:
             phase = node.phase_of(agreed)
@@ -155,7 +155,7 @@ class World:
         return world
 
     def _change(self, index: int, event: str, *args: Any) -> bool:
-        """What comes of an event on a node; False if the agent is killed in its midst."""
+        """Puts a node into the state after an event; False if the agent is killed in its midst."""
         before = self.nodes[index]
         node, sent, is_alive = before.after(event, *args, max_effects=self.max_effects)
         self.nodes[index] = node
@@ -287,7 +287,7 @@ class World:
             raise Violation(f"{self.restored} cannot be recovered")
 
     def _finish(self, is_late: bool) -> None:
-        """What nodes do on their own. What is not prepared after a long time is given up."""
+        """Nodes do what they do on their own, and give up what is not prepared after a long time."""
         for index in range(self.job.num_nodes):
             while self.nodes[index].core.persists.job is not None:
                 self._unpin(index)
@@ -305,12 +305,12 @@ class World:
                 self._change(index, "wait")
 
     def plan(self, gone: tuple[int, ...] = ()) -> RecoveryPlan | None:
-        """What trainers would go on from, if the nodes `gone` were lost."""
+        """The snapshot that trainers would go on from, if the nodes `gone` were lost."""
         nodes = [node.held() if node.is_up and node.position not in gone else () for node in self.nodes]
         return plan_recovery(nodes, FOREVER)
 
     def check(self) -> None:
-        """Whichever nodes are lost next, as many as the job bears, what was committed is there to go on from."""
+        """Asserts that what was committed is there, whichever nodes that the job can spare are lost next."""
         job, up = self.job, self.up()
         spare = job.num_parity_shards - self.num_lost if self.floor is not None else 0
         slots = tuple(node.disk_key for node in self.nodes)

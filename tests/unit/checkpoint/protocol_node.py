@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
-    """What is explored, and how often the worst may happen in one interleaving."""
+    """Bounds what is explored, and how often the worst may happen in one interleaving."""
 
     num_nodes: int
     num_parity_shards: int
@@ -66,7 +66,7 @@ class Job:
 
 
 class Change(NamedTuple):
-    """What comes of an event on a node."""
+    """The result of an event on a node."""
 
     node: Node
     sent: tuple[Report, ...]
@@ -96,7 +96,7 @@ class Node:
         self._restart()
 
     def after(self, event: str, *args: Any, max_effects: int = FOREVER) -> Change:
-        """What comes of an event.
+        """The result of an event.
 
         Args:
             event: the name of a method, without its underscore.
@@ -156,7 +156,7 @@ class Node:
         return self.core.ledger.phase_of(snapshot)
 
     def held(self) -> list[Held]:
-        """What the agent answers when it is asked what it holds."""
+        """The slots, as the agent answers when it is asked what it holds."""
         return [
             held_of(header.snapshot, header.phase, self.position, header.num_nodes, header.num_parity_shards)
             for header in self.headers
@@ -233,7 +233,7 @@ class Node:
             self._do(self.core.rebuilt(header))
 
     def _pin(self) -> None:
-        """What is committed is to be written to disk."""
+        """The newest committed snapshot is to be written to disk."""
         self._do(self.core.persist_newest())
 
     def _unpin(self) -> None:

@@ -35,7 +35,7 @@ SHAPES = [(n, m, s) for n in (2, 3, 4) for m in range(n) for s in (2, 3)] + [(n,
 """Nodes, parity shards and slots of the jobs that are walked through. A single slot promises less: `World._begin`."""
 LONG = Job(3, 1, 2, max_snapshots=8, max_kills=4, max_crashes=3, max_pins=3)
 WEIGHTS = {"crash": 0.6, "abort": 0.3, "kill": 0.3, "killed": 0.3, "lose": 0.3, "pin": 0.3}
-"""Of the kinds of events in a walk, 15 for the others: something is to be committed before something breaks."""
+"""Weights of kinds of events in a walk, 15 for the others: something is to be committed before something breaks."""
 KINDS = {"agree", "begin", "local", "prepare", "hear", "fence", "rebuild", "unpin", *WEIGHTS}
 Trace = tuple[()] | tuple["Trace", Event]
 """The events so far, the last one outermost: traces share what they have in common."""
@@ -51,7 +51,7 @@ class Explorer:
         self.num_states = 0
 
     def search(self, max_steps: int, look_every: int = 8) -> bool:
-        """Breadth first over all states, each once; whether there were no more than `max_steps` steps."""
+        """Takes all states breadth first, each once; False if there were more than `max_steps` steps."""
         start = World.begin(self.job)
         known, num_steps = {start.key()}, 0
         queue: deque[tuple[World, Trace, int]] = deque([(start, (), hash(self.job))])
@@ -73,7 +73,7 @@ class Explorer:
         return True
 
     def walk(self, seed: int, num_steps: int = 100, look_every: int = 16) -> None:
-        """At random, by kinds: there are far more reports than anything else."""
+        """Takes steps at random, by kinds: there are far more reports than anything else."""
         choose = random.Random(seed)
         world, trace, code = World.begin(self.job), (), hash(self.job)
         for number in range(1, num_steps + 1):
@@ -101,7 +101,7 @@ class Explorer:
         return after
 
     def _look(self, world: World, trace: Trace) -> None:
-        """What is costlier to look at than a step is to take."""
+        """Checks what is costlier to look at than a step is to take."""
         try:
             world.settle()
             world.check_stale()
@@ -162,7 +162,7 @@ class AbortsAfterPrepare(Ledger):
 
 
 class AdoptsLocal(Ledger):
-    """As prepared."""
+    """It takes unfinished data over as prepared."""
 
     @classmethod
     def adopt(cls, generation: int, slots: list[Slot], aborted: SnapshotId | None = None) -> Self:

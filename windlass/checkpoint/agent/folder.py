@@ -1,4 +1,4 @@
-"""Where a snapshot agent lives: a folder of shared memory that only its user can open, one a job and node.
+"""The folder of a snapshot agent: shared memory that only its user can open, one a job and node.
 
 Slots, lock, socket and log lie in it. It outlives the agent, so that the next one adopts what is there, but not its
 lease: agents remove what dead jobs have left. Times are of the clock that runs since boot, which nobody sets.

@@ -18,7 +18,7 @@ MAX_NODE_BYTES = 1 << 50
 
 @dataclass(frozen=True)
 class Region:
-    """Where a rank's part lies in its node's data."""
+    """The place of a rank's part in its node's data."""
 
     position: int
     """The node's."""

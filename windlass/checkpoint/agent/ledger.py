@@ -1,4 +1,4 @@
-"""The commit protocol: what a node knows of the snapshots in its slots and of its peers'. No I/O and no clock.
+"""Keeps the commit protocol: a node's ledger of the snapshots in its slots and of its peers'. No I/O and no clock.
 
 All nodes prepare a snapshot before any of them commits it, and only a commit makes the slot of the snapshot before it
 free. So at every moment the newest committed snapshot, or one that all nodes have prepared since, is whole on every
@@ -17,7 +17,7 @@ class SnapshotId(NamedTuple):
     """Ordered: a later generation is newer, whatever the number. A number is used once in its generation."""
 
     generation: int
-    """The life of the job that took it; every recovery begins a new one."""
+    """Counts the attempts to run the job: every recovery begins a new one."""
     number: int
 
 
@@ -64,7 +64,7 @@ class Busy(Exception):
 
 
 class Stale(Exception):
-    """A message of an older life of the job, or of a snapshot that is over."""
+    """A message of an older generation, or of a snapshot that is over."""
 
 
 @dataclass

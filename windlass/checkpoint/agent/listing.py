@@ -31,7 +31,7 @@ class ListedAgent:
 
     path: str
     job: str
-    """Where the job's checkpoints go."""
+    """The place of the job's checkpoints."""
     pid: int | None
     """None: there is no agent, and the next one of this user removes the folder when its lease is over."""
     num_trainers: int
@@ -129,7 +129,7 @@ def _end_agent(folder: AgentFolder) -> bool:
         client.close()
     except TransportError:
         if not folder.has_agent():
-            folder.remove()  # its agent died, and what it held is of no life that goes on
+            folder.remove()  # its agent died, and what it held is of no job that goes on
     deadline = time.monotonic() + END_S
     while folder.path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

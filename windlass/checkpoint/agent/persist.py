@@ -33,7 +33,7 @@ class Persister(threading.Thread):
         super().__init__(name="persist", daemon=True)
         self.agent = agent
         self.target: tuple[Location, int] | None = None
-        """Where checkpoints go, and how many are kept."""
+        """The place of the checkpoints, and how many are kept."""
         self.work: queue.SimpleQueue[WritePart | WriteCheckpoint] = queue.SimpleQueue()
         self._began = 0.0
 

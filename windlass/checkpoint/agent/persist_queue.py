@@ -1,4 +1,4 @@
-"""Which committed snapshots are to be written to the durable tier, and how far that is. No I/O, threads or clock.
+"""Decides which committed snapshots are written to the durable tier, and in what order. No I/O, threads or clock.
 
 Every agent puts the chunks of its own ranks. The writer, which is the agent of rank 0's node, commits them when it has
 heard of all, and tells the others how it went. A slot is pinned until then.

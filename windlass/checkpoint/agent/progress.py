@@ -1,4 +1,4 @@
-"""How far the snapshot in flight has come on a node: whose data is still awaited, and which parity. No I/O."""
+"""Keeps how far the snapshot in flight has come on a node: whose data is awaited, and which parity. No I/O."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Progress:
     """Counts what is still to come."""
 
     header: Header
-    """As it was begun."""
+    """The slot's, when it was begun."""
     began: float
     waiting: set[int]
     """Local ranks whose data is awaited."""

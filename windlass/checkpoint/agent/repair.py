@@ -46,7 +46,7 @@ class BlockSource:
         )
 
     def take(self, into: np.ndarray) -> bool:
-        """Receives the blocks that were asked for; whether all are as they were written.
+        """Receives the blocks that were asked for; False if one is not as it was written.
 
         Raises:
             TransportError: the agent is gone, or does not hold the slot.

@@ -1,4 +1,4 @@
-"""How the nodes' data is cut into stripes, and which node keeps which parity.
+"""Cuts the nodes' data into stripes, and says which node keeps which parity.
 
 n nodes, m parity shards, k = n - m. Every node's data is cut into k chunks, and there are n stripes: stripe s has its
 parity r on node s + r and its data chunk c on node s + m + c (mod n). So each node gives k chunks to k stripes and
