@@ -17,7 +17,7 @@ class SnapshotId(NamedTuple):
     """Ordered: a later generation is newer, whatever the number. A number is used once in its generation."""
 
     generation: int
-    """The life of the job that took it; every recovery begins a new one."""
+    """The generation that took it; every attempt and every recovery begins a new one."""
     number: int
 
 
@@ -64,7 +64,7 @@ class Busy(Exception):
 
 
 class Stale(Exception):
-    """A message of an older life of the job, or of a snapshot that is over."""
+    """A message of an older attempt of the job, or of a snapshot that is over."""
 
 
 @dataclass

@@ -129,7 +129,7 @@ def _end_agent(folder: AgentFolder) -> bool:
         client.close()
     except TransportError:
         if not folder.has_agent():
-            folder.remove()  # its agent died, and what it held is of no life that goes on
+            folder.remove()  # its agent died, and what it held is of no attempt that goes on
     deadline = time.monotonic() + END_S
     while folder.path.exists() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -121,7 +121,7 @@ class SlotFiles:
         """Forgets what the slot holds, and gives its memory back."""
         self.path("head").unlink(missing_ok=True)
         for suffix in ("data", "parity", "table"):
-            # A new file next time: a writer of an older life may have this one mapped, and go on writing into it.
+            # A new file next time: a writer of an older attempt may have this one mapped, and go on writing into it.
             self.path(suffix).unlink(missing_ok=True)
         self.header = self.data = self.parity = None
 
