@@ -486,7 +486,7 @@ DISK = [
     ),
     Fault(
         "old_life_may_commit",
-        "Who writes for an older life of the run is refused.",
+        "Who writes for an older attempt of the run is refused.",
         "windlass/checkpoint/durable/store.py",
         "        if newest > generation:\n",
         "        if newest < generation:\n",
@@ -602,7 +602,7 @@ MEMORY = [
     ),
     Fault(
         "older_life_may_go_on_in_memory",
-        "Trainers of an older life are refused by the agents.",
+        "Trainers of an older attempt are refused by the agents.",
         "windlass/checkpoint/agent/ledger.py",
         "        if snapshot.generation != self.generation:\n            raise Stale(",
         "        if snapshot.generation > self.generation:\n            raise Stale(",
@@ -649,11 +649,11 @@ RUNS = [
         "windlass/train/build.py",
         "vars(self).update(vars(before))",
         'vars(self).update(vars(before) | {"skipped_in_a_row": 0})',
-        (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on",),
+        (f"{TRAIN}/test_skipped_steps.py::test_a_stop_among_them_deletes_nothing_and_the_next_attempt_counts_on",),
     ),
     Fault(
         "rate_jumps_in_silence",
-        "A rate that is not that which the life before would have had is said.",
+        "A rate that is not that which the attempt before would have had is said.",
         "windlass/train/rates.py",
         "if not is_same(before, float(now))]",
         "if now < before]",

@@ -129,12 +129,12 @@ DCP_CASES = ("apollo", "galore", "sgd_sai")
 def dcp_lives(folder: str, steps: range) -> dict[str, list[np.ndarray]]:
     """As `attempts`, with torch's own distributed checkpoints."""
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
-    weights = {name: dcp_life(name, f"{folder}/{name}", steps, mesh) for name in DCP_CASES}
+    weights = {name: dcp_attempt(name, f"{folder}/{name}", steps, mesh) for name in DCP_CASES}
     mesh.stop()
     return weights
 
 
-def dcp_life(name: str, folder: str, steps: range, mesh: Mesh) -> list[np.ndarray]:
+def dcp_attempt(name: str, folder: str, steps: range, mesh: Mesh) -> list[np.ndarray]:
     model, optimizer = build(name, mesh)
     if steps.start:
         model_state, optimizer_state = get_state_dict(model, optimizer)  # makes the state that is read into
@@ -156,7 +156,7 @@ def test_through_torchs_distributed_checkpoints(undisturbed: dict, tmp_path: Pat
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
-def refused_life(saved: str, restoring: str, folder: str, rank: int) -> tuple[str, bool]:
+def refused_attempt(saved: str, restoring: str, folder: str, rank: int) -> tuple[str, bool]:
     mesh = ParallelConfig(name=Sharding.zero3).build(torch.device("cpu"))
     model, optimizer = build(saved, mesh)
     take(model, optimizer, range(2))
@@ -187,6 +187,6 @@ def refused_life(saved: str, restoring: str, folder: str, rank: int) -> tuple[st
 def test_a_checkpoint_of_another_rank_or_optimizer_is_refused(
     saved: str, restoring: str, expected: str, tmp_path: Path
 ) -> None:
-    for message, unchanged in run_ranks(refused_life, 2, saved, restoring, str(tmp_path), 3):
+    for message, unchanged in run_ranks(refused_attempt, 2, saved, restoring, str(tmp_path), 3):
         assert expected in message
         assert unchanged

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor
 
 import windlass.optim
-from windlass.optim.base import Batch
+from windlass.optim.matrix_stack import MatrixStack
 from windlass.parallel.collectives import COMM
 from windlass.parallel.config import ParallelConfig, Sharding
 
@@ -30,7 +30,7 @@ def run(kind: str, shapes: list, dim: int, options: dict, dtype: torch.dtype = t
 
     parameters = [nn.Parameter(cut(parameter.detach())) for parameter in parameters_of(shapes, dtype)]
     optimizer = getattr(windlass.optim, kind)(parameters, lr=1e-2, **options)
-    batches: list[Batch] = []
+    batches: list[MatrixStack] = []
     update = optimizer.update
     optimizer.update = lambda batch: batches.append(batch) or update(batch)
     sent = []

@@ -79,10 +79,12 @@ def test_a_job_that_has_died_too_often_ends_on_all_nodes(tmp_path: Path) -> None
     config = endless(tmp_path, "dying", "launch.max_restarts=1")
     with launched.machines() as machines:
         started = [machines.start(config) for _ in range(NUM_NODES)]
-        for life in range(2):
-            nodes.wait_until(lambda life=life: machines.outputs().count("nodes have met") == 2 * (life + 1), "a life")
+        for attempt in range(2):
+            nodes.wait_until(
+                lambda attempt=attempt: machines.outputs().count("nodes have met") == 2 * (attempt + 1), "an attempt"
+            )
             nodes.wait_until(lambda: all(launched.workers(machine.launcher) for machine in started), "workers")
-            launched.workers(started[life].launcher)[0].kill()
+            launched.workers(started[attempt].launcher)[0].kill()
         assert [machine.join(60) for machine in started] == [EXIT_FAILURE] * NUM_NODES, machines.outputs()
         for machine in started:
             assert "died (SIGKILL) and launch.max_restarts=1 is used up; see" in machine.output

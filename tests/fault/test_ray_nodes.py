@@ -99,9 +99,9 @@ def test_without_a_replacement_it_goes_on_with_three_and_grows_when_a_node_comes
     assert [event["world_size"] for event in runs.events(config, "start")] == [4, 3, 4]
     (stopped,) = runs.events(config, "preempted")
     ends = [0, shrunk["step"], grown["step"], stopped["step"]]
-    lives = [(ranks, last - first) for ranks, (first, last) in zip((4, 3, 4), pairwise(ends), strict=True)]
-    assert samples_of(config) == sum(ranks * steps for ranks, steps in lives)
-    assert seen_once(config, lives)
+    attempts = [(ranks, last - first) for ranks, (first, last) in zip((4, 3, 4), pairwise(ends), strict=True)]
+    assert samples_of(config) == sum(ranks * steps for ranks, steps in attempts)
+    assert seen_once(config, attempts)
     cluster.wait_until_left()
 
 
@@ -111,13 +111,13 @@ def samples_of(config: runs.Config) -> int:
     return json.loads((newest / "manifest.json").read_text())["body"]["objects"]["data"]["cursor"]
 
 
-def seen_once(config: runs.Config, lives: list[tuple[int, int]]) -> bool:
-    """Replays the loaders of every life, of so many ranks and steps: no sample twice, none left out."""
+def seen_once(config: runs.Config, attempts: list[tuple[int, int]]) -> bool:
+    """Replays the loaders of every attempt, of so many ranks and steps: no sample twice, none left out."""
     dataset = TokenDataset(prepared_folder(config.data, progress=False), "train")
     common = {"seq_len": config.train.seq_len, "seed": config.train.seed, "borders": config.data.borders}
     rows: list[bytes] = []
     cursor = 0
-    for num_ranks, num_steps in lives:
+    for num_ranks, num_steps in attempts:
         for rank in range(num_ranks):
             loader = Loader(dataset, batch_size=1, data_rank=rank, num_data_ranks=num_ranks, cursor=cursor, **common)
             rows += [next(loader).input_ids.numpy().tobytes() for _ in range(num_steps)]

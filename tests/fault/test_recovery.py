@@ -237,14 +237,14 @@ def test_a_trainer_that_was_stopped_for_20_s_changes_nothing_when_it_wakes(tmp_p
 def check_old_trainer(cluster: nodes.Cluster, config: runs.Config, stopped_s: float) -> None:
     """The job is started again while a trainer of the attempt before stands still in the middle of a copy."""
     node = cluster.nodes[1]
-    old_life = cluster.start(config)
+    old_attempt = cluster.start(config)
     wait_for_commits(cluster, 2)
-    old_process = old_life.processes[1]
+    old_process = old_attempt.processes[1]
     old_trainer = psutil.Process(old_process.pid)
     node.stop_within(Phase.writing, old_trainer)
     begin = time.monotonic()
     old = next(header for header in node.headers() if header.phase == Phase.writing)
-    for process in (old_life.processes[0], old_life.processes[2]):
+    for process in (old_attempt.processes[0], old_attempt.processes[2]):
         process.kill()
 
     attempt = cluster.start(config)
@@ -253,7 +253,7 @@ def check_old_trainer(cluster: nodes.Cluster, config: runs.Config, stopped_s: fl
     assert node.status()["num_stale"] == 0
     old_trainer.resume()
     nodes.wait_until(lambda: node.status()["num_stale"] == 1, "the old trainer's last words")
-    assert old_life.join()[1] != EXIT_DONE
+    assert old_attempt.join()[1] != EXIT_DONE
     with node.client() as client:
         num_refused = refused_words(client, old, store=Path(config.run_dir) / "elsewhere")
     assert node.status()["num_stale"] == 1 + num_refused

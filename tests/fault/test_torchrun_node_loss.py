@@ -111,18 +111,18 @@ def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once
         launched.wait_for_listener(config.launch.address)
         running += [machines.start(config) for _ in range(NUM_NODES - 1)]
         try:
-            # The fourth may come after the first life began without it: that is one more restart.
-            wait_for_life(config, 4)
+            # The fourth may come after the first attempt began without it: that is one more restart.
+            wait_for_attempt(config, 4)
             recovered_before, restarts_before = len(recoveries(config)), len(runs.events(config, "restart"))
             running.pop().lose()
-            wait_for_life(config, 3)
+            wait_for_attempt(config, 3)
             running.append(machines.start(config))
-            wait_for_life(config, 4)
+            wait_for_attempt(config, 4)
             leaving = running.pop()
             launched.send(leaving, signal.SIGTERM)
             assert leaving.join() == EXIT_STOPPED
             leaving.node.wait_until_left()
-            wait_for_life(config, 3)
+            wait_for_attempt(config, 3)
             launched.send(running[0], signal.SIGINT)
             assert [machine.join() for machine in running] == [EXIT_STOPPED] * 3
         except AssertionError as error:
@@ -136,7 +136,7 @@ def test_a_job_shrinks_grows_and_lets_a_machine_go_and_every_sample_is_seen_once
 @pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_worker_that_dies_while_all_are_asked_to_end_is_not_waited_for(tmp_path: Path) -> None:
-    """The launchers are ending the life by then, for a node that came, and would give workers 10 minutes to save."""
+    """The launchers are ending the attempt by then, for a node that came, and would give workers 10 minutes to save."""
     config = config_of(
         tmp_path, "asked", "launch.nnodes=2:3", "launch.wait_for_nodes_s=1", "model.dropout=0.0", "train.steps=100000"
     )
@@ -145,14 +145,14 @@ def test_a_worker_that_dies_while_all_are_asked_to_end_is_not_waited_for(tmp_pat
         launched.wait_for_listener(config.launch.address)
         running.append(machines.start(config))
         try:
-            wait_for_life(config, 2)
+            wait_for_attempt(config, 2)
             (first,), (second,) = (launched.workers(machine.launcher) for machine in running)
             first.suspend()
             second.suspend()  # as one that waits for the first
             running.append(machines.start(config))
             nodes.wait_until(lambda: is_asked_to_end(first) and is_asked_to_end(second), "both to be asked to end")
             first.kill()
-            wait_for_life(config, 3)
+            wait_for_attempt(config, 3)
             launched.send(running[0], signal.SIGINT)
             assert [machine.join() for machine in running] == [EXIT_STOPPED] * 3
         except AssertionError as error:
@@ -166,8 +166,8 @@ def is_asked_to_end(worker: psutil.Process) -> bool:
     return bool(int(pending, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def wait_for_life(config: runs.Config, num_nodes: int) -> None:
-    """Until a life of so many nodes has made some steps since the last one began."""
+def wait_for_attempt(config: runs.Config, num_nodes: int) -> None:
+    """Until an attempt of so many nodes has made some steps since the last one began."""
     is_so = lambda: runs.events(config, "start")[-1]["world_size"] == num_nodes  # noqa: E731
     path = Path(config.run_dir) / "events.jsonl"
     nodes.wait_until(lambda: path.exists() and bool(runs.events(config, "start")) and is_so(), f"{num_nodes} nodes")
@@ -175,7 +175,7 @@ def wait_for_life(config: runs.Config, num_nodes: int) -> None:
 
 
 def delivered_once(config: runs.Config) -> bool:
-    """Replays the loaders of every rank of every life over the steps it kept: no sample twice, none left out."""
+    """Replays the loaders of every rank of every attempt over the steps it kept: no sample twice, none left out."""
     starts = [(event["step"], event["world_size"]) for event in runs.events(config, "start")]
     end = runs.events(config, "preempted")[-1]["step"]
     dataset = TokenDataset(prepared_folder(config.data, progress=False), "train")

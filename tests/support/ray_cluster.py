@@ -200,7 +200,7 @@ class Driver:
         self.wait_until(lambda: self.said(words), f"{words!r}", timeout_s)
 
     def wait_for_step(self, step: int, timeout_s: float = 90) -> None:
-        """Of any life: the newest line of the metrics."""
+        """Of any attempt: the newest line of the metrics."""
 
         def newest() -> int:
             path = Path(self.config.run_dir) / "metrics.jsonl"

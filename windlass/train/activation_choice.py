@@ -79,7 +79,7 @@ def decision_before(config: Config, before: Mapping[str, Any]) -> Decision | Non
     except ValueError:
         return None
     replace(config.train, activation_checkpoint=kind, activation_fraction=fraction)  # its rules hold
-    return Decision(kind, fraction, limit, (f"{kind}, as in this run's life before",))
+    return Decision(kind, fraction, limit, (f"{kind}, as in the attempt before",))
 
 
 def decide(parts: StepParts, say: Callable[[str], None]) -> Decision:

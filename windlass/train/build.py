@@ -55,7 +55,7 @@ _CXX = "clang++" if sys.platform == "darwin" else "g++"
 
 @dataclass
 class TrainState:
-    """How far a run is, over all its lives."""
+    """How far a run is, over all its attempts."""
 
     step: int = 0
     tokens: int = 0

@@ -97,7 +97,7 @@ def evaluate(run: Run, heartbeat: Heartbeat) -> None:
 
 
 def record_ending(run: Run, agreement: StepAgreement) -> None:
-    """The event of a life that was asked to end."""
+    """The event of an attempt that was asked to end."""
     if agreement.request == Request.leave:
         run.metrics.event("leaving", run.state.step, nodes=agreement.leaving_nodes)
     else:

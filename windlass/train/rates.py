@@ -32,7 +32,7 @@ def check_steps(run: Run) -> None:
 
 
 def change_of_rate(run: Run, origin: Location) -> list[str]:
-    """Warns of a rate that is not that which the life before would have had next.
+    """Warns of a rate that is not that which the attempt before would have had next.
 
     Args:
         origin: the checkpoint that was restored.

@@ -1,4 +1,4 @@
-"""One life of a run: from the folder and the data to the loop, and what is said before and after."""
+"""One attempt of a run: from the folder and the data to the loop, and what is said before and after."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _open_folder(
     """Locks the run folder and looks at what it holds. On rank 0.
 
     Returns:
-        What differs from the life before, and what that has decided for this one.
+        What differs from the attempt before, and what that has decided for this one.
     """
     if mesh.rank != 0:
         return {}, None

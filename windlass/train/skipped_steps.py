@@ -20,7 +20,7 @@ def has_diverged(run: Run, first_step: int) -> bool:
     """True if the last step was one skipped step too many. The same on all ranks.
 
     Args:
-        first_step: how many steps were made when this life began: one whose steps were all skipped is not done.
+        first_step: how many steps were made when this attempt began: one whose steps were all skipped is not done.
     """
     train, state = run.config.train, run.state
     is_all = state.step == train.steps and state.skipped_in_a_row >= state.step - first_step

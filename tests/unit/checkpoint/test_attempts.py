@@ -43,7 +43,7 @@ def test_a_snapshot_is_given_up_after_two_resumes_that_made_no_step(tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kinds", [("lazy", "erasure"), ("erasure", "lazy")])
-def test_a_life_of_another_kind_goes_on_from_what_the_agent_holds(
+def test_an_attempt_of_another_kind_goes_on_from_what_the_agent_holds(
     tmp_path: Path, mesh: Mesh, kinds: tuple[str, str]
 ) -> None:
     """Its agent has another number of slots, so another one takes over."""

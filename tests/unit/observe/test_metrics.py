@@ -194,7 +194,7 @@ def test_totals_survive_a_resume(tmp_path: Path) -> None:
     assert read_events(tmp_path)[0]["kind"] == "skipped_step"
 
 
-def test_loading_rewinds_within_one_life(tmp_path: Path) -> None:
+def test_loading_rewinds_within_one_attempt(tmp_path: Path) -> None:
     with build(tmp_path, log_every=1) as metrics:
         take_step(metrics, 1)
         state = metrics.state_dict()

@@ -33,7 +33,7 @@ def tiny(root: Path, run_dir: str, *overrides: str) -> Config:
 
 
 def train(config: Config, after: int = 0) -> list[dict[str, Any]]:
-    """The lines of `metrics.jsonl` that have a loss, of all lives so far, which began after a step."""
+    """The lines of `metrics.jsonl` that have a loss, of all attempts so far, which began after a step."""
     assert run_worker(config) == 0
     assert_trained(config, after)
     lines = map(json.loads, (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines())
@@ -135,7 +135,7 @@ def test_where_half_has_room_half_is_kept_and_the_run_keeps_to_it(
 
     longer = tiny(tmp_path, "auto", *auto, "train.steps=6")  # there is room for all by now
     assert len(train(longer)) == len(first) + 2
-    assert "saved   fraction, as in this run's life before" in (said := capsys.readouterr().out)
+    assert "saved   fraction, as in the attempt before" in (said := capsys.readouterr().out)
     assert "changed train.steps: 4 -> 6" in said and "changed train.activation" not in said
     assert (
         load_config(Path(config.run_dir) / "config.yaml").train.activation_fraction == saved.train.activation_fraction

@@ -1,4 +1,4 @@
-"""Whole runs of ranks that are asked something in the middle: how each ends, and what the next life begins with."""
+"""Whole runs of ranks that are asked something in the middle: how each ends, and what the next attempt begins with."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_those_that_stay_go_on_from_where_the_node_left(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_restart_leaves_the_snapshot_agents_at_work(tmp_path: Path) -> None:
-    """The life that comes finds the last step in memory."""
+    """The attempt that comes finds the last step in memory."""
     with nodes.shared_memory() as shm:
         config = job(tmp_path, "kept", "2:3", "checkpoint=erasure", "checkpoint.num_parity_shards=1")
         assert run_nodes(config, NUM_RANKS, {0: signal.SIGTERM}, shm) == [EXIT_RESTART] * 3

@@ -90,7 +90,7 @@ def test_fewer_end_nothing_and_the_checkpoint_comes_after_them(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_stop_among_them_deletes_nothing_and_the_next_life_counts_on(tmp_path: Path) -> None:
+def test_a_stop_among_them_deletes_nothing_and_the_next_attempt_counts_on(tmp_path: Path) -> None:
     config = configured(tmp_path, "stopped")
     assert run_ranks(train, 1, config, range(4, 1000), 4) == [EXIT_STOPPED]
     assert saved(config) == [2, 5], "the newest alone would be of weights that may be broken"
