@@ -22,6 +22,7 @@ _TORCH_THREADS = "pt_"
 def run(main: Callable[[], int]) -> NoReturn:
     """Runs `main` as all that this process does, and ends the process with the code that it returns."""
     os.environ["PYTHONSAFEPATH"] = "1"  # see `windlass.safe_path`
+    _leave_ascii()
     make_lasting()
     try:
         os.getcwd()  # noqa: PTH109
@@ -42,6 +43,16 @@ def run(main: Callable[[], int]) -> NoReturn:
         sys.excepthook(type(error), error, error.__traceback__)
         end(EXIT_FAILURE)
     end(code)
+
+
+def _leave_ascii() -> None:
+    """Begins anew in Python's UTF-8 mode where the locale and the environment leave it with ASCII for names of files.
+
+    A name that is not ASCII could not be read from the command line there, nor given to the system.
+    """
+    if sys.getfilesystemencoding() == "ascii" and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def end(code: int) -> NoReturn:

@@ -1,7 +1,8 @@
-"""How processes end: with their code, whatever threads of torch are left."""
+"""How processes begin, and end: with their code, whatever threads of torch are left."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -78,3 +79,23 @@ def test_a_process_ends_with_its_code_while_a_thread_of_torch_wants_the_interpre
     ]
     assert result.stderr.count("Traceback") == result.stderr.count("ValueError: as it was") == 1
     assert "terminate called" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["0", "1"])
+def test_names_that_are_not_ascii_are_read_where_the_locale_knows_only_ascii(mode: str) -> None:
+    code = """
+import os, sys
+from windlass.process import run
+
+def main():
+    print(ascii(os.fsencode(sys.argv[1]).decode()), os.environ["PYTHONUTF8"])
+    return 3
+
+run(main)
+"""
+    locale = {"LC_ALL": "POSIX", "PYTHONUTF8": mode, "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, "rünß"], env={**os.environ, **locale}, check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (3, "'r\\xfcn\\xdf' 1\n"), ended.stderr
