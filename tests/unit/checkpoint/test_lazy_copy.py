@@ -378,3 +378,16 @@ def test_what_anything_may_change_is_copied_at_once(tmp_path: Path, shm: Path, m
         assert any(torch.equal(value, generator) for name, value in content.items() if name.startswith("rng.0."))
     finally:
         checkpointer.close()
+
+
+@pytest.mark.slow
+def test_whoever_opens_a_checkpointer_just_after_the_last_one_is_closed_finds_an_agent(
+    tmp_path: Path, shm: Path, mesh: Mesh
+) -> None:
+    """The agent of the last one answers while it ends."""
+    for step in range(1, 6):
+        checkpointer = opened(Training(width=8), tmp_path, shm, mesh)
+        restored = checkpointer.restore_latest()
+        assert (0 if restored is None else restored.step) == step - 1
+        checkpointer.save(step)
+        checkpointer.close()

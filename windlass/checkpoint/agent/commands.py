@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from windlass.checkpoint.agent.effects import Effect, Group
+from windlass.checkpoint.agent.effects import Effect, End, Group
 from windlass.checkpoint.agent.header import Header, Region
 from windlass.checkpoint.agent.ledger import Busy, Phase, SnapshotId, Stale
 from windlass.checkpoint.agent.repair import BlockSource, Rebuilder, TooFewShards
@@ -42,8 +42,12 @@ def serve_trainer(agent: Agent, connection: Connection, pid: int | None) -> None
         with connection:
             while True:
                 request, num_bytes = connection.receive(math.inf)
+                if agent.is_leaving:
+                    return  # whoever comes now needs the next agent, and finds it when this one is gone
                 try:
-                    connection.send(session.answer(request, num_bytes))
+                    reply = session.answer(request, num_bytes)
+                    agent.is_leaving |= session.is_last
+                    connection.send(reply)
                 finally:
                     agent.do(session.take_last())
     except TransportError:
@@ -94,6 +98,11 @@ class TrainerSession:
             if error.errno in (errno.ENOSPC, errno.ENOMEM) and "node_bytes" in request and self.core.group is not None:
                 return {"error": "memory", "message": str(error), **self._memory(request)}
             return {"error": "system", "message": f"{said(error)}: {error.filename}"}
+
+    @property
+    def is_last(self) -> bool:
+        """True if the agent ends when the answer is sent."""
+        return any(isinstance(effect, End) for effect in self._last)
 
     def take_last(self) -> list[Effect]:
         last, self._last = self._last, []

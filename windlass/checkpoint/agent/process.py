@@ -69,6 +69,8 @@ class Agent:
         self.sent_bytes = {"parity": 0, "read": 0}
         """To other nodes: to protect snapshots, and for those that restore them."""
         self.ending: to_do.End | None = None
+        self.is_leaving = False
+        """Nothing is answered any more."""
         self.is_closing = False
         self.trainers: dict[Connection, int | None] = {}
         """The trainers that are connected, by process id where the system tells."""
@@ -207,7 +209,7 @@ class Agent:
             case to_do.Announce(kind, fields):
                 self._add_event(kind, fields)
             case to_do.End():
-                self.ending = effect
+                self.ending, self.is_leaving = effect, True
         return []
 
     def _end_encoding(self) -> None:
