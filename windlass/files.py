@@ -99,3 +99,11 @@ def cache_folder() -> Path | None:
         return Path(given).expanduser() / "windlass"
     except RuntimeError:  # HOME is not set, and the system does not know the user
         return None
+
+
+def real_path(path: Path) -> Path:
+    """The place that `path` names, links followed.
+
+    A link that leads to itself stays, and whoever uses it is told by the system; `Path.resolve` raises a RuntimeError.
+    """
+    return Path(os.path.realpath(path))

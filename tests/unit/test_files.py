@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from windlass.files import atomic_file, make_folder, open_growing, refuse_links
+from windlass.files import atomic_file, make_folder, open_growing, real_path, refuse_links
 
 
 @pytest.fixture
@@ -100,3 +100,12 @@ def test_the_folder_itself_may_be_a_link(folder: Path, victim: Path) -> None:
 def test_a_path_elsewhere_is_a_mistake_of_ours(folder: Path, victim: Path) -> None:
     with pytest.raises(ValueError, match="is not inside of"):
         refuse_links(victim, folder)
+
+
+def test_a_link_that_leads_to_itself_is_left_to_the_system(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert real_path(tmp_path / "loop") == tmp_path.resolve() / "loop"
+    assert real_path(tmp_path / "link") == tmp_path.resolve()
+    with pytest.raises(OSError, match="symbolic links"):
+        (real_path(tmp_path / "loop") / "x").stat()

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from windlass.data.config import DataConfig, ParquetDataConfig, TextDataConfig
 from windlass.errors import ConfigError
+from windlass.files import real_path
 
 
 def refuse_inside(folder: Path, inputs: Sequence[str | Path], key: str) -> None:
     """Raise ConfigError if `folder` is inside one of `inputs`, where its files would be taken for text."""
-    resolved = folder.expanduser().resolve()
+    resolved = real_path(folder.expanduser())
     for given in inputs:
-        if resolved.is_relative_to(Path(given).expanduser().resolve()):
+        if resolved.is_relative_to(real_path(Path(given).expanduser())):
             raise ConfigError(key, folder, f"must not lie inside the input {given}", "choose a folder elsewhere")
 
 
@@ -26,11 +27,11 @@ def refuse_outputs(data: DataConfig, folders: Mapping[str, Path | None]) -> None
     """
     if not isinstance(data, TextDataConfig | ParquetDataConfig):
         return
-    root = Path(data.path).expanduser().resolve()
+    root = real_path(Path(data.path).expanduser())
     for key, folder in folders.items():
         if folder is None:
             continue
-        resolved = folder.expanduser().resolve()
+        resolved = real_path(folder.expanduser())
         if not resolved.is_relative_to(root):
             continue
         parts = resolved.relative_to(root).parts

@@ -32,6 +32,7 @@ from windlass.data.source_files import (
     unreadable,
 )
 from windlass.errors import ConfigError, DataError
+from windlass.files import real_path
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIX = ".json"
@@ -319,7 +320,7 @@ def _regular(path: Path, given: str | Path) -> SourceFile:
 
 def _refuse_links_away(folder: Path, files: Iterable[SourceFile]) -> None:
     """Raises DataError for a symbolic link that is absolute or leads further away than `LINK_LEVELS`."""
-    near = folder.resolve()
+    near = real_path(folder)
     for _ in range(LINK_LEVELS):
         near = near.parent
     for file in files:
@@ -327,7 +328,7 @@ def _refuse_links_away(folder: Path, files: Iterable[SourceFile]) -> None:
         if not path.is_symlink():
             continue
         target = path.readlink()
-        if target.is_absolute() or not path.resolve().is_relative_to(near):
+        if target.is_absolute() or not real_path(path).is_relative_to(near):
             raise DataError(
                 "data.path",
                 file.path,

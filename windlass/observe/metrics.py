@@ -23,7 +23,7 @@ from typing import Any, Self
 import psutil
 
 from windlass.errors import ConfigError, RunFolderError
-from windlass.files import atomic_file, open_growing, refuse_links
+from windlass.files import atomic_file, open_growing, real_path, refuse_links
 from windlass.observe.config import MetricsConfig, WandbMode
 from windlass.observe.metrics_reader import (
     EVENTS_FILE,
@@ -391,7 +391,7 @@ def _start_wandb(run_dir: Path, config: MetricsConfig, run_config: dict[str, Any
             resume=None if offline else "allow",
             mode="offline" if offline else "online",
             dir=run_dir,
-            name=run_dir.resolve().name,
+            name=real_path(run_dir).name,
             config=redact(run_config),
             # Its capture of stdout would fight the live view.
             settings=wandb.Settings(console="off", silent=True),

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from windlass.errors import ConfigError, RunFolderError
-from windlass.files import atomic_file, make_folder
+from windlass.files import atomic_file, make_folder, real_path
 from windlass.observe.console import duration, number, size
 from windlass.observe.metrics import redact
 from windlass.observe.metrics_reader import (
@@ -161,7 +161,7 @@ def _read_run(run_dir: Path) -> RunHistory:
         rule = "has no figures yet" + (f": {notes[0]}" if figures.num_unreadable else "")
         raise RunFolderError("run_dir", run_dir, rule, "wait until the run has taken train.log_every steps")
     return RunHistory(
-        run_dir.resolve().name,
+        real_path(run_dir).name,
         merged(figures.records),
         events.records,
         progress(figures.records),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from windlass.checkpoint.durable.local_storage import LocalStorage
+from windlass.files import real_path
 from windlass.untrusted import MAX_BYTES
 
 if TYPE_CHECKING:
@@ -132,4 +133,4 @@ def is_same_place(one: Location, other: Location) -> bool:
 def resolved(location: Location) -> Location:
     """The location without symbolic links and relative parts."""
     location = as_location(location)
-    return location.resolve() if isinstance(location, Path) else location
+    return real_path(location) if isinstance(location, Path) else location
