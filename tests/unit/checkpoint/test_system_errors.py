@@ -86,12 +86,12 @@ def test_folders_of_others_that_the_system_does_not_give(tmp_path: Path) -> None
 
 
 def test_files_are_mapped_without_descriptors(tmp_path: Path) -> None:
-    views = []
+    views, num_before = [], len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # other tests of this process have some
     for number in range(50):
         path = tmp_path / str(number)
         path.write_bytes(b"%05d" % number * 1000)
         views.append(map_file(path, copy_on_write=number % 2 == 1, begin=4095 if number % 3 else 0))
-    assert len(os.listdir("/proc/self/fd")) < 40  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) < num_before + 10  # noqa: PTH208
     assert bytes(views[3][:5]) == b"00003" and bytes(views[1][:5]) == b"00001"
     assert views[0].readonly and not views[1].readonly
     views[1][0] = 7
