@@ -93,6 +93,12 @@ def train(run_dir: Path, num_ranks: int, overrides: tuple[str, ...]) -> dict[int
     return losses
 
 
+def recovered_steps(run_dir: Path) -> list[int]:
+    """The steps from which the run in a folder has gone on, in turn."""
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["kind"] == "recovered"]
+
+
 def half_way(run_dir: Path, copy: Path) -> None:
     """Copies a finished run as it was when its first checkpoint was written."""
     shutil.copytree(run_dir, copy, ignore=shutil.ignore_patterns("offload", "logs"))
@@ -126,6 +132,8 @@ def main() -> int:
         copy = run_dir.with_name(f"{number}-resumed")
         half_way(before, copy)
         resumed = train(copy, num_ranks, overrides)
+        if recovered_steps(copy)[-1:] != [HALF]:  # a run that began anew would have the same losses
+            sys.exit(f"{copy}: has not gone on from step {HALF}")
         same = losses == expected, resumed == expected
         failed += same != (True, True)
         print(f"{name}: {'same' if same[0] else 'DIFFERS'}; resumed {'same' if same[1] else 'DIFFERS'}", flush=True)

@@ -80,8 +80,9 @@ def test_they_train_and_go_on_after_a_kill_with_the_same_losses(
     with subprocess.Popen(again, env=plugin, start_new_session=True, stdout=subprocess.DEVNULL) as run:
         kill_at(run, killed, EVERY + 2)
     subprocess.run(again, env=plugin, check=True, capture_output=True)
-    events = [json.loads(line)["kind"] for line in (killed / "events.jsonl").read_text().splitlines()]
-    assert "recovered" in events and "skipped_step" not in events
+    events = [json.loads(line) for line in (killed / "events.jsonl").read_text().splitlines()]
+    (recovered,) = (event["step"] for event in events if event["kind"] == "recovered")
+    assert recovered >= EVERY and "skipped_step" not in {event["kind"] for event in events}
     assert losses(killed) == expected
     evaluated = json.loads((killed / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < evaluated["val/accuracy"] < 1 and math.isfinite(evaluated["val/loss"])

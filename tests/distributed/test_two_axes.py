@@ -96,7 +96,7 @@ class Training:
         for step in range(first, last):
             batch = rows_of_rank(ragged_batch(step, 0, VOCAB), self.mesh)
             stop: Any = SimpleNamespace(asked=Request.nothing)
-            num_tokens = StepAgreement(count_tokens([batch]), stop, self.mesh, 1, None).num_targets
+            num_tokens = StepAgreement(count_tokens([batch]), stop, self.mesh, 1, None).num_targets()
             if self.in_backward is not None:
                 self.in_backward.begin_micro_step(is_last=True)
             logits = self.model(batch.input_ids).flatten(0, 1)

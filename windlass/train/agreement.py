@@ -38,7 +38,7 @@ class Ending(StrEnum):
 
 
 class StepAgreement:
-    """The figures of a step that all ranks must know. Begun by the constructor; each property waits for what it needs.
+    """The figures of a step that all ranks must know. The constructor begins; each question waits for what it needs.
 
     Args:
         num_targets: what the loss of this rank's batches is a sum over.
@@ -65,10 +65,6 @@ class StepAgreement:
         finish(self._pending)
         return self._vector.tolist()
 
-    def wait_num_targets(self) -> int:
-        return self.num_targets
-
-    @property
     def num_targets(self) -> int:
         """Targets of all ranks' batches; at least 1, as it divides."""
         return max(1, int(self._sums[_TOKENS]))

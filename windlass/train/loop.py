@@ -36,7 +36,7 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
         batches = [batch.to(mesh.device) for batch in batches]
         lr = run.optimizer.param_groups[0]["lr"]
         # A lazy copy of the weights ends before they move.
-        stepped = run_step(run, batches, agreement.wait_num_targets, before_update=run.wait_staged)
+        stepped = run_step(run, batches, agreement.num_targets, before_update=run.wait_staged)
         stall_s += stepped.stall_s
         if stepped.is_finite:
             scheduler.step()
@@ -47,14 +47,14 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
             run.metrics.count_skipped_step(state.step + 1)
             run.console.message(f"step {state.step + 1} skipped: its gradients are not finite")
         state.step += 1
-        state.tokens += agreement.num_targets
+        state.tokens += agreement.num_targets()
 
         logged = run.metrics.step(
             state.step,
-            loss=mean_loss(stepped.loss_sum, agreement.num_targets, mesh) if run.metrics.due(state.step) else None,
+            loss=mean_loss(stepped.loss_sum, agreement.num_targets(), mesh) if run.metrics.due(state.step) else None,
             grad_norm=float(stepped.grad_norm) if run.metrics.due(state.step) else None,
             lr=lr,
-            num_tokens=agreement.num_targets,
+            num_tokens=agreement.num_targets(),
             step_s=clock.end(),
             **step_figures(mesh, stall_s, COMM.total_bytes - comm_bytes),
             **offload_figures(run, offload),

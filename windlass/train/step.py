@@ -1,4 +1,4 @@
-"""One step: forward, backward and update. The loop, the mock step and the forecast all run this."""
+"""One step: forward, backward and update. The loop and the forecast run it, and the mock step its forward and backward."""
 
 from __future__ import annotations
 

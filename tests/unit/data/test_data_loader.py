@@ -277,3 +277,9 @@ def test_evaluation_counts_each_sample_once(
 def test_evaluation_respects_borders(dataset: TokenDataset) -> None:
     (batch,) = evaluation_batches(dataset, batch_size=9, seq_len=SEQ_LEN, max_samples=9, data_rank=0, num_data_ranks=1)
     assert ((batch.labels == IGNORE_INDEX) == (batch.input_ids == dataset.eos_id)).all()
+
+
+def test_what_one_objective_needs_moves_with_its_batch() -> None:
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    moved = Batch(ids, ids, ids, {"rewards": torch.ones(2)}).to(torch.device("meta"))
+    assert moved.others["rewards"].device.type == moved.labels.device.type == "meta"

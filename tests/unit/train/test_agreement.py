@@ -27,7 +27,7 @@ def agreed(cases: list[tuple[list[Request], int]]) -> list[tuple[int, Request, l
     found = []
     for requests, fewest_nodes in cases:
         agreement = StepAgreement(2 * (mesh.rank + 1), Asked(requests[mesh.rank]), mesh, fewest_nodes, None)
-        found.append((agreement.num_targets, agreement.request, agreement.leaving_nodes, agreement.ending))
+        found.append((agreement.num_targets(), agreement.request, agreement.leaving_nodes, agreement.ending))
     mesh.stop()
     return found
 
@@ -54,7 +54,7 @@ def test_all_ranks_decide_the_same_for_all_that_may_be_asked() -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     mesh = ParallelConfig().build(torch.device("cpu"))
-    assert StepAgreement(0, Asked(Request.nothing), mesh, 1, None).num_targets == 1, "it divides"
+    assert StepAgreement(0, Asked(Request.nothing), mesh, 1, None).num_targets() == 1, "it divides"
     assert StepAgreement(3, Asked(Request.leave), mesh, 1, None).ending == Ending.stopped
     assert StepAgreement(3, Asked(Request.restart), mesh, 1, None).ending == Ending.restarting
 
