@@ -1,4 +1,4 @@
-"""One step: forward, backward and update. The loop and the forecast run it, and the mock step its forward and backward."""
+"""One step: forward, backward and update. The loop and the forecast run it; the mock step runs all but the update."""
 
 from __future__ import annotations
 
