@@ -67,6 +67,8 @@ class PinnedSaver:
         """The newest that was committed here."""
         self._background_mesh: Mesh | None = None
         self._thread: threading.Thread | None = None
+        self._is_running = False
+        """The thread has something to do yet, and to tell."""
         self._put_off: _Save | None = None
         self._under_way: int | None = None
         self._failure: Exception | None = None
@@ -125,7 +127,7 @@ class PinnedSaver:
 
     @property
     def is_busy(self) -> bool:
-        return self._put_off is not None or (self._thread is not None and self._thread.is_alive())
+        return self._put_off is not None or self._is_running
 
     def forget(self) -> None:
         """Forgets what was committed: another state was restored, and is in memory now."""
@@ -186,12 +188,13 @@ class PinnedSaver:
             self._remove_leftovers()
             if not (self.is_lazy and isinstance(error, Exception)):
                 raise
-            self._fail(save, error)
+            self._events.append(self._fail(save, error))
             return
         if save.deferred and not save.is_put_off:
             self._staged.clear()
         # A program that ends waits for it, so that no checkpoint is lost that was begun.
         self._thread = threading.Thread(target=self._run, args=(save,), name="windlass-checkpoint")
+        self._is_running = True
         self._thread.start()
 
     def _prepare(self, save: _Save) -> None:
@@ -217,30 +220,33 @@ class PinnedSaver:
 
     def _run(self, save: _Save) -> None:
         assert self._background_mesh is not None
-        mesh = self._background_mesh
+        mesh, events = self._background_mesh, list[dict[str, Any]]()
         try:
             of_ranks = all_gather_object(mesh.agree(lambda: self._put(save)), mesh.world)
             written = [chunk for rank in of_ranks for chunk in rank]
             mesh.decide(lambda: self._commit(save, written))
             self.committed_step = save.step
-            self._events.append(_persisted(save, written))
+            events.append(_persisted(save, written))
             mesh.decide(lambda: self.store.retain(save.keep))
         except Exception as error:  # told or raised in the thread that trains
             self._remove_leftovers()
-            self._fail(save, error)
+            events.append(self._fail(save, error))
         finally:
             self._staged.set()
             _release(save)
+            self._is_running = False
+            self._events += events  # last: whoever hears of it may begin the next
 
     def _remove_leftovers(self) -> None:
         if self.mesh.rank == 0:
             with contextlib.suppress(RunFolderError):  # the error before says more
                 self.store.remove_leftovers()
 
-    def _fail(self, save: _Save, error: Exception) -> None:
+    def _fail(self, save: _Save, error: Exception) -> dict[str, Any]:
+        """Keeps the error for whoever is to raise it; returns the event."""
         logger.warning("the checkpoint of step %d failed: %s", save.step, error)
-        self._events.append({"kind": "persist_failed", "step": save.step, "reason": str(error)})
         self._failure = error
+        return {"kind": "persist_failed", "step": save.step, "reason": str(error)}
 
     def _put(self, save: _Save) -> list[WrittenChunk]:
         if self.mesh.device.type == "cuda":

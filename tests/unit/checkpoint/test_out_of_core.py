@@ -370,6 +370,29 @@ def test_a_lazy_checkpoint_that_fails_is_told_and_training_goes_on(tmp_path: Pat
     run.close()
 
 
+def test_who_hears_of_a_lazy_checkpoint_may_take_the_next(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Offloaded(tmp_path / "tier")
+    checkpointer = run.checkpointer(tmp_path / "checkpoints", mesh, kind="lazy")
+    retain = checkpointer.store.retain
+
+    def retain_slowly(keep: int) -> None:
+        time.sleep(0.1)
+        retain(keep)
+
+    monkeypatch.setattr(checkpointer.store, "retain", retain_slowly)
+    for step in (1, 2, 3):
+        run.run(1)
+        assert checkpointer.snapshot(step)
+        checkpointer.wait_staged()
+        while not (events := checkpointer.poll()):
+            time.sleep(0.001)
+        assert [(event["kind"], event["step"]) for event in events] == [("persisted", step)]
+    checkpointer.close()
+    run.close()
+
+
 def test_room_for_the_next_step_is_asked_for_before_files_are_pinned(
     tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ) -> None:
