@@ -43,10 +43,15 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def kill_at(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
-    """Kills the launcher, and with it its group, once the run has gone beyond `step`."""
-    metrics = run_dir / "metrics.jsonl"
+    """Kills the launcher, and with it its group, once the run has gone beyond `step` and has a checkpoint."""
+    metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
     deadline = time.monotonic() + 120
-    while not metrics.exists() or len(metrics.read_text().splitlines()) <= step:
+
+    def is_there() -> bool:
+        num_steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        return num_steps > step and '"persisted"' in events.read_text()
+
+    while not is_there():
         assert run.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(run.pid, signal.SIGKILL)
