@@ -295,7 +295,19 @@ class Cluster:
             What was planned; every node has its part of it now.
         """
         self.number = 0
-        statuses = [self.status(node) for node in range(self.num_nodes)]
+        while True:
+            statuses = [self.status(node) for node in range(self.num_nodes)]
+            plan = self.verified_plan()
+            self.generation = 1 + max(status["generation"] for status in statuses)
+            held = {SnapshotId(*slot["snapshot"]) for status in statuses for slot in status["slots"]}
+            self.configure([] if plan is None else [snapshot for snapshot in held if snapshot <= plan.snapshot])
+            if plan is None or self.plan() == plan:  # else agents gave up what was in flight, just before the fence
+                break
+        if plan is not None:
+            self.rebuild(plan)
+        return plan
+
+    def verified_plan(self) -> RecoveryPlan | None:
         plan = self.plan()
         while plan is not None:
             for node in range(self.num_nodes):
@@ -303,11 +315,6 @@ class Cluster:
             looked, plan = plan, self.plan()
             if plan is None or plan.snapshot == looked.snapshot:
                 break
-        self.generation = 1 + max(status["generation"] for status in statuses)
-        held = {SnapshotId(*slot["snapshot"]) for status in statuses for slot in status["slots"]}
-        self.configure([] if plan is None else [snapshot for snapshot in held if snapshot <= plan.snapshot])
-        if plan is not None:
-            self.rebuild(plan)
         return plan
 
     def rebuild(self, plan: RecoveryPlan) -> None:
@@ -328,9 +335,9 @@ class Cluster:
         for node in range(self.num_nodes):
             files = self.slot(node, snapshot)
             files.open(with_parity=False)
-            parts += read_parts(files)
+            parts += read_parts(files.memory)
             if node == 0:
-                local[node] = files
+                local[node] = files.memory
         addresses = {node: tuple(self.status(node)["address"]) for node in range(self.num_nodes)}
         source = SlotSource(snapshot, self.steps[snapshot], local, addresses, self.secret, self.generation)
         reader = CheckpointReader(manifest_of(self.steps[snapshot], self.generation, self.num_nodes, parts), source)

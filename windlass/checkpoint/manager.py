@@ -363,6 +363,9 @@ class Checkpointer:
         durable_step = self.mesh.decide(self.store.latest_step)
         while (plan := plan_restore(agents)) is not None and plan.step >= (durable_step or 0):
             self._begin(plan)
+            agents.refresh()
+            if not agents.hold(plan):
+                continue  # one that was in flight was given up, just before the fence
             begin = time.perf_counter()
             try:
                 whole = agents.rebuild(plan) if plan.lost else plan

@@ -397,6 +397,30 @@ def test_who_looks_does_not_wait_for_an_agent_that_has_stopped(node: Cluster) ->
     assert [slot["step"] for slot in client.ask("status")["slots"]] == [1]
 
 
+def test_a_snapshot_is_read_again_while_its_slot_is_emptied(node: Cluster) -> None:
+    """And no later one is taken for damaged, as it has other bytes in the same place."""
+    answers: list[int] = []
+    client, is_over = AgentClient(node.folder(0).connect()), threading.Event()
+
+    def look() -> None:
+        while not is_over.is_set():
+            answers.append(client.ask("verify", snapshot=SnapshotId(node.generation, 1))["num_damaged"])
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    for step in range(1, 21):
+        num_answers = len(answers)
+        node.take(step)
+        wait_until(lambda before=num_answers: len(answers) >= before + 2 or not looking.is_alive(), "an answer")
+        assert all(slot["is_sound"] for slot in node.status(0)["slots"])
+        node.generation, node.number = node.generation + 1, 0
+        node.configure()  # nothing is kept
+    is_over.set()
+    looking.join()
+    client.close()
+    assert len(answers) > 20 and not any(answers)
+
+
 def test_many_ask_at_once(node: Cluster) -> None:
     node.take(1)
     answers: list[int] = []

@@ -39,7 +39,7 @@ def begin(shm: Path, stripes: Stripes, position: int, region_bytes: list[int]) -
     n, m = stripes.num_nodes, stripes.num_parity_shards
     files = SlotFiles(shm, position)
     files.begin(Header(SNAPSHOT, 1, Phase.writing, position, n, m, stripes.node_bytes, n, "", tuple(regions)))
-    return files, Encoding(files)
+    return files, Encoding(files.memory)
 
 
 def add(encoding: Encoding, row: int, chunk: int, block: int, data: np.ndarray) -> bool | None:
@@ -166,7 +166,7 @@ def test_a_block_that_comes_again_is_passed_over(shm: Path) -> None:
     _, encoding = begin(shm, Stripes(3, 1, BLOCK_BYTES), 0, [BLOCK_BYTES])
     assert encoding.expects(0, 1, 0)
     assert add(encoding, 0, 1, 0, data) is False
-    before = bytes(encoding.files.blocks(2))
+    before = bytes(encoding.memory.blocks(2))
     assert not encoding.expects(0, 1, 0) and encoding.expects(0, 0, 0)
     assert add(encoding, 0, 1, 0, data) is None
-    assert bytes(encoding.files.blocks(2)) == before
+    assert bytes(encoding.memory.blocks(2)) == before

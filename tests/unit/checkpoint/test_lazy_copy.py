@@ -258,9 +258,9 @@ def snapshot_content(checkpointer: Checkpointer, step: int) -> dict[str, torch.T
         assert files.header is not None and files.data is not None
         if files.header.step != step:
             continue
-        assert list(files.damaged_blocks()) == []
-        (part,) = read_parts(files)
-        CheckedBlocks(files).check(0, files.data.size)
+        assert list(files.memory.damaged_blocks()) == []
+        (part,) = read_parts(files.memory)
+        CheckedBlocks(files.memory).check(0, files.data.size)
         found = {}
         for entry in [entry for chunk in part.chunks for entry in chunk.entries]:
             data = bytearray(files.data.view[part.begin + entry.begin : part.begin + entry.end])
@@ -292,7 +292,8 @@ def test_the_snapshots_of_a_training_are_whole(
     try:
         for step in range(1, num_snapshots + 1):  # step 0 would be made durable as well
             expected = named_state(training)
-            assert checkpointer.snapshot(step)
+            # An agent that does not answer at once, on a busy machine, has it skipped.
+            wait_until(lambda step=step: checkpointer.snapshot(step), "the agent's attention")
             training.counter.value += 1
             if stepper is not None:
                 stepper.begin_micro_step(is_last=True)

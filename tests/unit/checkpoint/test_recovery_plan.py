@@ -61,6 +61,16 @@ def test_a_plan_is_of_one_snapshot_and_enough_of_it_is_there(cluster: list[list[
             assert position not in {part.position for part in lower if counts(part) and is_of(part, plan)}
 
 
+def test_a_plan_is_not_held_any_more_when_a_part_it_counts_on_is_given_up() -> None:
+    cluster = nodes(0, 1, 2, snapshot=NEW, phase=Phase.prepared)
+    plan = plan_recovery(cluster)
+    assert plan is not None and plan.lost == [3] and plan.is_held_by(cluster)
+    assert plan.is_held_by(nodes(0, 1, 2, snapshot=NEW)), "the fence commits it"
+    assert not plan.is_held_by([cluster[0], [], cluster[2]])
+    assert not plan.is_held_by([cluster[0], [held(1, OLD)], cluster[2]])
+    assert not plan.is_held_by([cluster[0], cluster[2], cluster[1]])
+
+
 def is_of(part: Held, plan: RecoveryPlan) -> bool:
     fields = ("snapshot", "step", "layout", "num_nodes", "num_parity_shards")
     return all(getattr(part, name) == getattr(plan, name) for name in fields)

@@ -56,7 +56,7 @@ def rebuild(nodes: Cluster, files: SlotFiles, sources: list[int], wanted: set[in
         opened = {position: source(nodes, position) for position in sources}
         for each in opened.values():
             stack.callback(each.close)
-        return Rebuilder(files, opened).rebuild(wanted)
+        return Rebuilder(files.memory, opened).rebuild(wanted)
 
 
 def content(files: SlotFiles) -> dict[str, bytes]:
@@ -104,8 +104,8 @@ def test_single_blocks_are_mended_in_place(nodes: Cluster, shm: Path) -> None:
     rebuild(nodes, files, list(range(1, n)))
     numbers = {0, files.table.size // 2, files.table.size - 1}
     for number in numbers:
-        files.blocks(number)[:] = bytes(BLOCK_BYTES)
-    assert set(files.damaged_blocks()) == numbers
+        files.memory.blocks(number)[:] = bytes(BLOCK_BYTES)
+    assert set(files.memory.damaged_blocks()) == numbers
     assert rebuild(nodes, files, list(range(1, n)), numbers) == len(numbers)
     assert content(files) == nodes.files(0, SNAPSHOT)
 
@@ -125,7 +125,7 @@ def test_a_source_that_ends_is_passed_by(nodes: Cluster, shm: Path) -> None:
     files = empty_slot(nodes, shm, 0)
     opened = {position: source(nodes, position) for position in range(1, n)}
     opened[1].close()
-    rebuilder = Rebuilder(files, opened)
+    rebuilder = Rebuilder(files.memory, opened)
     if m == 1:
         with pytest.raises(TooFewShards):
             rebuilder.rebuild()

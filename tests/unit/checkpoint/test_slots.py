@@ -48,8 +48,8 @@ def whole_slot(folder: Path, phase: Phase = Phase.committed) -> SlotFiles:
     files = SlotFiles(folder, 0)
     files.begin(HEADER)
     for number in range(6):
-        files.blocks(number)[:] = noise(str(number), BLOCK_BYTES)
-        files.table[number] = crc32c(files.blocks(number))
+        files.memory.blocks(number)[:] = noise(str(number), BLOCK_BYTES)
+        files.table[number] = crc32c(files.memory.blocks(number))
     files.seal(replace(HEADER, phase=phase))
     return files
 
@@ -87,9 +87,21 @@ def test_a_whole_slot_is_adopted_with_its_bytes(shm: Path) -> None:
     assert found.header == files.header
     assert found.header is not None and found.header.phase == Phase.committed
     assert (found.table == files.table).all()
-    assert all(bytes(found.blocks(number)) == noise(str(number), BLOCK_BYTES) for number in range(6))
-    assert list(found.damaged_blocks()) == []
-    assert bytes(found.blocks(1, 3)) == b"".join(noise(str(number), BLOCK_BYTES) for number in (1, 2, 3))
+    assert all(bytes(found.memory.blocks(number)) == noise(str(number), BLOCK_BYTES) for number in range(6))
+    assert list(found.memory.damaged_blocks()) == []
+    assert bytes(found.memory.blocks(1, 3)) == b"".join(noise(str(number), BLOCK_BYTES) for number in (1, 2, 3))
+
+
+@pytest.mark.parametrize("is_taken", [False, True], ids=["emptied", "taken by another"])
+def test_memory_is_what_it_was_when_the_slot_is_not(is_taken: bool, shm: Path) -> None:
+    files = whole_slot(shm)
+    memory = files.memory
+    if is_taken:
+        files.begin(replace(HEADER, snapshot=SnapshotId(3, 18)))
+        assert files.memory.header != memory.header
+    else:
+        files.empty()
+    assert list(memory.damaged_blocks()) == []
 
 
 @pytest.mark.parametrize("phase", [Phase.writing, Phase.local])
@@ -143,8 +155,8 @@ def test_the_damaged_block_is_found_and_no_other(number: int, shm: Path) -> None
     files = whole_slot(shm)
     path, place = (files.path("data"), number) if number < 4 else (files.path("parity"), number - 4)
     flip(path, place * BLOCK_BYTES + 12345, 0x80)
-    assert list(adopted(shm).damaged_blocks()) == [number]
-    assert list(files.damaged_blocks()) == [number], "the agent has the same memory mapped"
+    assert list(adopted(shm).memory.damaged_blocks()) == [number]
+    assert list(files.memory.damaged_blocks()) == [number], "the agent has the same memory mapped"
 
 
 def test_an_emptied_slot_gets_new_files(shm: Path) -> None:
@@ -157,7 +169,7 @@ def test_an_emptied_slot_gets_new_files(shm: Path) -> None:
     files.begin(HEADER)
     assert files.data is not None and files.data.inode != old.inode
     old.view[:4] = b"late"
-    assert bytes(files.blocks(0)[:4]) == bytes(4)
+    assert bytes(files.memory.blocks(0)[:4]) == bytes(4)
 
 
 def test_a_slot_that_is_begun_again_keeps_its_memory(shm: Path) -> None:
@@ -186,7 +198,7 @@ def test_room_that_is_not_there_is_missed_before_anything_is_written(shm: Path) 
         assert list(folder.iterdir()) == [], "what was taken is given back"
         files.begin(replace(HEADER, node_bytes=2 * BLOCK_BYTES))  # 2 blocks of data and 1 of parity
         for number in range(3):
-            files.blocks(number)[:] = b"x" * BLOCK_BYTES  # SIGBUS if the memory were not there
+            files.memory.blocks(number)[:] = b"x" * BLOCK_BYTES  # SIGBUS if the memory were not there
 
 
 def test_a_limit_on_file_sizes_is_a_lack_of_room(shm: Path) -> None:

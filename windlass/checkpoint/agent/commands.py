@@ -17,7 +17,7 @@ import numpy as np
 
 from windlass.checkpoint.agent.effects import Effect, End, Group
 from windlass.checkpoint.agent.header import Header, Region
-from windlass.checkpoint.agent.ledger import Busy, Phase, SnapshotId, Stale
+from windlass.checkpoint.agent.ledger import WHOLE, Busy, Phase, SnapshotId, Stale
 from windlass.checkpoint.agent.repair import BlockSource, Rebuilder, TooFewShards
 from windlass.checkpoint.agent.stripes import Stripes
 from windlass.checkpoint.net.connection import Connection
@@ -213,13 +213,15 @@ class TrainerSession:
         return {}
 
     def _verify(self, request: Json) -> Json:
-        """Reads every block of a snapshot again."""
-        agent, num_damaged = self.agent, 0
-        for index, header in self.core.held().items():
-            if header.snapshot == SnapshotId(*request["snapshot"]):
-                damaged = set(agent.files(index).damaged_blocks())
-                agent.tell(self.core.verified, index, damaged)
-                num_damaged += len(damaged)
+        """Reads every block of what is whole of a snapshot again."""
+        agent, snapshot, num_damaged = self.agent, SnapshotId(*request["snapshot"]), 0
+        with agent.changed:
+            held = [index for index, header in self.core.held().items() if header.snapshot == snapshot]
+            parts = {index: agent.files(index).memory for index in held if self.core.held()[index].phase in WHOLE}
+        for index, memory in parts.items():
+            damaged = set(memory.damaged_blocks())
+            agent.tell(self.core.verified, index, memory.header, damaged)
+            num_damaged += len(damaged)
         return {"num_damaged": num_damaged}
 
     def _resume(self, request: Json) -> Json:
@@ -232,12 +234,12 @@ class TrainerSession:
         header = replace(Header.from_json(request["header"]), position=request["position"])
         begin = time.monotonic()
         with agent.rebuilding, ExitStack() as stack:  # one at a time: a new rank may ask for what is under way
-            sources = _open_sources(request, header.snapshot, core.require_group(), stack)
+            sources, troubles = _open_sources(request, header.snapshot, core.require_group(), stack)
             try:
                 with agent.changed:
                     agent.tell(core.begin_rebuild, header)
-                    files, blocks = agent.files(core.slot_of(header)), core.blocks_to_rebuild(header)
-                num_blocks = Rebuilder(files, sources).rebuild(blocks)
+                    memory, blocks = agent.files(core.slot_of(header)).memory, core.blocks_to_rebuild(header)
+                num_blocks = Rebuilder(memory, sources, troubles).rebuild(blocks)
                 agent.tell(core.rebuilt, header)
             except BaseException:
                 agent.tell(core.rebuild_failed, header)
@@ -262,15 +264,18 @@ class TrainerSession:
         }
 
 
-def _open_sources(request: Json, snapshot: SnapshotId, group: Group, stack: ExitStack) -> dict[int, BlockSource]:
-    """The slots of other nodes, by position."""
-    sources = {}
+def _open_sources(
+    request: Json, snapshot: SnapshotId, group: Group, stack: ExitStack
+) -> tuple[dict[int, BlockSource], dict[int, str]]:
+    """The slots of other nodes, by position, and why those that are missing are."""
+    sources, troubles = {}, {}
     for position, (host, port) in request["sources"].items():
         try:
             source = BlockSource((host, port), group.secret, group.generation, snapshot, int(position))
         except TransportError as error:  # it was there when this was planned; the others may do
             logger.warning("node %s cannot be read: %s", position, error)
+            troubles[int(position)] = str(error)
         else:
             stack.callback(source.close)
             sources[int(position)] = source
-    return sources
+    return sources, troubles

@@ -254,9 +254,10 @@ class AgentCore:
         """The headers of all slots that hold something, by index."""
         return {index: header for index, header in enumerate(self.headers) if header is not None} | self.foreign
 
-    def verified(self, index: int, damaged: Iterable[int]) -> list[Effect]:
-        """All blocks of a slot were read again."""
-        self.damaged[index] = frozenset(damaged)
+    def verified(self, index: int, part: Header, damaged: Iterable[int]) -> list[Effect]:
+        """All blocks of a part were read again; that says nothing of what has taken its slot meanwhile."""
+        if self._find(part.snapshot, part.position) == index:
+            self.damaged[index] = frozenset(damaged)
         return []
 
     def begin_rebuild(self, header: Header) -> list[Effect]:

@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 
-from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.slots import SlotMemory
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.codec.erasure import Codec
 from windlass.checksum import crc32c
@@ -16,20 +16,19 @@ class Encoding:
     """The work on one snapshot.
 
     Args:
-        files: its slot, begun.
+        memory: of its slot, begun.
     """
 
-    def __init__(self, files: SlotFiles) -> None:
-        assert files.header is not None and files.data is not None and files.parity is not None
-        self.snapshot, self.files = files.header.snapshot, files
+    def __init__(self, memory: SlotMemory) -> None:
+        self.snapshot, self.memory = memory.header.snapshot, memory
         self.is_over = False
-        self.stripes = stripes = files.header.stripes
+        self.stripes = stripes = memory.header.stripes
         m, k = stripes.num_parity_shards, stripes.num_data_shards
         self._codec = Codec(k, m) if m else None
         self._arrived = np.zeros((m, stripes.blocks_per_chunk), np.uint8)
         self._has = np.zeros((m, k, stripes.blocks_per_chunk), np.bool_)
         self._locks = [threading.Lock() for _ in range(m)]
-        self._parity, self._table, self._num_data_blocks = files.parity, files.table, stripes.data_bytes // BLOCK_BYTES
+        self._table, self._num_data_blocks = memory.table, stripes.data_bytes // BLOCK_BYTES
         self._padding_lock, self._is_padding_summed = threading.Lock(), False
 
     def mirror_block(self, row: int, block: int) -> memoryview | None:
@@ -70,8 +69,7 @@ class Encoding:
 
     def add_checksums(self, rank: int, checksums: np.ndarray) -> None:
         """Takes in the sums of the blocks of a local rank's region."""
-        assert self.files.header is not None
-        region = next(region for region in self.files.header.own_regions if region.rank == rank)
+        region = next(region for region in self.memory.header.own_regions if region.rank == rank)
         first = region.offset // BLOCK_BYTES
         self._table[first : first + checksums.size] = checksums
 
@@ -80,18 +78,16 @@ class Encoding:
         with self._padding_lock:
             if not self._is_padding_summed:
                 for number in self.uncovered_blocks():
-                    self._table[number] = crc32c(self.files.blocks(number))
+                    self._table[number] = crc32c(self.memory.blocks(number))
                 self._is_padding_summed = True
 
     def uncovered_blocks(self) -> list[int]:
         """The numbers of the blocks of the data that no rank's region covers."""
-        assert self.files.header is not None
         covered: set[int] = set()
-        for region in self.files.header.own_regions:
+        for region in self.memory.header.own_regions:
             first = region.offset // BLOCK_BYTES
             covered.update(range(first, first + -(-region.nbytes // BLOCK_BYTES)))
         return [number for number in range(self._num_data_blocks) if number not in covered]
 
     def _parity_view(self, row: int, block: int) -> memoryview:
-        begin = row * self.stripes.chunk_bytes + block * BLOCK_BYTES
-        return self._parity.view[begin : begin + BLOCK_BYTES]
+        return self.memory.blocks(self._num_data_blocks + row * self.stripes.blocks_per_chunk + block)

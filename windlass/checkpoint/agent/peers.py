@@ -104,17 +104,16 @@ class PeerSender(threading.Thread):
         """Sends the data of a snapshot, unless it is given up meanwhile."""
         agent = self.agent
         with agent.changed:
-            files = agent.in_flight_files(push.snapshot)
-            if files is None:
-                return  # its slot may be empty by now
-            assert files.header is not None and files.data is not None
-            stripes, data, table = files.header.stripes, files.data.view, files.table
+            encoding = agent.encoding
+            if encoding is None or encoding.snapshot != push.snapshot:
+                return
+        memory, stripes = encoding.memory, encoding.stripes
         try:
             for chunk, row in push.targets:
                 for block in range(0, stripes.blocks_per_chunk, BLOCKS_PER_FRAME):
                     count = min(BLOCKS_PER_FRAME, stripes.blocks_per_chunk - block)
                     first = chunk * stripes.blocks_per_chunk + block
-                    if agent.in_flight_files(push.snapshot) is not files:
+                    if encoding.is_over:
                         return
                     if self._told != agent.version:
                         self._send_report(connection)
@@ -125,9 +124,9 @@ class PeerSender(threading.Thread):
                             "chunk": chunk,
                             "row": row,
                             "block": block,
-                            "crcs": table[first : first + count].tolist(),
+                            "crcs": memory.table[first : first + count].tolist(),
                         },
-                        data[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES],
+                        memory.blocks(first, count),
                     )
                     agent.count_sent("parity", count * BLOCK_BYTES)
         except TransportError:
@@ -206,10 +205,10 @@ def _hear_parity(
 
 def _answer_read(agent: Agent, connection: Connection, header: Json) -> None:
     """Sends some blocks of a slot, with the checksums that they should have."""
-    files = agent.whole_files(SnapshotId(*header["snapshot"]), int(header["position"]))
-    if files is None:
+    memory = agent.whole_part(SnapshotId(*header["snapshot"]), int(header["position"]))
+    if memory is None:
         connection.send({"error": "this node does not hold that"})
         return
     first, count = int(header["first"]), int(header["count"])
-    connection.send({"crcs": files.table[first : first + count].tolist()}, files.blocks(first, count))
+    connection.send({"crcs": memory.table[first : first + count].tolist()}, memory.blocks(first, count))
     agent.count_sent("read", count * BLOCK_BYTES)

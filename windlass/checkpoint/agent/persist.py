@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from windlass.checkpoint.agent.effects import Group, Json, WriteCheckpoint, WritePart
 from windlass.checkpoint.agent.header import Region
 from windlass.checkpoint.agent.persist_queue import Outcome
-from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.slots import SlotMemory
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.store import KEEP_ALL, DurableStore, WrittenChunk
 from windlass.checkpoint.image import Description
@@ -62,20 +62,20 @@ class Persister(threading.Thread):
 
     def _put_chunks(self, work: WritePart, location: Location) -> Json:
         """Puts the chunks of this node's ranks."""
-        files = self.agent.whole_files(work.snapshot, work.group.position)
-        if files is None or files.header is None or files.data is None:
+        memory = self.agent.whole_part(work.snapshot, work.group.position)
+        if memory is None:
             raise ValueError("the snapshot is gone")
         store, written, objects = DurableStore(location), [], {}
-        for region in files.header.own_regions:
-            _check_region(files, region)
-            view = files.data.view[region.offset : region.offset + region.nbytes]
+        for region in memory.header.own_regions:
+            _check_region(memory, region)
+            view = memory.data[region.offset : region.offset + region.nbytes]
             description, image = Description.from_region(view)
             objects |= description.objects
             for chunk in description.chunks:
                 if self.agent.core.group is not work.group:
                     raise ValueError("the generation is over")
                 written.append(store.put_chunk(chunk, view[image + chunk.begin : image + chunk.end]).to_json())
-        return {"error": None, "written": written, "objects": objects, "world_size": files.header.world_size}
+        return {"error": None, "written": written, "objects": objects, "world_size": memory.header.world_size}
 
     def _write_checkpoint(self, work: WriteCheckpoint, location: Location, num_kept: int) -> Outcome:
         """Makes a checkpoint of all nodes' parts, unless one of them failed."""
@@ -109,9 +109,9 @@ class Persister(threading.Thread):
             logger.warning("%s", error)
 
 
-def _check_region(files: SlotFiles, region: Region) -> None:
+def _check_region(memory: SlotMemory, region: Region) -> None:
     """Raises ValueError if memory has changed since trainers wrote it: what is damaged is not made durable."""
     first = region.offset // BLOCK_BYTES
     for number in range(first, first + -(-region.nbytes // BLOCK_BYTES)):
-        if crc32c(files.blocks(number)) != int(files.table[number]):
+        if crc32c(memory.blocks(number)) != int(memory.table[number]):
             raise ValueError(f"block {number} of the snapshot has changed in memory")

@@ -31,7 +31,7 @@ from windlass.checkpoint.agent.folder import AgentFolder, AgentSettings, peer_pi
 from windlass.checkpoint.agent.ledger import Phase, SnapshotId, Stale
 from windlass.checkpoint.agent.peers import PeerSender, serve_peer
 from windlass.checkpoint.agent.persist import Persister
-from windlass.checkpoint.agent.slots import SlotFiles, write_shared
+from windlass.checkpoint.agent.slots import SlotFiles, SlotMemory, write_shared
 from windlass.checkpoint.net.connection import Connection
 from windlass.checkpoint.net.pacer import Pacer
 from windlass.checkpoint.net.transport import Listener
@@ -172,7 +172,7 @@ class Agent:
             case to_do.BeginSlot(index, header):
                 self.files(index).begin(header)
                 if self.core.progress is not None and self.core.progress.header is header:
-                    self.encoding = Encoding(self.files(index))
+                    self.encoding = Encoding(self.files(index).memory)
             case to_do.SealSlot(index, header):
                 try:
                     return self.core.sealed(index, self.files(index).seal(header))
@@ -233,16 +233,11 @@ class Agent:
     def files(self, index: int) -> SlotFiles:
         return self.slots.setdefault(index, SlotFiles(self.folder.path, index))
 
-    def whole_files(self, snapshot: SnapshotId, position: int) -> SlotFiles | None:
-        """The slot with the part of a snapshot that belongs to the node `position`, if all of it is here."""
+    def whole_part(self, snapshot: SnapshotId, position: int) -> SlotMemory | None:
+        """The part of a snapshot that belongs to the node `position`, if all of it is here."""
         with self.changed:
             index = self.core.whole_slot_of(snapshot, position)
-            return None if index is None else self.files(index)
-
-    def in_flight_files(self, snapshot: SnapshotId) -> SlotFiles | None:
-        """The slot of a snapshot that is in flight; None if it is over."""
-        index = self.core.ledger.find(snapshot)
-        return None if index is None or index != self.core.ledger.in_flight else self.files(index)
+            return None if index is None else self.files(index).memory
 
     def encoding_of(self, snapshot: SnapshotId) -> Encoding:
         """The work on the snapshot in flight. Raises Stale if that is another."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from windlass.checkpoint.agent.ledger import SnapshotId
-from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.slots import SlotMemory
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES, Stripes
 from windlass.checkpoint.codec.erasure import Codec
 from windlass.checkpoint.net.handshake import TransportError
@@ -92,12 +92,19 @@ def runs_of(stripes: Stripes, position: int, wanted: Set[int] | None) -> Iterato
 
 
 class Rebuilder:
-    """Restores blocks of the slot `files` from `sources`, the slots of other nodes by position."""
+    """Restores blocks of a slot.
 
-    def __init__(self, files: SlotFiles, sources: Mapping[int, BlockSource]) -> None:
-        assert files.header is not None
-        self.files, self.sources = files, dict(sources)
-        self.stripes, self.position = files.header.stripes, files.header.position
+    Args:
+        memory: of the slot, begun.
+        sources: the slots of other nodes, by position.
+        troubles: position -> why the slot of another node cannot be read; what else is found is added.
+    """
+
+    def __init__(
+        self, memory: SlotMemory, sources: Mapping[int, BlockSource], troubles: Mapping[int, str] | None = None
+    ) -> None:
+        self.memory, self.sources, self.troubles = memory, dict(sources), dict(troubles or {})
+        self.stripes, self.position = memory.header.stripes, memory.header.position
         self._codec = Codec(self.stripes.num_data_shards, self.stripes.num_parity_shards)
 
     def rebuild(self, wanted: Set[int] | None = None) -> int:
@@ -110,13 +117,13 @@ class Rebuilder:
         for run in runs_of(self.stripes, self.position, wanted):
             shards = self._gather(run)
             number = block_number(self.stripes, run.shard, run.block)
-            target = self.files.blocks(number, run.count)
+            target = self.memory.blocks(number, run.count)
             self._codec.reconstruct(shards, {run.shard: target})
             for index in range(run.count):
                 checksum = crc32c(target[index * BLOCK_BYTES : (index + 1) * BLOCK_BYTES])
-                if wanted is not None and checksum != int(self.files.table[number + index]):
+                if wanted is not None and checksum != int(self.memory.table[number + index]):
                     raise TooFewShards(f"block {number + index} does not come out as it was written")
-                self.files.table[number + index] = checksum
+                self.memory.table[number + index] = checksum
             total += run.count
         return total
 
@@ -128,7 +135,10 @@ class Rebuilder:
         while len(found) < needed:
             batch, left = left[: needed - len(found)], left[needed - len(found) :]
             if not batch:
-                raise TooFewShards(f"stripe {run.stripe}: {len(found)} sound shards are left where {needed} are needed")
+                why = "; ".join(f"node {position}: {trouble}" for position, trouble in sorted(self.troubles.items()))
+                raise TooFewShards(
+                    f"stripe {run.stripe}: {len(found)} sound shards are left where {needed} are needed ({why})"
+                )
             asked = []
             for shard in batch:
                 source = self.sources.get(stripes.node_of_shard(run.stripe, shard))
@@ -139,19 +149,22 @@ class Rebuilder:
                 try:
                     if source.take(buffer):
                         found[shard] = buffer
-                except TransportError:
-                    self._drop(source)
+                    else:
+                        self.troubles[source.position] = "a block of it is not as it was written"
+                except TransportError as error:
+                    self._drop(source, error)
         return found
 
     def _ask(self, source: BlockSource, first: int, count: int) -> bool:
         try:
             source.ask(first, count)
-        except TransportError:
-            self._drop(source)
+        except TransportError as error:
+            self._drop(source, error)
             return False
         return True
 
-    def _drop(self, source: BlockSource) -> None:
+    def _drop(self, source: BlockSource, error: TransportError) -> None:
         """Does not ask a node again that did not answer."""
+        self.troubles[source.position] = str(error)
         source.close()
         self.sources.pop(source.position, None)

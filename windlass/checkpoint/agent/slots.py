@@ -60,6 +60,34 @@ def _mapped(descriptor: int, size: int) -> mmap.mmap:
     return mmap.mmap(descriptor, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
 
 
+@dataclass(frozen=True)
+class SlotMemory:
+    """The memory of a slot as it is now, for who works on it beside the threads that begin and empty slots.
+
+    It stays mapped while it is used, and then says nothing any more: the slot may hold another snapshot, which has a
+    table of its own.
+    """
+
+    header: Header
+    data: memoryview
+    parity: memoryview | None
+    table: np.ndarray
+
+    def blocks(self, first: int, count: int = 1) -> memoryview:
+        """Blocks of the data, or, counted on, of the parity; not of both."""
+        view, num_data = self.data, len(self.data) // BLOCK_BYTES
+        if first >= num_data:
+            assert self.parity is not None
+            view, first = self.parity, first - num_data
+        return view[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES]
+
+    def damaged_blocks(self) -> Iterator[int]:
+        """The numbers of the blocks that are not as they were written."""
+        for number, expected in enumerate(self.table.tolist()):
+            if crc32c(self.blocks(number)) != expected:
+                yield number
+
+
 @dataclass
 class SlotFiles:
     """One slot of a folder."""
@@ -157,20 +185,11 @@ class SlotFiles:
             self.table = table.copy()
         self.header = header
 
-    def blocks(self, first: int, count: int = 1) -> memoryview:
-        """Blocks of the data, or, counted on, of the parity; not of both."""
-        assert self.data is not None
-        file, num_data = self.data, self.data.size // BLOCK_BYTES
-        if first >= num_data:
-            assert self.parity is not None
-            file, first = self.parity, first - num_data
-        return file.view[first * BLOCK_BYTES : (first + count) * BLOCK_BYTES]
-
-    def damaged_blocks(self) -> Iterator[int]:
-        """The numbers of the blocks that are not as they were written."""
-        for number, expected in enumerate(self.table.tolist()):
-            if crc32c(self.blocks(number)) != expected:
-                yield number
+    @property
+    def memory(self) -> SlotMemory:
+        """The memory of a slot that is begun or open."""
+        assert self.header is not None and self.data is not None
+        return SlotMemory(self.header, self.data.view, None if self.parity is None else self.parity.view, self.table)
 
 
 def write_shared(path: Path, data: bytes) -> None:

@@ -132,8 +132,15 @@ class AgentClients:
 
     def plan(self) -> RecoveryPlan | None:
         """The plan of a recovery from what agents hold by `statuses`; None if there is nothing. Not collective."""
-        held = [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
+        held = self._held()
         return plan_recovery([[slot for slot in slots if slot.snapshot not in self.distrusted] for slots in held])
+
+    def _held(self) -> list[list[Held]]:
+        return [[Held.from_json(_held(slot)) for slot in status["slots"]] for status in self.statuses]
+
+    def hold(self, plan: RecoveryPlan) -> bool:
+        """True if agents hold what the plan counts on, by `statuses`. Not collective."""
+        return plan.is_held_by(self._held())
 
     def begin_generation(self, generation: int, plan: RecoveryPlan | None) -> None:
         """Fences off whoever was before, and keeps of what agents hold only the plan's snapshot."""

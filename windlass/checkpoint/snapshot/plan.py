@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from windlass.checkpoint.agent.ledger import Phase, SnapshotId
+from windlass.checkpoint.agent.ledger import WHOLE, Phase, SnapshotId
 
 MAX_RESUMES = 2
 """A snapshot from which so many resumes were begun, and nothing newer committed, may be what kills the job."""
-_WHOLE = (Phase.prepared, Phase.committed)
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,12 @@ class RecoveryPlan:
     lost: list[int]
     """The positions whose part has to be rebuilt from the others'."""
 
+    def is_held_by(self, held_by_node: Sequence[Sequence[Held]]) -> bool:
+        """True if every holder still has its part whole: a part in flight may be given up until agents are fenced."""
+        key = _SnapshotKey(self.snapshot, self.step, self.layout, self.num_nodes, self.num_parity_shards)
+        parts = [{held.position for held in slots if held.key == key and held.phase in WHOLE} for slots in held_by_node]
+        return all(position in parts[node] for position, node in self.holders.items())
+
 
 def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX_RESUMES) -> RecoveryPlan | None:
     """Chooses the newest snapshot of which n - m positions are left, sound, prepared or committed, of one key.
@@ -88,7 +93,7 @@ def plan_recovery(held_by_node: Sequence[Sequence[Held]], max_resumes: int = MAX
     whole: dict[_SnapshotKey, dict[int, int]] = {}
     for node, slots in enumerate(held_by_node):
         for held in slots:
-            if held.phase in _WHOLE and held.is_sound:
+            if held.phase in WHOLE and held.is_sound:
                 whole.setdefault(held.key, {}).setdefault(held.position, node)
     everything = [held for slots in held_by_node for held in slots]
     usable = {

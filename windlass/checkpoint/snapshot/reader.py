@@ -10,7 +10,7 @@ import numpy as np
 
 from windlass.checkpoint.agent.ledger import SnapshotId
 from windlass.checkpoint.agent.repair import BlockSource
-from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.slots import SlotMemory
 from windlass.checkpoint.agent.stripes import BLOCK_BYTES
 from windlass.checkpoint.durable.manifest import Manifest, StoredFragment, StoredTensor
 from windlass.checkpoint.image import Chunk, Description, chunks_from_json, chunks_to_json
@@ -39,22 +39,21 @@ class Part:
         return Part(**document | {"chunks": chunks_from_json(document["chunks"])})
 
 
-def read_parts(files: SlotFiles) -> list[Part]:
+def read_parts(memory: SlotMemory) -> list[Part]:
     """Reads what the regions of a slot hold.
 
     Raises:
         ValueError: their bytes have changed.
     """
-    assert files.header is not None and files.data is not None
     parts = []
-    reader = CheckedBlocks(files)
-    for region in files.header.own_regions:
-        view = files.data.view[region.offset : region.offset + region.nbytes]
+    reader = CheckedBlocks(memory)
+    for region in memory.header.own_regions:
+        view = memory.data[region.offset : region.offset + region.nbytes]
         reader.check(region.offset, region.offset + 16)
         reader.check(region.offset, region.offset + Description.num_bytes(view))
         description, image = Description.from_region(view)
         parts.append(
-            Part(files.header.position, region.rank, region.offset + image, description.chunks, description.objects)
+            Part(memory.header.position, region.rank, region.offset + image, description.chunks, description.objects)
         )
     return parts
 
@@ -62,15 +61,15 @@ def read_parts(files: SlotFiles) -> list[Part]:
 class CheckedBlocks:
     """Compares the checksum of each block of a slot's data once, when it is first read."""
 
-    def __init__(self, files: SlotFiles) -> None:
-        self.files = files
-        self._is_checked = np.zeros(files.table.size, np.bool_)
+    def __init__(self, memory: SlotMemory) -> None:
+        self.memory = memory
+        self._is_checked = np.zeros(memory.table.size, np.bool_)
 
     def check(self, begin: int, end: int) -> None:
         """Raises ValueError if the data's bytes from `begin` to `end` are not as they were written."""
         for number in range(begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)):
             if not self._is_checked[number]:
-                if crc32c(self.files.blocks(number)) != int(self.files.table[number]):
+                if crc32c(self.memory.blocks(number)) != int(self.memory.table[number]):
                     raise ValueError(f"block {number} of the snapshot has changed in memory")
                 self._is_checked[number] = True
 
@@ -87,13 +86,13 @@ class SlotSource:
         self,
         snapshot: SnapshotId,
         step: int,
-        local: dict[int, SlotFiles],
+        local: dict[int, SlotMemory],
         addresses: dict[int, tuple[str, int]],
         secret: bytes,
         generation: int,
     ) -> None:
         self.snapshot, self.step = snapshot, step
-        self._local = {position: CheckedBlocks(files) for position, files in local.items()}
+        self._local = {position: CheckedBlocks(memory) for position, memory in local.items()}
         self._addresses, self._secret, self._generation = addresses, secret, generation
         self._remote: dict[int, BlockSource] = {}
         self._recent: dict[int, tuple[int, np.ndarray]] = {}  # position -> first block and bytes of the last far read
@@ -104,8 +103,7 @@ class SlotSource:
         if checked is None:
             return self._read_far(position, stored.begin, stored.end)
         checked.check(stored.begin, stored.end)
-        assert checked.files.data is not None
-        return checked.files.data.view[stored.begin : stored.end]
+        return checked.memory.data[stored.begin : stored.end]
 
     def describe(self) -> str:
         return f"the snapshot of step {self.step} in memory"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from windlass.checkpoint.agent.slots import SlotFiles
+from windlass.checkpoint.agent.slots import SlotFiles, SlotMemory
 from windlass.checkpoint.durable.reader import CheckpointReader
 from windlass.checkpoint.snapshot.agent_clients import AgentClients
 from windlass.checkpoint.snapshot.plan import RecoveryPlan
@@ -46,7 +46,7 @@ def open_snapshot(agents: AgentClients, plan: RecoveryPlan) -> CheckpointReader:
     return CheckpointReader(manifest, source)
 
 
-def _open_local(agents: AgentClients, plan: RecoveryPlan) -> dict[int, SlotFiles]:
+def _open_local(agents: AgentClients, plan: RecoveryPlan) -> dict[int, SlotMemory]:
     """The slots of this node that hold a part of the snapshot, by position."""
     found = {}
     for index in agents.slot_indexes(plan.snapshot):
@@ -62,14 +62,13 @@ def _open_local(agents: AgentClients, plan: RecoveryPlan) -> dict[int, SlotFiles
                 f"has a snapshot that cannot be read: {said(error)}; that is no damage",
                 remedy(error, "mend that and start again"),
             ) from error
-        assert files.header is not None
-        found[files.header.position] = files
+        found[files.memory.header.position] = files.memory
     return found
 
 
-def _parts(files: SlotFiles, plan: RecoveryPlan) -> list[Part]:
+def _parts(memory: SlotMemory, plan: RecoveryPlan) -> list[Part]:
     try:
-        return read_parts(files)
+        return read_parts(memory)
     except ValueError as error:
         raise _damaged(plan, str(error)) from error
 
