@@ -25,6 +25,11 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_bounds(self, "model")
 
+    @property
+    def folder(self) -> str | None:
+        """The folder that the model comes from, whose tokenizer and chat template a run takes where it names none."""
+        return None
+
     def build(self, device: str = "meta") -> Model:
         """The model on `device`, without weights; `Model.materialize` gives one on the meta device its own."""
         return cast("Model", MODELS.build(self, device))

@@ -7,7 +7,7 @@ logits or a loss, is an argument of the forward pass: no objective is in a model
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,10 @@ class Model(nn.Module):
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of the forward and backward pass for one token of a sequence; what is recomputed does not count."""
         raise NotImplementedError
+
+    def files(self) -> Mapping[str, bytes]:
+        """The files that an export carries as they are, by name: what the model was described by, its tokenizer's."""
+        return {}
 
     def prepare(
         self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, saved_fraction: float | None = None
