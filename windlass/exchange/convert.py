@@ -26,7 +26,7 @@ from windlass.errors import ConfigError, require
 from windlass.exchange import dcp, huggingface
 from windlass.exchange.dcp_state import read_state, state_dict_layout
 from windlass.exchange.folder import new_folder, require_room
-from windlass.exchange.huggingface import HuggingFaceFolder, Weight
+from windlass.exchange.huggingface import Weight
 from windlass.exchange.imported import Described, Read, write_checkpoint
 from windlass.files import atomic_file
 from windlass.models.config import LlamaConfig
@@ -43,6 +43,7 @@ from windlass.models.huggingface import (
     tokenizer_config,
     windlass_name,
 )
+from windlass.models.huggingface_folder import HuggingFaceFolder
 from windlass.text import override
 from windlass.train.build import TrainState
 from windlass.untrusted import Malformed, convert, read_bytes

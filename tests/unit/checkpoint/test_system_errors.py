@@ -19,8 +19,9 @@ from windlass.checkpoint import inspect
 from windlass.checkpoint.tensors import empty_on_host
 from windlass.errors import DoesNotFit, RunFolderError, SystemLimit
 from windlass.exchange.dcp import DcpFolder
-from windlass.exchange.huggingface import CONFIG, HuggingFaceFolder, Weight, write_weights
+from windlass.exchange.huggingface import Weight, write_weights
 from windlass.mapped_file import map_file
+from windlass.models.huggingface_folder import CONFIG, HuggingFaceFolder
 from windlass.os_errors import limits_named, remedy, require_open_files
 from windlass.parallel.mesh import Mesh
 from windlass.untrusted import Malformed

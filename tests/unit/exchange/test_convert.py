@@ -23,9 +23,9 @@ from windlass.data.kept_tokenizer import keep, kept_tokenizer, tokenizer_of
 from windlass.data.shards import TokenDataset
 from windlass.data.tokenizer import HuggingFaceTokenizer
 from windlass.errors import CorruptCheckpoint, DataError
-from windlass.exchange.huggingface import CONFIG, INDEX, SINGLE
 from windlass.models.config import LlamaConfig
 from windlass.models.huggingface import from_huggingface, overrides, to_huggingface
+from windlass.models.huggingface_folder import CONFIG, INDEX, SINGLE
 from windlass.models.llama import Llama
 from windlass.parallel.mesh import Mesh
 

@@ -22,16 +22,8 @@ from support.files import disk_full_after, snapshot_of
 
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.exchange.folder import new_folder
-from windlass.exchange.huggingface import (
-    CONFIG,
-    DTYPE_CODES,
-    INDEX,
-    SINGLE,
-    HuggingFaceFolder,
-    Weight,
-    cut_into_shards,
-    write_weights,
-)
+from windlass.exchange.huggingface import Weight, cut_into_shards, write_weights
+from windlass.models.huggingface_folder import CONFIG, DTYPE_CODES, INDEX, SINGLE, HuggingFaceFolder
 
 
 def weights_of(tensors: dict[str, torch.Tensor]) -> list[Weight]:
