@@ -84,6 +84,10 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def fill_buffers(self, module: nn.Module) -> None:
+        """Writes the buffers that are a module's own."""
+        raise NotImplementedError
+
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of the forward and backward pass for one token of a sequence; what is recomputed does not count."""
         raise NotImplementedError
@@ -148,6 +152,8 @@ class Model(nn.Module):
         for unit in (*modules, [module for module in self.modules() if module not in in_units]):
             for module in unit:
                 module.to_empty(device=device, recurse=False)
+                if module._buffers:
+                    self.fill_buffers(module)
             parameters = {
                 f"{name_of_module[module]}.{name}": parameter
                 for module in unit
