@@ -26,13 +26,27 @@ class Head:
 
     Args:
         weight: (vocab_size, hidden_size), of any float dtype.
+        bias: (vocab_size).
+        scale: multiplies the logits, bias included.
+        soft_cap: then logits become `soft_cap * tanh(logits / soft_cap)`.
     """
 
     weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype."""
-        return F.linear(hidden, self.weight.to(hidden.dtype))
+        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype.
+
+        They are as large as a vocabulary; losses need them a chunk of tokens at a time, see
+        `windlass.train.objectives.cross_entropy`.
+        """
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 Reduction = Callable[[Tensor, Head], Tensor]
