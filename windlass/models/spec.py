@@ -26,13 +26,23 @@ class Head:
 
     Args:
         weight: (vocab_size, hidden_size), of any float dtype.
+        bias: (vocab_size).
+        scale: of the products.
+        soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
     """
 
     weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype."""
-        return F.linear(hidden, self.weight.to(hidden.dtype))
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 Reduction = Callable[[Tensor, Head], Tensor]
@@ -82,6 +92,10 @@ class Model(nn.Module):
         Args:
             local: to be overwritten; the part that `fragment` describes.
         """
+        raise NotImplementedError
+
+    def fill_buffers(self, module: nn.Module) -> None:
+        """Writes the buffers that are a module's own."""
         raise NotImplementedError
 
     def flops_per_token(self, seq_len: int) -> float:
@@ -152,6 +166,8 @@ class Model(nn.Module):
         for unit in (*modules, [module for module in self.modules() if module not in in_units]):
             for module in unit:
                 module.to_empty(device=device, recurse=False)
+                if module._buffers:
+                    self.fill_buffers(module)
             parameters = {
                 f"{name_of_module[module]}.{name}": parameter
                 for module in unit

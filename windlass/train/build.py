@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -48,7 +47,6 @@ if TYPE_CHECKING:
     from windlass.conf.schema import Config
     from windlass.optim.scheduler import WarmupScheduler
 
-VOCAB_MULTIPLE = 64
 _CXX = "clang++" if sys.platform == "darwin" else "g++"
 """The compiler that torch takes for the host."""
 
@@ -231,9 +229,8 @@ def require_compiler(device: torch.device) -> None:
 
 
 def resolve_vocabulary(config: Config, vocab_size: int) -> None:
-    """Sets a `model.vocab_size` that was left null to that of the tokenizer, rounded up."""
-    if config.model.vocab_size is None:
-        config.model.vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """Sets a `model.vocab_size` that was left null. Raises ConfigError as `ModelConfig.resolve_vocab_size`."""
+    config.model.vocab_size = config.model.resolve_vocab_size(vocab_size)
 
 
 def check_vocabulary(config: Config, dataset: TokenDataset) -> None:
