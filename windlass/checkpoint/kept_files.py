@@ -22,7 +22,7 @@ SHA256 = re.compile("[0-9a-f]{64}")
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 """Names of kept files: a manifest may come from a stranger, and an export writes files of these names."""
 MAX_FILES = 64
-MAX_FILE_BYTES = 128 << 20
+MAX_FILE_BYTES = 256 << 20
 """The most of one: tokenizers of a quarter of a million tokens have 35 MB."""
 
 

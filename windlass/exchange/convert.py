@@ -31,6 +31,8 @@ from windlass.exchange.huggingface import Weight
 from windlass.exchange.imported import Described, Read, write_checkpoint
 from windlass.exchange.transformers_model import FileWeight, file_weights
 from windlass.files import atomic_file
+from windlass.models.hf_changes import DTYPES_KEY, TOKENIZER, compact
+from windlass.models.hf_files import read_files
 from windlass.models.huggingface import (
     EMBEDDING,
     HEAD,
@@ -40,7 +42,6 @@ from windlass.models.huggingface import (
     overrides,
     windlass_name,
 )
-from windlass.models.huggingface_files import DTYPES_KEY, TOKENIZER, compact, read_files
 from windlass.models.huggingface_folder import HuggingFaceFolder
 from windlass.text import override
 from windlass.train.build import TrainState
@@ -172,7 +173,7 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
     step = step or 0
     seq_len = folder.config.get("max_position_embeddings")
     train = {"seq_len": seq_len} if isinstance(seq_len, int) else {}
-    files = read_files(path)
+    files = read_files(path, "path")
     info = {
         PARTIAL: True,
         "imported_from": "hf",

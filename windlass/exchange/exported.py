@@ -16,18 +16,10 @@ from windlass.checkpoint.kept_files import read_all_kept
 from windlass.checkpoint.tensors import TORCH_DTYPES
 from windlass.data.kept_tokenizer import KEY, KeptTokenizer, kept_content, kept_tokenizer
 from windlass.data.tokenizer import MAX_FILE_BYTES, ByteTokenizer
-from windlass.errors import ConfigError, CorruptCheckpoint
+from windlass.errors import ConfigError, CorruptCheckpoint, require
 from windlass.exchange import transformers_model
-from windlass.models.config import LlamaConfig
-from windlass.models.huggingface import (
-    check_expected,
-    check_weights,
-    from_huggingface,
-    huggingface_name,
-    to_huggingface,
-    tokenizer_config,
-)
-from windlass.models.huggingface_files import (
+from windlass.models.config import HFConfig, LlamaConfig
+from windlass.models.hf_changes import (
     CONFIG,
     DTYPE_KEYS,
     GENERATION_CONFIG,
@@ -38,6 +30,14 @@ from windlass.models.huggingface_files import (
     to_json,
     weight_dtypes,
     with_dtype,
+)
+from windlass.models.huggingface import (
+    check_expected,
+    check_weights,
+    from_huggingface,
+    huggingface_name,
+    to_huggingface,
+    tokenizer_config,
 )
 from windlass.untrusted import Malformed, convert, read_bytes
 
@@ -128,11 +128,13 @@ def stored_config(manifest: Manifest) -> dict[str, Any]:
 def _llama(config: Mapping[str, Any], folder: str, is_imported: bool) -> LlamaConfig | None:
     """Our Llama, if the checkpoint is of one; None: of a model that transformers has, and that brought its files."""
     model = config.get("model")
+    name = model.get("name") if isinstance(model, dict) else None
+    if name == HFConfig.name:
+        require(is_imported, "path", folder, "has no config.json of its model beside it", "export it with --format dcp")
+        return None
     try:
         return convert(model, LlamaConfig, "model")
     except Malformed as error:
-        if is_imported and isinstance(model, dict) and "hidden_size" not in model:
-            return None
         raise ConfigError(
             "path",
             folder,

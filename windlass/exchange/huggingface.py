@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from windlass.exchange.folder import Report
-from windlass.models.huggingface_files import to_json
+from windlass.models.hf_changes import to_json
 from windlass.models.huggingface_folder import DTYPE_CODES, INDEX
 
 ALIGNMENT = 64

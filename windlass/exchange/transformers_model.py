@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from windlass.errors import ConfigError, require
-from windlass.models.huggingface_files import CONFIG, parse_config
+from windlass.models.hf_changes import CONFIG, parse_config
 
 Shapes = dict[str, tuple[int, ...]]
 LAYER = re.compile(r".*?\.\d+\.")

@@ -65,6 +65,10 @@ class FileWeights:
             self._made = (source, self._convert(source, tensors))
         local.copy_(self._made[1][name][fragment.slices])
 
+    def file_dtypes(self) -> dict[str, str]:
+        """The dtype of each tensor of the files, by its name there."""
+        return {name: str(dtype).removeprefix("torch.") for name, (_, dtype) in self._folder.tensors.items()}
+
     def _convert(self, source: _Source, tensors: list[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """The parameters that transformers makes of tensors, by name."""
         converter = deepcopy(source.converter)

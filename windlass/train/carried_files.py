@@ -12,8 +12,8 @@ from windlass.checkpoint.kept_files import KEY, kept_files, read_all_kept, sha25
 from windlass.conf.schema import Config
 from windlass.data.kept_tokenizer import KeptTokenizer
 from windlass.errors import CorruptCheckpoint
+from windlass.models.hf_changes import DTYPES_KEY, TOKENIZER, compact, weight_dtypes, with_tokenizer
 from windlass.models.huggingface import tokenizer_config
-from windlass.models.huggingface_files import DTYPES_KEY, TOKENIZER, compact, weight_dtypes, with_tokenizer
 from windlass.models.spec import Model
 from windlass.train.build import checkpoint_dir
 

@@ -1,37 +1,18 @@
-"""The files that stand beside the weights in a Hugging Face folder, and go with the model wherever it goes.
-
-config.json, generation_config.json, the tokenizer's and the chat template: byte for byte, but for what training has
-changed. Torch-free.
-"""
+"""Changes the files that go with a model of a Hugging Face folder where training has changed the model. Torch-free."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from windlass.checkpoint.kept_files import MAX_FILE_BYTES
-from windlass.errors import ConfigError, CorruptCheckpoint
-from windlass.os_errors import said
-from windlass.untrusted import Malformed, parse_json, read_bytes
+from windlass.errors import CorruptCheckpoint
+from windlass.models.hf_files import CARRIED, CONFIG
+from windlass.untrusted import Malformed, parse_json
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-TOKENIZER_FILES = (
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+TOKENIZER_FILES = tuple(name for name in CARRIED if name not in (CONFIG, GENERATION_CONFIG))
 """Those that tokenizers of transformers consist of, with the template that is made of their tokens."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPE_KEYS = ("dtype", "torch_dtype")
@@ -39,27 +20,6 @@ DTYPE_KEYS = ("dtype", "torch_dtype")
 
 DTYPES_KEY = "weight_dtypes"
 """The key in a checkpoint's `info`: the dtypes that its model was imported with, as `compact` has them."""
-
-
-def read_files(folder: Path, key: str = "path") -> dict[str, bytes]:
-    """The files of `folder` that go with its model, by name.
-
-    Args:
-        key: what a user calls the folder by.
-
-    Raises:
-        ConfigError: one cannot be read.
-    """
-    files = {}
-    for name in (CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES):
-        try:
-            files[name] = read_bytes(folder / name, MAX_FILE_BYTES)
-        except FileNotFoundError:
-            continue
-        except (Malformed, OSError) as error:
-            what = str(error) if isinstance(error, Malformed) else said(error)
-            raise ConfigError(key, folder / name, f"cannot be read: {what}", "mend or remove that file") from None
-    return files
 
 
 def with_tokenizer(
