@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from windlass.exchange.folder import Report
-from windlass.models.huggingface_folder import CONFIG, DTYPE_CODES, INDEX
+from windlass.models.hf_changes import to_json
+from windlass.models.huggingface_folder import DTYPE_CODES, INDEX
 
 ALIGNMENT = 64
 
@@ -50,9 +51,9 @@ def cut_into_shards(weights: Iterable[Weight], max_shard_bytes: int) -> list[lis
 
 
 def write_weights(
-    folder: Path, weights: Sequence[Weight], config: Mapping[str, Any], max_shard_bytes: int, report: Report
+    folder: Path, weights: Sequence[Weight], files: Mapping[str, bytes], max_shard_bytes: int, report: Report
 ) -> list[Path]:
-    """Writes and syncs the shards, the index and config.json into the empty `folder`; memory is one tensor.
+    """Writes and syncs the shards, the index and `files`, by name, into the empty `folder`; memory is one tensor.
 
     Returns:
         The shards.
@@ -67,8 +68,9 @@ def write_weights(
         num_done = _write_shard(path, shard, num_done, report)
         weight_map |= {weight.name: path.name for weight in shard}
         paths.append(path)
-    _write_json(folder / INDEX, {"metadata": {"total_size": num_done}, "weight_map": weight_map})
-    _write_json(folder / CONFIG, config)
+    index = {"metadata": {"total_size": num_done}, "weight_map": weight_map}
+    for name, content in {INDEX: to_json(index), **files}.items():
+        _write_file(folder / name, content)
     return paths
 
 
@@ -98,9 +100,8 @@ def _write_shard(path: Path, weights: Sequence[Weight], num_done: int, report: R
     return num_done
 
 
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(document, file, indent=2)
-        file.write("\n")
+def _write_file(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -152,6 +152,9 @@ class HFModel(Model):
     def files(self) -> Mapping[str, bytes]:
         return read_files(self.folder, self.config.path_key)
 
+    def file_dtypes(self) -> Mapping[str, str]:
+        return self.weights.file_dtypes()
+
     def flops_per_token(self, seq_len: int) -> float:
         """As `windlass.models.flops` counts; of experts those that a token is routed to."""
         config = self._causal.config

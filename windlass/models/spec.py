@@ -110,6 +110,10 @@ class Model(nn.Module):
         """The files that an export carries as they are, by name: what the model was described by, its tokenizer's."""
         return {}
 
+    def file_dtypes(self) -> Mapping[str, str]:
+        """The dtype of each weight in the folder that the model comes from, by its name there: `bfloat16`."""
+        return {}
+
     def prepare(
         self, dtype: torch.dtype, recompute: bool, compile_blocks: bool, saved_fraction: float | None = None
     ) -> None:

@@ -328,6 +328,7 @@ def build_checkpointer(
     data: Loader,
     state: TrainState,
     tokenizer: KeptTokenizer,
+    files: dict[str, dict[str, str]],
 ) -> Checkpointer | None:
     if config.checkpoint.name == CheckpointKind.none:
         return None
@@ -346,7 +347,7 @@ def build_checkpointer(
         agent_host=config.checkpoint.agent_host,
         lease_s=config.checkpoint.lease_s,
         max_send_bytes_per_s=config.checkpoint.max_send_bytes_per_s,
-        info={"config": plain_config, KEY: tokenizer.to_json()},
+        info={"config": plain_config, KEY: tokenizer.to_json(), **files},
         # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
         restore_hyperparameters=False,
     )

@@ -71,7 +71,7 @@ def test_folders_of_others_that_the_system_does_not_give(tmp_path: Path) -> None
     weight = Weight("a", (3,), torch.float32, lambda: torch.arange(3.0))
     for name in ("hf", "dcp"):
         (tmp_path / name).mkdir()
-    write_weights(tmp_path / "hf", [weight], {}, 1 << 20, lambda _: None)
+    write_weights(tmp_path / "hf", [weight], {"config.json": b"{}"}, 1 << 20, lambda _: None)
     (tmp_path / "dcp/.metadata").write_bytes(b"x")
     for word in ("config.json", "index.json", "00001.safetensors"):
         with refusing(errno.EMFILE, word), pytest.raises(RunFolderError, match="ulimit -n"):
