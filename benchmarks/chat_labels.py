@@ -5,7 +5,7 @@ with each of five templates (ChatML, Llama 3, Mistral, Gemma, Qwen 3), and compa
 conversation with an oracle: transformers' `return_assistant_tokens_mask` of the same template with {% generation %}
 marks around what is to be learned. windlass gets the template without marks, and then the one with them.
 
-`--dialogues` is a folder of the chatterbot corpus: YAML files of conversations, of which those of several answers count.
+`--dialogues` is a folder of the chatterbot corpus: YAML files of conversations, of which those of several turns count.
 
 Bar: not one conversation differs. Times are printed and never asserted.
 """
@@ -41,11 +41,11 @@ def conversations_of(paths: list[Path]) -> list[Conversation]:
 
 
 def dialogues(folder: Path) -> Iterator[Conversation]:
-    """The conversations of the chatterbot corpus that have several answers."""
+    """The conversations of the chatterbot corpus that have several turns."""
     for path in sorted(folder.glob("*.yml")):
         for lines in yaml.safe_load(path.read_text())["conversations"]:
             texts = [str(line) for line in lines]
-            if len(texts) >= 4:
+            if len(texts) > 2:
                 roles = ("user", "assistant")
                 yield {"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]}
 
@@ -101,7 +101,7 @@ def main() -> int:
     args = parser.parse_args()
     conversations = conversations_of(args.rows)
     several = [] if args.dialogues is None else list(dialogues(args.dialogues))
-    print(f"{len(conversations):,} conversations of rows, {len(several):,} dialogues of several answers")
+    print(f"{len(conversations):,} conversations of rows, {len(several):,} dialogues of several turns")
     header = ["template", "differ", "refused", "tokens/s", "differ, marked", "refused", "tokens/s", "answers", "tokens"]
     table = [compare(args.tokenizer, name, conversations + several) for name in FAMILIES]
     print_table(header, table)

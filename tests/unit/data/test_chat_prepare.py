@@ -212,7 +212,8 @@ def test_a_row_that_the_template_refuses_is_named(tmp_path: Path) -> None:
         '{"prompt": "Q", "completion": "A"}\n{"system": "S", "instruction": "Q", "output": "A"}\n'
     )
     with pytest.raises(DataError, match=r"rows\.jsonl:2: its chat template refuses it \(System role not supported\)"):
-        prepare_in_process(chat_source([tmp_path / "rows.jsonl"]), tmp_path / "out", 0.2, load_chat_tokenizer(str(folder)))
+        source = chat_source([tmp_path / "rows.jsonl"])
+        prepare_in_process(source, tmp_path / "out", 0.2, load_chat_tokenizer(str(folder)))
 
 
 def test_the_tokenizer_of_a_run_is_that_of_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from windlass.data.batch import IGNORE_INDEX
 from windlass.data.config import Borders, ChatDataConfig, Packing, TooLong
-from windlass.data.loader import Loader, evaluation_batches
+from windlass.data.loader import Loader, evaluation_batches, make_batch
 from windlass.data.samples import PackedDocuments, build_samples
 from windlass.errors import DataError, IncompatibleCheckpoint
+from windlass.models.config import LlamaConfig
+from windlass.train.objectives.config import NextTokenConfig
 
 EOS = 7
 LENGTHS = [5, 3, 8, 1, 2, 9, 4, 4, 4, 30, 8, 1, 1, 6, 2, 7, 5, 3]
@@ -177,3 +180,31 @@ def test_evaluation_counts_each_document_once() -> None:
             assert batch.input_ids.shape == (4, 30)
             found += batch.labels[batch.labels != IGNORE_INDEX].tolist()
     assert sorted(found) == [100 * i + 10 + j for i, n in enumerate(LENGTHS) for j in range(1, n) if j % 3]
+
+
+@pytest.mark.slow
+def test_packed_is_as_one_by_one() -> None:
+    """The summed loss of documents in one window is that of each alone, and so is its gradient."""
+    lengths = [9, 4, 17, 2, 8, 12]
+    dataset: Any = Documents(lengths)
+    dataset._tokens = np.random.default_rng(0).integers(8, 60, len(dataset._tokens))
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, dropout=0.0
+    )
+    model = config.build("cpu")
+    model.materialize(torch.device("cpu"), 0)
+    objective = NextTokenConfig().build()
+    gradients, sums = [], []
+    for packing in Packing:
+        samples = PackedDocuments(dataset, 24, packing, TooLong.error)
+        batch = make_batch(dataset, np.arange(samples.num_samples), 24, Borders.attention, None, samples)
+        model.zero_grad()
+        loss = model(batch.input_ids, batch.document_ids, lambda x, head, b=batch: objective.loss_sum(x, head, b))
+        loss.backward()
+        sums.append(loss.item() / objective.num_targets(batch))
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        assert objective.num_targets(batch) == sum((j % 3 != 0) for n in lengths for j in range(1, n))
+    assert samples.num_samples == len(lengths)
+    assert sums[0] == pytest.approx(sums[1], abs=1e-6)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
