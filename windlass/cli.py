@@ -15,6 +15,7 @@ import windlass
 from windlass import process, streams
 from windlass.errors import EXIT_DONE, EXIT_FAILURE, EXIT_USER_ERROR, WindlassError
 from windlass.exchange import cli as exchange_cli
+from windlass.exchange import generate_cli
 from windlass.launch import script_cli
 from windlass.plan import cli as plan_cli
 from windlass.text import printable
@@ -68,6 +69,7 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     _add_doctor(verbs)
     _add_checkpoint(verbs)
     _add_data(verbs, arguments)
+    generate_cli.add_parser(verbs)
     return parser
 
 

@@ -11,6 +11,7 @@ from windlass.checkpoint.durable.locate import checkpoints_of
 from windlass.checkpoint.durable.manifest import Manifest, unreadable
 from windlass.checkpoint.durable.storage import Location, open_storage, resolved, split
 from windlass.checkpoint.durable.store import DurableStore
+from windlass.checkpoint.kept_files import kept_problems
 from windlass.errors import CorruptCheckpoint, WindlassError
 from windlass.os_errors import MISSING
 from windlass.text import printable
@@ -106,6 +107,7 @@ def _verify_one(folder: Location, known: dict[tuple[str, int, frozenset[Part]], 
             num_read += manifest.chunks[sha256]
         if known[chunk] is not None:
             problems.append(f"{chunk_name(sha256)}: {known[chunk]}")
+    problems += kept_problems(manifest.objects.get("info"), folder)
     return Verification(str(folder), manifest.num_bytes, num_read, time.perf_counter() - begin, problems)
 
 

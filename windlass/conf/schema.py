@@ -70,6 +70,8 @@ ADDED_LATER = {"objective": {"name": "next_token"}}
 PATH_KEYS = (
     "run_dir",
     "resume",
+    "model.path",
+    "model.from_config",
     "data.path",
     "data.tokenizer",
     "data.cache_dir",

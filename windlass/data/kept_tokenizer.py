@@ -1,29 +1,21 @@
-"""The tokenizer of a run, kept by content beside its checkpoints: the file it was read from may change or go.
-
-    tokenizer-<sha256>.json       what tokenizer.json said; `info.tokenizer` of each checkpoint names it
-
-Torch-free.
-"""
+"""The record in a checkpoint of the tokenizer of its run, whose file is among the kept files. Torch-free."""
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from windlass.checkpoint.durable.storage import Location, Storage, open_storage, split
+from windlass.checkpoint.durable.storage import Location
+from windlass.checkpoint.kept_files import SHA256, damaged, read_kept, sha256_of, stored_name
 from windlass.data.manifest import TOKENIZER_FILE, TokenizerInfo
 from windlass.data.shards import TokenDataset
 from windlass.data.tokenizer import MAX_FILE_BYTES, ByteTokenizer, fingerprint_of, token_of
-from windlass.errors import CorruptCheckpoint, DataError, RunFolderError
+from windlass.errors import DataError
 from windlass.untrusted import Malformed, convert, read_bytes
 
 KEY = "tokenizer"
 """The key in a checkpoint's `info`."""
-SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +32,8 @@ class KeptTokenizer:
 
     @property
     def file(self) -> str:
-        return f"tokenizer-{self.sha256}.json"
+        assert self.sha256 is not None
+        return stored_name(TOKENIZER_FILE, self.sha256)
 
     @property
     def is_bytes(self) -> bool:
@@ -72,24 +65,8 @@ def tokenizer_of(dataset: TokenDataset) -> tuple[KeptTokenizer, bytes | None]:
                 f"cannot be kept with the run: {getattr(error, 'strerror', None) or error}",
                 "put the original there again, or delete the folder and prepare the text again",
             ) from None
-    sha256 = None if content is None else hashlib.sha256(content).hexdigest()
+    sha256 = None if content is None else sha256_of(content)
     return KeptTokenizer(info.name, info.vocab_size, info.eos_id, eos_token, sha256), content
-
-
-def keep(storage: Storage, tokenizer: KeptTokenizer, content: bytes | None) -> None:
-    """Writes the file beside the checkpoints in `storage`, unless it is there. Raises RunFolderError."""
-    if content is None:
-        return
-    try:
-        if storage.size(tokenizer.file) != len(content):
-            storage.write(tokenizer.file, [content])
-    except OSError as error:
-        raise RunFolderError(
-            "checkpoint.dir",
-            storage.location,
-            f"cannot take the tokenizer: {error.strerror or error}",
-            "make room or mend its permissions, or choose another checkpoint.dir",
-        ) from error
 
 
 def kept_tokenizer(info: Mapping[str, Any], checkpoint: Location) -> KeptTokenizer | None:
@@ -101,7 +78,7 @@ def kept_tokenizer(info: Mapping[str, Any], checkpoint: Location) -> KeptTokeniz
         if tokenizer.sha256 is not None and not SHA256.fullmatch(tokenizer.sha256):
             raise Malformed("`tokenizer.sha256` is no SHA-256")
     except Malformed as error:
-        raise _damaged(checkpoint, f"its manifest cannot be used: {error}") from None
+        raise damaged(checkpoint, f"its manifest cannot be used: {error}") from None
     return tokenizer
 
 
@@ -114,21 +91,7 @@ def kept_content(tokenizer: KeptTokenizer, checkpoint: Location) -> bytes | None
     """
     if tokenizer.sha256 is None:
         return None
-    folder, _ = split(Path(checkpoint).absolute() if isinstance(checkpoint, Path) else checkpoint)
     try:
-        content = open_storage(folder).read(tokenizer.file)
+        return read_kept(checkpoint, TOKENIZER_FILE, tokenizer.sha256)
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise RunFolderError(
-            "path", f"{folder}/{tokenizer.file}", f"cannot be read: {error.strerror or error}", "mend that"
-        ) from error
-    if hashlib.sha256(content).hexdigest() != tokenizer.sha256:
-        raise _damaged(checkpoint, f"{tokenizer.file} beside it is not as it was written")
-    return content
-
-
-def _damaged(checkpoint: Location, what: str) -> CorruptCheckpoint:
-    return CorruptCheckpoint(
-        "path", checkpoint, what, "export an older checkpoint, or put the original tokenizer there again"
-    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,41 +14,38 @@ from typing import Any
 import torch
 
 from windlass.checkpoint.durable.locate import find_checkpoint
-from windlass.checkpoint.durable.manifest import PARTIAL, Manifest, StoredTensor
+from windlass.checkpoint.durable.manifest import PARTIAL
 from windlass.checkpoint.durable.reader import CheckpointReader, open_checkpoint
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.image import DTYPE_BYTES
+from windlass.checkpoint.kept_files import KEY, read_all_kept, sha256_of, stored_name
 from windlass.checkpoint.tensors import TORCH_DTYPES
-from windlass.data.kept_tokenizer import KEY, KeptTokenizer, kept_content, kept_tokenizer
+from windlass.data.kept_tokenizer import kept_content, kept_tokenizer
 from windlass.data.progress import ProgressReport
-from windlass.data.tokenizer import MAX_FILE_BYTES, ByteTokenizer
 from windlass.errors import ConfigError, require
 from windlass.exchange import dcp, huggingface
 from windlass.exchange.dcp_state import read_state, state_dict_layout
+from windlass.exchange.exported import MODEL_PREFIX, Exported, exported, skeleton
 from windlass.exchange.folder import new_folder, require_room
-from windlass.exchange.huggingface import HuggingFaceFolder, Weight
+from windlass.exchange.huggingface import Weight
 from windlass.exchange.imported import Described, Read, write_checkpoint
+from windlass.exchange.transformers_model import FileWeight, file_weights
 from windlass.files import atomic_file
-from windlass.models.config import LlamaConfig
+from windlass.models.hf_changes import DTYPES_KEY, TOKENIZER, compact
+from windlass.models.hf_files import read_files
 from windlass.models.huggingface import (
     EMBEDDING,
-    GENERATION_CONFIG,
     HEAD,
     ROTARY_BUFFER,
     check_weights,
     from_huggingface,
-    huggingface_name,
     overrides,
-    to_huggingface,
-    tokenizer_config,
     windlass_name,
 )
+from windlass.models.huggingface_folder import HuggingFaceFolder
 from windlass.text import override
 from windlass.train.build import TrainState
-from windlass.untrusted import Malformed, convert, read_bytes
 
-MODEL_PREFIX = "model."
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 BEGINS_ANEW = "what a run needs and the folder has not (optimizer state, schedule, data cursor) begins anew with it"
 
 
@@ -69,122 +66,52 @@ class Exchanged:
 
 
 def export_huggingface(path: str, output: Path, dtype: str | None, max_shard_bytes: int) -> Exchanged:
-    """Writes the weights of a checkpoint of a Llama as a folder that transformers loads.
+    """Writes the model of a checkpoint as a folder that transformers loads.
 
     Args:
-        dtype: of the exported weights; None keeps that of the checkpoint.
+        dtype: of the exported weights; None is that of the folder that was imported, or else of the checkpoint.
 
     Raises:
-        ConfigError: `path` is no checkpoint, or not one of a Llama.
+        ConfigError: `path` is no checkpoint, or not one of a model that can be exported.
         CorruptCheckpoint: a byte of its weights is not as it was written.
         RunFolderError: `output` holds something, or the disk is full or refuses.
     """
     folder = find_checkpoint(path)
     with closing(open_checkpoint(folder)) as reader, new_folder(output) as writing:
-        config = _stored_config(reader.manifest)
-        model = _stored_model(reader.manifest, config, str(folder))
-        stored = {
-            name.removeprefix(MODEL_PREFIX): entry
-            for name, entry in reader.manifest.tensors.items()
-            if name.startswith(MODEL_PREFIX)
-        }
-        check_weights(folder, model, {name: entry.shape for name, entry in stored.items()})
-        weights = [_weight(reader, name, entry, dtype) for name, entry in stored.items()]
-        tokenizer, content, notes = _tokenizer(reader.manifest, config, folder)
-        stored_dtype = dtype or next(iter(stored.values())).dtype
-        train = config.get("train")
-        seq_len = train.get("seq_len") if isinstance(train, dict) else None
-        eos_id = None if tokenizer is None else tokenizer.eos_id
-        document = to_huggingface(model, seq_len if isinstance(seq_len, int) else None, stored_dtype, eos_id)
+        model = exported(reader, folder, dtype)
+        weights = _weights(reader, model, folder)
         num_bytes = sum(weight.nbytes for weight in weights)
         require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
-            huggingface.write_weights(writing, weights, document, max_shard_bytes, progress.set_done)
-        if eos_id is not None:
-            _write_file(writing / GENERATION_CONFIG, json.dumps({"eos_token_id": eos_id}, indent=2).encode())
-        if tokenizer is not None and content is not None:
-            _write_file(writing / TOKENIZER, content)
-            settings = tokenizer_config(tokenizer.eos_token, seq_len)
-            _write_file(writing / TOKENIZER_CONFIG, json.dumps(settings, indent=2).encode())
-    return Exchanged(str(folder), str(output), reader.manifest.step, len(weights), num_bytes, notes)
+            huggingface.write_weights(writing, weights, model.files, max_shard_bytes, progress.set_done)
+    return Exchanged(str(folder), str(output), reader.manifest.step, len(weights), num_bytes, model.notes)
 
 
-def _weight(reader: CheckpointReader, name: str, stored: StoredTensor, dtype: str | None) -> Weight:
-    return Weight(
-        huggingface_name(name),
-        stored.shape,
-        TORCH_DTYPES[dtype or stored.dtype],
-        lambda: reader.read_whole(MODEL_PREFIX + name),
-    )
+def _weights(reader: CheckpointReader, model: Exported, folder: Location) -> list[Weight]:
+    """The tensors of a folder: those of the checkpoint, or for models of transformers what it makes of them."""
 
+    def read(name: str) -> torch.Tensor:
+        return reader.read_whole(model.names[name])
 
-def _stored_config(manifest: Manifest) -> dict[str, Any]:
-    info = manifest.objects.get("info")
-    config = info.get("config") if isinstance(info, dict) else None
-    return config if isinstance(config, dict) else {}
-
-
-def _stored_model(manifest: Manifest, config: Mapping[str, Any], folder: str) -> LlamaConfig:
-    try:
-        return convert(config.get("model"), LlamaConfig, "model")
-    except Malformed as error:
-        raise ConfigError(
-            "path",
-            folder,
-            f"does not say which Llama it is of: windlass train did not write it ({error})",
-            "export it with --format dcp",
-        ) from None
-
-
-def _tokenizer(
-    manifest: Manifest, config: Mapping[str, Any], folder: Location
-) -> tuple[KeptTokenizer | None, bytes | None, list[str]]:
-    """The tokenizer of the run, its file, and a note if there is none to export."""
-    info = manifest.objects.get("info")
-    tokenizer = kept_tokenizer(info, folder) if isinstance(info, dict) else None
-    if tokenizer is None:
-        data = config.get("data")
-        if not isinstance(data, dict):
-            return None, None, ["no tokenizer is exported: the checkpoint was imported, and knows of none"]
-        if data.get(KEY) != ByteTokenizer.name:
-            note = (
-                "no tokenizer is exported, and no eos_token_id: the checkpoint is of a windlass that kept none; put "
-                f"the {TOKENIZER} of its training beside the weights ({data.get(KEY) or data.get('path')}, if that is "
-                "it still)"
-            )
-            return None, None, [note]
-        tokenizer = KeptTokenizer(ByteTokenizer.name, ByteTokenizer.vocab_size, ByteTokenizer.eos_id, None, None)
-    content = kept_content(tokenizer, folder)
-    if content is not None:
-        return tokenizer, content, _changed_since(config, content)
-    if tokenizer.is_bytes:
-        note = f"its tokens are UTF-8 bytes, for which there is no tokenizer file; {tokenizer.eos_id} ends a document"
-    elif tokenizer.sha256 is None:
-        note = f"no tokenizer is exported: the prepared data had no {TOKENIZER} of {tokenizer.name}"
+    if model.is_llama:
+        found = [FileWeight(name, shape, partial(read, name)) for name, shape in model.shapes.items()]
     else:
-        note = (
-            f"no tokenizer is exported: {tokenizer.file} is not beside the checkpoint any more; put the {TOKENIZER} of "
-            "that SHA-256 beside the weights"
-        )
-    return tokenizer, None, [note]
+        found = file_weights(skeleton(model, folder), model.shapes, read, str(folder))
+    weights = []
+    for each in found:
+        dtype = model.dtype_of(each.name)
+        weights.append(Weight(each.name, each.shape, dtype, partial(_cast, each, dtype, folder)))
+    return weights
 
 
-def _changed_since(config: Mapping[str, Any], content: bytes) -> list[str]:
-    """A note if what the configuration names as the tokenizer is another one now: it is not what was trained with."""
-    data = config.get("data")
-    spec = data.get(KEY) if isinstance(data, dict) else None
-    if not isinstance(spec, str):
-        return []
-    path = Path(spec).expanduser()
-    path = path / TOKENIZER if path.is_dir() else path
-    try:
-        is_same = read_bytes(path, MAX_FILE_BYTES) == content
-    except (OSError, ValueError):  # gone, or no path: there is nothing to take for it
-        return []
-    note = (
-        f"{path.absolute()} has changed or is another: the tokenizer of the training was kept with it, and is exported"
-    )
-    return [] if is_same else [note]
+def _cast(weight: FileWeight, dtype: torch.dtype, folder: Location) -> torch.Tensor:
+    """The weight in the dtype of the export. Raises ConfigError where float16 is too narrow for a value."""
+    tensor = weight.read()
+    cast = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.equal(cast.isinf(), tensor.isinf()):
+        what = f"has values in {weight.name} that are too large for float16, in which it was imported"
+        raise ConfigError("path", folder, what, "export it with --dtype bfloat16 or float32")
+    return cast
 
 
 def _write_file(path: Path, content: bytes) -> None:
@@ -205,11 +132,19 @@ def export_dcp(path: str, output: Path) -> Exchanged:
         require_room(output, num_bytes)
         with ProgressReport("export", num_bytes) as progress:
             dcp.write_folder(writing, reader, *state_dict_layout(reader.manifest), progress.set_done)
-        info = reader.manifest.objects.get("info")
-        tokenizer = kept_tokenizer(info, folder) if isinstance(info, dict) else None
-        if tokenizer is not None and (content := kept_content(tokenizer, folder)) is not None:
-            _write_file(writing / tokenizer.file, content)
+        for name, content in _kept(reader.manifest.objects.get("info"), folder).items():
+            _write_file(writing / name, content)
     return Exchanged(str(folder), str(output), reader.manifest.step, len(stored), num_bytes)
+
+
+def _kept(info: object, checkpoint: Location) -> dict[str, bytes]:
+    """The files beside a checkpoint, as they are named there."""
+    tokenizer = kept_tokenizer(info, checkpoint) if isinstance(info, dict) else None
+    files = read_all_kept(info, checkpoint, leave_out="" if tokenizer is None else TOKENIZER)
+    contents = {stored_name(name, sha256_of(content)): content for name, content in files.items()}
+    if tokenizer is not None and (content := kept_content(tokenizer, checkpoint)) is not None:
+        contents[tokenizer.file] = content
+    return contents
 
 
 def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | None) -> Exchanged:
@@ -238,7 +173,14 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
     step = step or 0
     seq_len = folder.config.get("max_position_embeddings")
     train = {"seq_len": seq_len} if isinstance(seq_len, int) else {}
-    info = {PARTIAL: True, "imported_from": "hf", "config": {"model": asdict(model), "train": train}}
+    files = read_files(path, "path")
+    info = {
+        PARTIAL: True,
+        "imported_from": "hf",
+        "config": {"model": asdict(model), "train": train},
+        KEY: {name: sha256_of(content) for name, content in files.items()},
+        DTYPES_KEY: compact({name: str(dtype).removeprefix("torch.") for name, (_, dtype) in folder.tensors.items()}),
+    }
     num_bytes = _write(
         output,
         step,
@@ -246,6 +188,7 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
         {**_progress(step), "info": info},
         tensors,
         lambda name: folder.read(names[name.removeprefix(MODEL_PREFIX)]),
+        {stored_name(name, sha256_of(content)): content for name, content in files.items()},
     )
     begin = f"begin a run from it: windlass train {' '.join(overrides(model))} {override('resume', output)}"
     return Exchanged(str(path), str(output), step, len(tensors), num_bytes, [*notes, begin])
@@ -300,9 +243,7 @@ def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, op
         if state.left_out:
             notes.append(f"left out: {', '.join(state.left_out)} (--optimizer-class takes the state of an optimizer)")
     info = objects.get("info")
-    tokenizer = kept_tokenizer(info, path) if isinstance(info, dict) else None
-    content = None if tokenizer is None else kept_content(tokenizer, path / "checkpoint")
-    files = {} if tokenizer is None or content is None else {tokenizer.file: content}
+    files = _kept(info, path / "checkpoint")
     num_bytes = _write(
         output, step, state.world_size, objects, tensors, lambda name: folder.read_tensor(state.tensors[name]), files
     )

@@ -17,7 +17,6 @@ from windlass.untrusted import Malformed, convert
 Shapes = Mapping[str, tuple[int, ...]]
 HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
-GENERATION_CONFIG = "generation_config.json"
 PREFIX = "model."
 ROTARY_BUFFER = ".rotary_emb.inv_freq"
 """A buffer of old exports; rope_theta says the same."""
@@ -41,8 +40,13 @@ def check_weights(path: Location, model: LlamaConfig, found: Shapes) -> None:
         expected = {name: tuple(tensor.shape) for name, tensor in model.build().state_dict().items()}
     except (RuntimeError, OverflowError, TypeError) as error:  # no tensor has so many elements
         raise _other_weights(path, [f"a weight cannot be so large ({str(error).partition(chr(10))[0]})"]) from None
+    check_expected(path, expected, found)
+
+
+def check_expected(path: Location, expected: Shapes, found: Shapes) -> None:
+    """Raises ConfigError unless the weights that were found are those that are expected, with their shapes."""
     differences = [f"it has no {name}" for name in expected if name not in found]
-    differences += [f"it has {name}, which this Llama has not" for name in found if name not in expected]
+    differences += [f"it has {name}, which this model has not" for name in found if name not in expected]
     differences += [
         f"{name} is {list(found[name])} and should be {list(shape)}"
         for name, shape in expected.items()

@@ -26,13 +26,27 @@ class Head:
 
     Args:
         weight: (vocab_size, hidden_size), of any float dtype.
+        bias: (vocab_size).
+        scale: multiplies the logits, bias included.
+        soft_cap: then logits become `soft_cap * tanh(logits / soft_cap)`.
     """
 
     weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype."""
-        return F.linear(hidden, self.weight.to(hidden.dtype))
+        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype.
+
+        They are as large as a vocabulary; losses need them a chunk of tokens at a time, see
+        `windlass.train.objectives.cross_entropy`.
+        """
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
 Reduction = Callable[[Tensor, Head], Tensor]
@@ -84,12 +98,20 @@ class Model(nn.Module):
         """
         raise NotImplementedError
 
+    def fill_buffers(self, module: nn.Module) -> None:
+        """Writes the buffers that are a module's own."""
+        raise NotImplementedError
+
     def flops_per_token(self, seq_len: int) -> float:
         """FLOPs of the forward and backward pass for one token of a sequence; what is recomputed does not count."""
         raise NotImplementedError
 
     def files(self) -> Mapping[str, bytes]:
         """The files that an export carries as they are, by name: what the model was described by, its tokenizer's."""
+        return {}
+
+    def file_dtypes(self) -> Mapping[str, str]:
+        """The dtype of each weight in the folder that the model comes from, by its name there: `bfloat16`."""
         return {}
 
     def prepare(
@@ -148,6 +170,8 @@ class Model(nn.Module):
         for unit in (*modules, [module for module in self.modules() if module not in in_units]):
             for module in unit:
                 module.to_empty(device=device, recurse=False)
+                if module._buffers:
+                    self.fill_buffers(module)
             parameters = {
                 f"{name_of_module[module]}.{name}": parameter
                 for module in unit

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 import sys
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     from windlass.conf.schema import Config
     from windlass.optim.scheduler import WarmupScheduler
 
-VOCAB_MULTIPLE = 64
 _CXX = "clang++" if sys.platform == "darwin" else "g++"
 """The compiler that torch takes for the host."""
 
@@ -235,9 +233,8 @@ def require_compiler(device: torch.device) -> None:
 
 
 def resolve_vocabulary(config: Config, vocab_size: int) -> None:
-    """Sets a `model.vocab_size` that was left null to that of the tokenizer, rounded up."""
-    if config.model.vocab_size is None:
-        config.model.vocab_size = math.ceil(vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+    """Sets a `model.vocab_size` that was left null. Raises ConfigError as `ModelConfig.resolve_vocab_size`."""
+    config.model.vocab_size = config.model.resolve_vocab_size(vocab_size)
 
 
 def check_vocabulary(config: Config, dataset: TokenDataset) -> None:
@@ -336,6 +333,7 @@ def build_checkpointer(
     data: Loader,
     state: TrainState,
     tokenizer: KeptTokenizer,
+    files: dict[str, dict[str, str]],
 ) -> Checkpointer | None:
     if config.checkpoint.name == CheckpointKind.none:
         return None
@@ -354,7 +352,7 @@ def build_checkpointer(
         agent_host=config.checkpoint.agent_host,
         lease_s=config.checkpoint.lease_s,
         max_send_bytes_per_s=config.checkpoint.max_send_bytes_per_s,
-        info={"config": plain_config, KEY: tokenizer.to_json()},
+        info={"config": plain_config, KEY: tokenizer.to_json(), **files},
         # The configuration decides them; after `resume=PATH` it may differ from the checkpoint's on purpose.
         restore_hyperparameters=False,
     )

@@ -20,11 +20,12 @@ import windlass
 from windlass.checkpoint.config import CheckpointKind
 from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step_folder
 from windlass.checkpoint.durable.storage import Location, name_of
+from windlass.checkpoint.kept_files import keep
 from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.data.config import ChatDataConfig
-from windlass.data.kept_tokenizer import keep, tokenizer_of
+from windlass.data.kept_tokenizer import tokenizer_of
 from windlass.data.samples import PackedDocuments, Samples, build_samples
 from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_FAILURE, CorruptCheckpoint, RunFolderError, WindlassError
@@ -56,6 +57,7 @@ from windlass.train.build import (
     restore,
     total_peak_flops,
 )
+from windlass.train.carried_files import carried_files
 from windlass.train.config import ActivationCheckpoint
 from windlass.train.loop import train
 from windlass.train.mock_step import mock_step
@@ -248,10 +250,12 @@ def _build_run(
     validation_samples = mesh.agree(lambda: _packed(config, datasets[1]))
     plain_config = to_plain(config)
     tokenizer, content = mesh.agree(lambda: tokenizer_of(datasets[0]))
-    checkpoint = build_checkpointer(config, plain_config, mesh, engine, scheduler, data, state, tokenizer)
+    files = mesh.agree(lambda: carried_files(config, parts.model, tokenizer, content) if mesh.rank == 0 else None)
+    named = mesh.decide(lambda: {} if files is None else files.to_info())
+    checkpoint = build_checkpointer(config, plain_config, mesh, engine, scheduler, data, state, tokenizer, named)
     if checkpoint is not None:
         mesh.agree(lambda: checkpoint.store.open_for_writing() if mesh.rank == 0 else None)
-        mesh.agree(lambda: keep(checkpoint.store.storage, tokenizer, content) if mesh.rank == 0 else None)
+        mesh.agree(lambda: None if files is None else keep(checkpoint.store.storage, files.contents))
         if engine.in_backward is not None:
             engine.in_backward.before_update = checkpoint.wait_staged
     peak_flops = total_peak_flops(config, mesh)

@@ -19,8 +19,9 @@ from windlass.checkpoint import inspect
 from windlass.checkpoint.tensors import empty_on_host
 from windlass.errors import DoesNotFit, RunFolderError, SystemLimit
 from windlass.exchange.dcp import DcpFolder
-from windlass.exchange.huggingface import CONFIG, HuggingFaceFolder, Weight, write_weights
+from windlass.exchange.huggingface import Weight, write_weights
 from windlass.mapped_file import map_file
+from windlass.models.huggingface_folder import CONFIG, HuggingFaceFolder
 from windlass.os_errors import limits_named, remedy, require_open_files
 from windlass.parallel.mesh import Mesh
 from windlass.untrusted import Malformed
@@ -70,7 +71,7 @@ def test_folders_of_others_that_the_system_does_not_give(tmp_path: Path) -> None
     weight = Weight("a", (3,), torch.float32, lambda: torch.arange(3.0))
     for name in ("hf", "dcp"):
         (tmp_path / name).mkdir()
-    write_weights(tmp_path / "hf", [weight], {}, 1 << 20, lambda _: None)
+    write_weights(tmp_path / "hf", [weight], {"config.json": b"{}"}, 1 << 20, lambda _: None)
     (tmp_path / "dcp/.metadata").write_bytes(b"x")
     for word in ("config.json", "index.json", "00001.safetensors"):
         with refusing(errno.EMFILE, word), pytest.raises(RunFolderError, match="ulimit -n"):

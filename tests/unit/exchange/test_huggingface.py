@@ -22,16 +22,8 @@ from support.files import disk_full_after, snapshot_of
 
 from windlass.errors import ConfigError, CorruptCheckpoint, RunFolderError
 from windlass.exchange.folder import new_folder
-from windlass.exchange.huggingface import (
-    CONFIG,
-    DTYPE_CODES,
-    INDEX,
-    SINGLE,
-    HuggingFaceFolder,
-    Weight,
-    cut_into_shards,
-    write_weights,
-)
+from windlass.exchange.huggingface import Weight, cut_into_shards, write_weights
+from windlass.models.huggingface_folder import CONFIG, DTYPE_CODES, INDEX, SINGLE, HuggingFaceFolder
 
 
 def weights_of(tensors: dict[str, torch.Tensor]) -> list[Weight]:
@@ -50,7 +42,7 @@ def ignore(_: int) -> None:
 
 def written(folder: Path, tensors: dict[str, torch.Tensor], max_shard_bytes: int = 1000) -> Path:
     with new_folder(folder) as writing:
-        write_weights(writing, weights_of(tensors), {"model_type": "x"}, max_shard_bytes, ignore)
+        write_weights(writing, weights_of(tensors), {CONFIG: b'{"model_type": "x"}'}, max_shard_bytes, ignore)
     return folder
 
 
@@ -74,7 +66,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_a_weight_is_cast_to_its_dtype_in_the_export(tmp_path: Path) -> None:
     tensor = torch.randn(4, 4)
-    write_weights(tmp_path, [Weight("a", (4, 4), torch.bfloat16, lambda: tensor)], {}, 1000, ignore)
+    write_weights(tmp_path, [Weight("a", (4, 4), torch.bfloat16, lambda: tensor)], {CONFIG: b"{}"}, 1000, ignore)
     assert torch.equal(HuggingFaceFolder(tmp_path).read("a"), tensor.bfloat16())
 
 

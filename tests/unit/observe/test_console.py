@@ -179,7 +179,8 @@ def test_the_live_view_keeps_messages_above_it_and_gives_the_cursor_back() -> No
 
 SCRIPT = textwrap.dedent(
     """
-    import sys, time
+    import signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     from windlass.observe.config import ConsoleMode
     from windlass.observe.console import open_console
 
