@@ -111,7 +111,7 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokenizer alone, without the template: as `HuggingFaceTokenizer.fingerprint`."""
+        """A hash of the tokenizer alone, without the template, as `HuggingFaceTokenizer.fingerprint`."""
         return fingerprint_of(self.files[TOKENIZER_FILE], self.eos_id)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
