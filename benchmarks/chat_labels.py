@@ -19,13 +19,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 from common import print_table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.chat import FAMILIES, Family
+from support.chat import FAMILIES, Family  # pyrefly: ignore  # of the tests
 
 from windlass.data.chat import chat_source
 from windlass.data.chat_rendering import RowRefused
@@ -54,7 +55,7 @@ def tokenizer_of(folder: Path, family: Family, template: str) -> ChatTokenizer:
     """The tokenizer of `folder` with another template, whose special tokens it is given."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     tokenizer.add_special_tokens(
         {"additional_special_tokens": list(family.special), "bos_token": family.bos, "eos_token": family.eos}
     )
