@@ -357,6 +357,14 @@ DATA = [
         (f"{UNIT}/data/test_chat_labels.py::test_templates_that_hide_answers_are_refused",),
     ),
     Fault(
+        "template_told_the_date_of_today",
+        "The same conversations are the same tokens, whenever they are prepared.",
+        "windlass/data/chat_tokenizer.py",
+        "return cls(*TODAY)",
+        "return super().now(tz)",
+        (f"{UNIT}/data/test_chat_labels.py::test_the_date_of_a_template_is_always_the_same",),
+    ),
+    Fault(
         "prompts_learned",
         "Of conversations the answers alone are learned.",
         "windlass/data/batch.py",
