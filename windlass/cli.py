@@ -145,13 +145,15 @@ def _agents(options: argparse.Namespace) -> int:
 
 
 def _add_data(verbs: argparse._SubParsersAction, arguments: Sequence[str]) -> None:
-    data = verbs.add_parser("data", help="prepare text for training")
+    data = verbs.add_parser("data", help="prepare text and conversations for training, and show them")
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     if arguments[:1] == ["data"]:  # pyarrow takes a while to import
         from windlass.data import cli as data_cli
+        from windlass.data import show
 
         data_cli.add_parser(actions)
         actions.choices["prepare"].set_defaults(run=data_cli.run)
+        show.add_parser(actions).set_defaults(run=show.run)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class Renderer:
     eos_token: str | None
 
     def answers(self, conversation: Conversation, rendering: str) -> tuple[list[Span], int]:
-        """What is learned of `rendering`: each answer, and the special token right behind it.
+        """Finds what is learned of `rendering`: each answer, and the special token right behind it.
 
         Returns:
             The spans in their order, and how many of them no special token ends.

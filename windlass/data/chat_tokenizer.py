@@ -10,11 +10,13 @@ import hashlib
 import json
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, tzinfo
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -42,6 +44,8 @@ FILES = (
     "config.json",  # the class of the tokenizer may depend on the model's
 )
 TEMPLATES = "additional_chat_templates"
+TODAY = (2024, 7, 26)
+"""The date of all conversations, for templates that name one: that of Llama 3.1's where it is told none."""
 MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -111,7 +115,7 @@ class ChatTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the tokenizer alone, without the template: as `HuggingFaceTokenizer.fingerprint`."""
+        """A hash of the tokenizer alone, without the template, as `HuggingFaceTokenizer.fingerprint`."""
         return fingerprint_of(self.files[TOKENIZER_FILE], self.eos_id)
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -154,12 +158,13 @@ class ChatTokenizer:
 
     def _render(self, conversation: Conversation, is_prompt: bool = False) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                conversation["messages"],
-                tools=conversation.get("tools"),
-                tokenize=False,
-                add_generation_prompt=is_prompt,
-            )
+            with _fixed_date():
+                return self._tokenizer.apply_chat_template(
+                    conversation["messages"],
+                    tools=conversation.get("tools"),
+                    tokenize=False,
+                    add_generation_prompt=is_prompt,
+                )
         except Exception as error:  # a template raises what it likes
             raise _refused_by_template(error) from None
 
@@ -170,13 +175,14 @@ class ChatTokenizer:
         render: Any = render_jinja_template
         tools = conversation.get("tools")
         try:
-            renderings, places = render(
-                conversations=[conversation["messages"]],
-                tools=tools,
-                chat_template=self._tokenizer.get_chat_template(tools=tools),
-                return_assistant_tokens_mask=True,
-                **self._tokenizer.special_tokens_map,
-            )
+            with _fixed_date():
+                renderings, places = render(
+                    conversations=[conversation["messages"]],
+                    tools=tools,
+                    chat_template=self._tokenizer.get_chat_template(tools=tools),
+                    return_assistant_tokens_mask=True,
+                    **self._tokenizer.special_tokens_map,
+                )
         except Exception as error:
             raise _refused_by_template(error) from None
         return renderings[0], [(start, stop) for start, stop in places[0] if stop > start]
@@ -327,6 +333,27 @@ def _load(path: str, files: Mapping[str, bytes]) -> Any:
             "put one into it as chat_template.jinja, or use the folder of the model that was tuned for chat",
         )
     return tokenizer
+
+
+class _FixedDate(datetime):
+    """A clock that stands."""
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(*TODAY)
+
+
+@contextmanager
+def _fixed_date() -> Iterator[None]:
+    """Has templates that ask for the date (`strftime_now`) told `TODAY`: the same conversations are the same tokens."""
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _FixedDate
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def _refused_by_template(error: Exception) -> RowRefused:

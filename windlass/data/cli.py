@@ -1,4 +1,4 @@
-"""`windlass data prepare`: text, JSON Lines or Parquet to a folder of token shards. Torch-free."""
+"""`windlass data prepare`: text, JSON Lines, Parquet or conversations to a folder of token shards. Torch-free."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from windlass.data.config import EncodingErrors
+from windlass.data.chat import chat_source
+from windlass.data.chat_tokenizer import load_chat_tokenizer
+from windlass.data.config import BYTES, ChatFormat, EncodingErrors
 from windlass.data.manifest import SETTINGS, Manifest
 from windlass.data.outputs import refuse_inside
 from windlass.data.prepare import prepare
 from windlass.data.source_files import PARQUET_SUFFIXES
 from windlass.data.sources import Source, list_files, parquet_source, text_source
 from windlass.data.tally import left_out
-from windlass.data.tokenizer import load_tokenizer
+from windlass.data.tokenizer import Tokenizer, load_tokenizer
 from windlass.errors import ConfigError, require
 from windlass.text import override, printable
 
@@ -39,14 +41,21 @@ def add_parser(subparsers: SubParsers) -> argparse.ArgumentParser:
         "--tokenizer",
         default="bytes",
         metavar="bytes|PATH",
-        help="UTF-8 bytes, or a Hugging Face tokenizer.json (default: bytes)",
+        help="UTF-8 bytes, or a Hugging Face tokenizer.json (default: bytes); of conversations the folder of a model",
     )
     parser.add_argument(
         "--format",
         default="auto",
-        choices=("auto", "text", "jsonl", "json", "parquet"),
+        choices=("auto", "text", "jsonl", "json", "parquet", "chat"),
         help="text: documents; jsonl: a JSON row a line; json: an array of rows; auto goes by the names of the files,"
-        " for .json by how they begin, and takes all others for text. Text and JSON may be packed (.gz, .zst)",
+        " for .json by how they begin, and takes all others for text. Text and JSON may be packed (.gz, .zst). chat:"
+        " conversations, a row each, in JSON Lines, JSON arrays or Parquet, whose answers are learned",
+    )
+    parser.add_argument(
+        "--chat-format",
+        default="auto",
+        choices=[choice.value for choice in ChatFormat],
+        help="what the rows of --format chat are (default: auto, by their keys)",
     )
     parser.add_argument(
         "--text-key",
@@ -97,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     started_at = time.monotonic()
     out_dir = Path(args.out).expanduser()
     refuse_inside(out_dir, args.input, "--out")
-    tokenizer = load_tokenizer(args.tokenizer)
+    tokenizer = _tokenizer(args)
     source = _source(args)
     is_new = not (out_dir / SETTINGS).exists()
     manifest = prepare(source, tokenizer, out_dir, validation_fraction=fraction, num_workers=num_workers)
@@ -106,8 +115,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tokenizer(args: argparse.Namespace) -> Tokenizer:
+    if args.format == "chat":
+        return load_chat_tokenizer(None if args.tokenizer == BYTES else args.tokenizer)
+    return load_tokenizer(args.tokenizer)
+
+
 def _source(args: argparse.Namespace) -> Source:
     glob = args.glob or "**/*"
+    if args.format == "chat":
+        return chat_source(args.input, glob=glob, chat_format=args.chat_format, follow_links=args.follow_links)
     if args.format == "parquet" or (args.format == "auto" and _all_parquet(args.input, glob, args.follow_links)):
         return parquet_source(
             args.input,
@@ -142,13 +159,16 @@ def _all_parquet(inputs: list[str], glob: str, follow_links: bool) -> bool:
 
 def _summary(manifest: Manifest, source: Source, out_dir: Path, seconds: float, is_new: bool) -> str:
     train, validation = manifest.splits["train"], manifest.splits["validation"]
-    num_tokens = train.num_tokens + validation.num_tokens
+    num_tokens, num_targets = train.num_tokens + validation.num_tokens, train.num_targets
+    answers = f"of {manifest.tally.answers:,} answers"
+    learned = f"{num_targets or 0:,} train, {validation.num_targets or 0:,} validation, {answers}"
     num_bytes = sum(shard.num_bytes for split in (train, validation) for shard in split.shards)
     read_as = ", ".join(f"{number:,} .json files as {AS[kind]}" for kind, number in source.formats)
     rows = [
         *([("input", read_as)] if read_as else []),
         ("documents", f"{train.num_documents:,} train, {validation.num_documents:,} validation"),
         ("tokens", f"{train.num_tokens:,} train, {validation.num_tokens:,} validation"),
+        *([] if num_targets is None else [("learned", learned)]),
         *((("left out" if number == 0 else ""), clause) for number, clause in enumerate(left_out(manifest.tally))),
         ("tokenizer", f"{manifest.tokenizer['name']}, vocabulary of {manifest.tokenizer['vocab_size']:,}"),
         ("size", f"{source.num_bytes / 1e6:,.1f} MB of text, {num_bytes / 1e6:,.1f} MB of tokens"),
@@ -161,6 +181,9 @@ def _summary(manifest: Manifest, source: Source, out_dir: Path, seconds: float, 
             f"{manifest.unigram_entropy_nats:.4f} nats/token on validation: a model must get below it to have"
             " learnt anything from context",
         ),
-        ("train on it", f"windlass train data=tokens {override('data.path', out_dir)}"),
+        (
+            "train on it",
+            f"windlass train data={'tokens' if num_targets is None else 'chat'} {override('data.path', out_dir)}",
+        ),
     ]
     return "".join(f"{name + ':' if name else '':<17}{printable(text)}\n" for name, text in rows)

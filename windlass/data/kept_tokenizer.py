@@ -8,12 +8,15 @@ from typing import Any
 
 from windlass.checkpoint.durable.storage import Location
 from windlass.checkpoint.kept_files import SHA256, damaged, read_kept, sha256_of, stored_name
+from windlass.data.chat_tokenizer import FILES
 from windlass.data.manifest import TOKENIZER_FILE, TokenizerInfo
 from windlass.data.shards import TokenDataset
 from windlass.data.tokenizer import MAX_FILE_BYTES, ByteTokenizer, fingerprint_of, token_of
 from windlass.errors import DataError
 from windlass.untrusted import Malformed, convert, read_bytes
 
+TEMPLATE_FILES = frozenset(FILES) - {TOKENIZER_FILE, "config.json"}
+"""A model's config.json is its own."""
 KEY = "tokenizer"
 """The key in a checkpoint's `info`."""
 
@@ -67,6 +70,28 @@ def tokenizer_of(dataset: TokenDataset) -> tuple[KeptTokenizer, bytes | None]:
             ) from None
     sha256 = None if content is None else sha256_of(content)
     return KeptTokenizer(info.name, info.vocab_size, info.eos_id, eos_token, sha256), content
+
+
+def template_files(dataset: TokenDataset) -> dict[str, bytes]:
+    """The files of the tokenizer of conversations beside its tokenizer.json, by name: settings and chat template.
+
+    Raises:
+        DataError: one of the prepared folder is not as it was written.
+    """
+    files = {}
+    for name, sha256 in dataset.manifest.tokenizer_files.items():
+        if name not in TEMPLATE_FILES:
+            continue
+        path = dataset.folder / name
+        try:
+            files[name] = read_bytes(path, MAX_FILE_BYTES)
+            if sha256_of(files[name]) != sha256:
+                raise Malformed("it is not as it was written")
+        except (Malformed, OSError) as error:
+            rule = f"cannot be kept with the run: {getattr(error, 'strerror', None) or error}"
+            fix = "put the original there again, or delete the folder and prepare the conversations again"
+            raise DataError("data.path", path, rule, fix) from None
+    return files
 
 
 def kept_tokenizer(info: Mapping[str, Any], checkpoint: Location) -> KeptTokenizer | None:

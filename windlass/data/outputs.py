@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from windlass.data.config import DataConfig, ParquetDataConfig, TextDataConfig
+from windlass.data.config import ChatDataConfig, DataConfig, ParquetDataConfig, TextDataConfig
 from windlass.errors import ConfigError
 from windlass.files import real_path
 
@@ -25,7 +25,7 @@ def refuse_outputs(data: DataConfig, folders: Mapping[str, Path | None]) -> None
         folders: what the run writes into, by the configuration's keys. Those that `data.glob` does not reach into, or
             that are hidden, are no text.
     """
-    if not isinstance(data, TextDataConfig | ParquetDataConfig):
+    if not isinstance(data, TextDataConfig | ParquetDataConfig | ChatDataConfig):
         return
     root = real_path(Path(data.path).expanduser())
     for key, folder in folders.items():

@@ -33,6 +33,7 @@ from windlass.data.manifest import (
     UNITS,
     Manifest,
     SplitInfo,
+    file_sha256,
     remove_temporaries,
     shard_file,
     unit_file,
@@ -84,6 +85,7 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
         if manifest.splits["train"].num_targets is None:
             fix = f"set {override('data', 'tokens')} {override('data.path', cfg.path)}"
             raise DataError("data.path", folder, "was prepared from text and not from conversations", fix)
+        _check_same_tokenizer(cfg, manifest)
         _say_left_out(manifest, progress)
         return folder
     require(isinstance(cfg, PreparedDataConfig), "data", cfg.name, "has no source", "use data=stdlib, text or parquet")
@@ -118,6 +120,20 @@ def vocab_size_of(cfg: DataConfig) -> int:
     if isinstance(cfg, PreparedDataConfig) and not is_folder:
         return _tokenizer_of(cfg).vocab_size
     return Manifest.load(prepared_folder(cfg)).tokenizer["vocab_size"]
+
+
+def _check_same_tokenizer(cfg: ChatDataConfig, manifest: Manifest) -> None:
+    """Raises ConfigError if the tokenizer that is named, and is still there, gives tokens other ids."""
+    path = Path(cfg.tokenizer or "").expanduser() / TOKENIZER_FILE
+    if cfg.tokenizer is None or not path.is_file():
+        return
+    require(
+        file_sha256(path) == manifest.tokenizer_files.get(TOKENIZER_FILE),
+        "data.tokenizer",
+        cfg.tokenizer,
+        f"is not the tokenizer that {cfg.path} was prepared with",
+        f"set data.tokenizer={cfg.path}, which has it, or prepare the conversations again with this one",
+    )
 
 
 def is_prepared(folder: Path) -> bool:

@@ -24,7 +24,7 @@ class Samples(Protocol):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the samples, besides the dataset, T, and being windows of the stream: plain JSON."""
+        """The settings that decide the samples, besides the dataset and T: plain JSON; none for windows."""
         ...
 
     def read(self, sample: int, tokens: np.ndarray, documents: np.ndarray, counts: np.ndarray | None) -> None:

@@ -164,7 +164,7 @@ def _files_of_llama(
     made = {CONFIG: to_json(to_huggingface(llama, seq_len, stored_dtype, eos_id))}
     if eos_id is not None:
         made[GENERATION_CONFIG] = to_json({"eos_token_id": eos_id})
-    if tokenizer is not None and TOKENIZER in files:
+    if tokenizer is not None and TOKENIZER in files and TOKENIZER_CONFIG not in files:
         made[TOKENIZER_CONFIG] = to_json(tokenizer_config(tokenizer.eos_token, seq_len))
     return {**files, **made}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from windlass.checkpoint.durable.locate import find_checkpoint
 from windlass.checkpoint.durable.manifest import Manifest, committed_steps, step_folder
@@ -32,7 +33,13 @@ class CarriedFiles:
         return {KEY: self.sha256, DTYPES_KEY: self.dtypes}
 
 
-def carried_files(config: Config, model: Model, tokenizer: KeptTokenizer, content: bytes | None) -> CarriedFiles:
+def carried_files(
+    config: Config,
+    model: Model,
+    tokenizer: KeptTokenizer,
+    content: bytes | None,
+    template: Mapping[str, bytes] = MappingProxyType({}),
+) -> CarriedFiles:
     """The files that the run's checkpoints are to name.
 
     They are those of its newest checkpoint; before there is one, the model's own, or those of the checkpoint that it
@@ -40,6 +47,7 @@ def carried_files(config: Config, model: Model, tokenizer: KeptTokenizer, conten
 
     Args:
         content: the tokenizer.json that the tokens of the run are made with; None: it has none.
+        template: what went with it to make tokens of conversations, the chat template among it, by name.
 
     Raises:
         CorruptCheckpoint: a file that is needed is not as it was kept.
@@ -63,6 +71,7 @@ def carried_files(config: Config, model: Model, tokenizer: KeptTokenizer, conten
     if tokenizer.is_bytes or content is not None:
         settings = tokenizer_config(tokenizer.eos_token, config.train.seq_len)
         files = with_tokenizer(files, content, tokenizer.eos_id, settings)
+    files = {**files, **template}
     return CarriedFiles({name: sha256_of(data) for name, data in files.items()}, dtypes, files)
 
 

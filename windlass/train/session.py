@@ -25,7 +25,7 @@ from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
 from windlass.data.config import ChatDataConfig
-from windlass.data.kept_tokenizer import tokenizer_of
+from windlass.data.kept_tokenizer import template_files, tokenizer_of
 from windlass.data.samples import PackedDocuments, Samples, build_samples
 from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_FAILURE, CorruptCheckpoint, RunFolderError, WindlassError
@@ -250,7 +250,13 @@ def _build_run(
     validation_samples = mesh.agree(lambda: _packed(config, datasets[1]))
     plain_config = to_plain(config)
     tokenizer, content = mesh.agree(lambda: tokenizer_of(datasets[0]))
-    files = mesh.agree(lambda: carried_files(config, parts.model, tokenizer, content) if mesh.rank == 0 else None)
+    files = mesh.agree(
+        lambda: (
+            carried_files(config, parts.model, tokenizer, content, template_files(datasets[0]))
+            if mesh.rank == 0
+            else None
+        )
+    )
     named = mesh.decide(lambda: {} if files is None else files.to_info())
     checkpoint = build_checkpointer(config, plain_config, mesh, engine, scheduler, data, state, tokenizer, named)
     if checkpoint is not None:

@@ -31,6 +31,7 @@ MANDATORY = {
     "model=hf": ["model.path=m"],
     "data=text": ["data.path=corpus"],
     "data=parquet": ["data.path=rows"],
+    "data=chat": ["data.path=rows"],
     "data=tokens": ["data.path=shards"],
 }
 

@@ -165,6 +165,14 @@ def test_what_a_template_says_is_told(load: Load) -> None:
         encoded(load("gemma"), turns("A?", "B.", system="C."))
 
 
+def test_the_date_of_a_template_is_always_the_same(load: Load) -> None:
+    """What is prepared today and tomorrow, here and on another node, is the same."""
+    template = "{{- strftime_now('%d %b %Y') + '\n' -}}" + FAMILIES["chatml"].plain
+    for text in (template, "{{- strftime_now('%d %b %Y') + '\n' -}}" + FAMILIES["chatml"].marked):
+        ids, _ = encoded(load("chatml", template=text), turns("A?", "B"))
+        assert load("chatml").decode(ids).startswith("26 Jul 2024\n")
+
+
 def test_answers_that_nothing_ends_are_counted(load: Load) -> None:
     template = "{%- for m in messages -%}{{- m['role'] + ': ' + m['content'] + '\\n' -}}{%- endfor -%}"
     tally = Tally()
