@@ -86,7 +86,7 @@ def run_config(root: Path, run_dir: str, *overrides: str) -> Config:
 def _composed(overrides: tuple[str, ...]) -> Config:
     return compose(
         [
-            *TINY_MODEL,
+            *(() if any(override.startswith("model=") for override in overrides) else TINY_MODEL),
             *data_overrides(),
             "train.steps=12",
             "train.batch_size=2",

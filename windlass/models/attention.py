@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from typing import Any
@@ -34,19 +33,21 @@ OneDocument = Callable[[Tensor, Tensor, Tensor], Tensor]
 """The attention of one document: queries, keys and values (seq_len, heads, head_dim) to values for each query."""
 
 
-@dataclass(frozen=True, eq=False)
 class Documents:
     """The documents of a batch of packed sequences, computed once a pass for all layers.
 
-    Args:
+    Attributes:
+        shape: (batch, seq_len).
         lengths: the tokens of each document, row after row; no document goes on in the next row.
+        are_rows: each row is one document.
     """
 
-    batch_size: int
-    seq_len: int
-    lengths: tuple[int, ...]
-    device: torch.device
-    _block_masks: dict[int | None, Any] = field(default_factory=dict, repr=False)
+    # What a compiled layer looks at is an attribute: of a bool or a number it makes one program or two.
+    def __init__(self, shape: tuple[int, int], lengths: Sequence[int], device: torch.device) -> None:
+        self.shape, self.lengths, self.device = shape, list(lengths), device
+        self.are_rows = len(lengths) == shape[0]
+        self.longest = max(lengths)
+        self._block_masks: dict[int | None, Any] = {}
 
     @staticmethod
     def of(document_ids: Tensor) -> Documents:
@@ -61,26 +62,13 @@ class Documents:
         begins[:, 1:-1] = (document_ids[:, 1:] != document_ids[:, :-1]).cpu()
         # Each row's end is a begin, too, and so is left out of the lengths: 0 tokens to the next row's first.
         places = torch.arange(batch_size)[:, None] * seq_len + torch.arange(seq_len + 1)
-        lengths = tuple(length for length in places[begins].diff().tolist() if length)
-        return Documents(batch_size, seq_len, lengths, document_ids.device)
+        lengths = [length for length in places[begins].diff().tolist() if length]
+        return Documents((batch_size, seq_len), lengths, document_ids.device)
 
     @staticmethod
     def whole(batch_size: int, seq_len: int, device: torch.device) -> Documents:
         """Rows of one document each."""
-        return Documents(batch_size, seq_len, (seq_len,) * batch_size, device)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.batch_size, self.seq_len
-
-    @cached_property
-    def are_rows(self) -> bool:
-        """True where each row is one document."""
-        return len(self.lengths) == self.batch_size
-
-    @cached_property
-    def longest(self) -> int:
-        return max(self.lengths)
+        return Documents((batch_size, seq_len), [seq_len] * batch_size, device)
 
     @cached_property
     def cu_seqlens(self) -> Tensor:
@@ -125,8 +113,8 @@ def attention(
     """
     batch_size, _, seq_len, _ = query.shape
     _check(query, key, documents, window)
-    longest = seq_len if documents is None else documents.longest
-    window = None if window is None or window >= longest else window
+    if window is not None and window >= (seq_len if documents is None else documents.longest):
+        window = None
     if (documents is None or documents.are_rows) and window is None and soft_cap is None and sinks is None:
         return _sdpa(query, key, value, scale, dropout).transpose(1, 2)
     documents = _rows(batch_size, seq_len, query.device) if documents is None else documents
@@ -141,7 +129,7 @@ def _check(query: Tensor, key: Tensor, documents: Documents | None, window: int 
     if window is not None and window < 1:
         raise ValueError(f"window={window}: a token attends at least to itself, so 1 or more")
     if documents is not None and documents.shape != (query.shape[0], query.shape[2]):
-        rows = f"{documents.batch_size} rows of {documents.seq_len} tokens"
+        rows = "{} rows of {} tokens".format(*documents.shape)
         raise ValueError(f"documents of {rows} for queries of shape {tuple(query.shape)}")
 
 
@@ -382,14 +370,14 @@ def _compiled(name: str) -> Callable[..., Any]:
 def _block_mask(documents: Documents, window: int | None) -> Any:
     lengths = torch.tensor(documents.lengths)
     numbers = torch.arange(len(lengths)).repeat_interleave(lengths).to(documents.device)
-    numbers = numbers.view(documents.batch_size, documents.seq_len)
+    numbers = numbers.view(documents.shape)
 
     def is_seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = (numbers[batch, query] == numbers[batch, key]) & (query >= key)
         return seen if window is None else seen & (query - key < window)
 
-    shape = documents.batch_size, None, documents.seq_len, documents.seq_len
-    return _compiled("create_block_mask")(is_seen, *shape, device=documents.device)
+    batch_size, seq_len = documents.shape
+    return _compiled("create_block_mask")(is_seen, batch_size, None, seq_len, seq_len, device=documents.device)
 
 
 def _flex(

@@ -26,7 +26,7 @@ from windlass.errors import ConfigError, WindlassError
 from windlass.models.attention import Documents, attention
 from windlass.models.config import HFConfig
 from windlass.models.hf_files import read_files
-from windlass.models.hf_weights import FileWeights
+from windlass.models.hf_weights import DrawnWeights, FileWeights
 from windlass.models.micro_batch_fusion import MicroBatches
 from windlass.models.spec import Head, Model, Reduction
 from windlass.parallel.fragment import Fragment
@@ -50,7 +50,7 @@ class HFModel(Model):
     """
 
     _causal: Any
-    """The model as transformers made it. Not a module of this one: its children are, under the names they have there."""
+    """The model as transformers made it. No module of this one: its children are, under the names they have there."""
     layers: list[nn.Module]
 
     def __init__(self, config: HFConfig, causal: Any, folder: Path) -> None:
@@ -68,7 +68,12 @@ class HFModel(Model):
         head = self.get_submodule(self._head_name)
         head.forward = self._run_head  # type: ignore[method-assign]
         _refuse_kept_buffers(causal)
-        self.weights = FileWeights(folder, causal, dict(self.named_parameters()), config.path_key)
+        parameters = dict(self.named_parameters())
+        self.weights = (
+            DrawnWeights(causal, parameters, config.path_key)
+            if config.path is None
+            else FileWeights(folder, causal, parameters, config.path_key)
+        )
 
     def forward(
         self,
@@ -130,7 +135,7 @@ class HFModel(Model):
             _set_recompute(layer, recompute)
 
     def fill(self, name: str, local: Tensor, fragment: Fragment, seed: int) -> None:
-        self.weights.fill(name, local, fragment)
+        self.weights.fill(name, local, fragment, seed)
 
     def fill_buffers(self, module: nn.Module) -> None:
         """By the family's own initialisation; what that leaves alone is refused."""
@@ -335,8 +340,9 @@ def read_head(causal: Any, base_name: str, head_name: str) -> HeadForm:
         scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
         soft_cap=getattr(config, "final_logit_softcapping", None),
     )
-    hidden = torch.linspace(-3.0, 3.0, 5, device="cpu").view(1, 1, 5)
-    products = torch.linspace(-90.0, 90.0, 11, device="cpu").view(1, 1, 11)
+    # Without a symmetry that a change could hide behind.
+    hidden = torch.linspace(-2.0, 3.0, 5, device="cpu").exp().view(1, 1, 5)
+    products = torch.linspace(-40.0, 90.0, 11, device="cpu").view(1, 1, 11)
     decoder, head = _Answer(_Output(last_hidden_state=hidden)), _Answer(products)
     with _replaced(causal, base_name, decoder), _replaced(causal, head_name, head), torch.no_grad():
         try:

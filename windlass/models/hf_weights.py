@@ -1,4 +1,5 @@
-"""First weights of transformers' models: read from the files of a folder, by the ranges of a rank's fragments."""
+"""First weights of transformers' models: read from the files of a folder, by the ranges of a rank's fragments, or drawn
+as the family draws them."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.errors import ConfigError
 from windlass.models.huggingface import ROTARY_BUFFER
 from windlass.models.huggingface_folder import HuggingFaceFolder
 from windlass.parallel.fragment import Fragment
+from windlass.parallel.random import fill_normal_
 
 Shape = tuple[int, ...]
 
@@ -51,12 +54,22 @@ class FileWeights:
         expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._sources: dict[str, _Source] = {}
         self._tied_head: str | None = None
+        """A tensor of the files that the embedding stands for."""
+        embedding = causal.get_input_embeddings().weight
+        self._embedding = next(name for name, parameter in parameters.items() if parameter is embedding)
         self._match(expected)
         self._made: tuple[_Source, dict[str, Tensor]] | None = None
 
-    def fill(self, name: str, local: Tensor, fragment: Fragment) -> None:
-        """Copies this rank's part of a parameter; of what needs no conversion no more is read than that."""
+    def fill(self, name: str, local: Tensor, fragment: Fragment, seed: int) -> None:
+        """Copies this rank's part of a parameter; of what needs no conversion no more is read than that.
+
+        Raises:
+            ConfigError: a head differs from the embedding that config.json ties it to.
+        """
+        del seed
         source = self._sources[name]
+        if self._tied_head is not None and name == self._embedding:
+            self._refuse_other_head(fragment)
         if source.converter is None:
             local.copy_(self._folder.read(source.tensors[0][1])[fragment.slices])
             return
@@ -118,17 +131,23 @@ class FileWeights:
         head = self._causal.get_output_embeddings()
         tied = {f"{module}.weight" for module, found in self._causal.named_modules() if found is head}
         if target in tied:  # its parameter is the embedding's
-            self._refuse_other_head(name)
+            self._tied_head = name
             return True
         ignored = [*(self._causal._keys_to_ignore_on_load_unexpected or ()), re.escape(ROTARY_BUFFER) + "$"]
         return any(re.search(pattern, target) for pattern in ignored)
 
-    def _refuse_other_head(self, name: str) -> None:
-        """Raises ConfigError for a head of its own beside an embedding that config.json ties to it."""
-        embedding = self._causal.get_input_embeddings().weight
-        if self._folder.tensors[name][0] != tuple(embedding.shape):
-            raise self._refusal(f"has {name} of another shape than the embedding that it is tied to")
-        self._tied_head = name
+    def _refuse_other_head(self, fragment: Fragment) -> None:
+        """Raises ConfigError for a head that has other values than the embedding."""
+        assert self._tied_head is not None
+        embedding, head = self._sources[self._embedding].tensors[0][1], self._tied_head
+        parts = [self._folder.read(name) for name in (embedding, head)]
+        if parts[0].shape != parts[1].shape or not _same_bits(*(part[fragment.slices] for part in parts)):
+            raise ConfigError(
+                self._key,
+                self._folder.folder,
+                f"has {head} that differs from {embedding}, and its config.json says that they are tied",
+                "set tie_word_embeddings to false there if the head is its own, or remove it from the weights",
+            )
 
     def _refuse_differences(self, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
         differences = [f"it has no {name}" for name in expected if name not in found]
@@ -147,3 +166,101 @@ class FileWeights:
     def _refusal(self, rule: str) -> ConfigError:
         fix = "check that config.json and the weights are of the same model, and that no file is missing"
         return ConfigError(self._key, self._folder.folder, rule, fix)
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Also where they are not a number."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+
+
+@dataclass
+class _Draw:
+    """How a parameter begins.
+
+    Args:
+        std: of N(0, std^2); None: all are `constant`.
+        zero_rows: rows that are 0 all the same, as an embedding's of padding.
+    """
+
+    std: float | None
+    constant: float = 0.0
+    zero_rows: tuple[int, ...] = ()
+
+
+class DrawnWeights:
+    """First weights, drawn as the family's own initialisation says: it runs on the meta device, and is listened to.
+
+    Args:
+        causal: the model of transformers, on the meta device.
+        parameters: those to fill, by name.
+        key: what a user calls the folder by.
+
+    Raises:
+        ConfigError: the family draws otherwise than N(0, std^2) or a constant.
+    """
+
+    def __init__(self, causal: Any, parameters: Mapping[str, Tensor], key: str) -> None:
+        self.dtypes = {torch.float32}
+        recorder = _Recorder(dict(parameters))
+        for item in (*causal.modules(), *parameters.values()):
+            item._is_hf_initialized = False
+        with torch.no_grad(), recorder:
+            causal.apply(causal._init_weights)
+        self._draws = recorder.draws
+        unknown = recorder.unknown or [f"leaves {name} as it is" for name in parameters if name not in self._draws]
+        if unknown:
+            raise ConfigError(
+                key,
+                type(causal).__name__,
+                f"draws its first weights in a way that is not known here: it {unknown[0]}",
+                "begin with weights: model.path=DIR",
+            )
+
+    def fill(self, name: str, local: Tensor, fragment: Fragment, seed: int) -> None:
+        draw = self._draws[name]
+        if draw.std is None:
+            local.fill_(draw.constant)
+            return
+        fill_normal_(local, fragment, seed=seed, std=draw.std)
+        for row in draw.zero_rows:
+            if fragment.offset[0] <= row < fragment.offset[0] + fragment.shape[0]:
+                local[row - fragment.offset[0]] = 0.0
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what is written into parameters."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self.draws: dict[str, _Draw] = {}
+        self.unknown: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        target = args[0] if args else None
+        if func._schema.is_mutable and isinstance(target, Tensor):
+            self._note(func.overloadpacket.__name__, target, args[1:], kwargs)
+        return func(*args, **kwargs)
+
+    def _note(self, op: str, target: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        base = target if target._base is None else target._base
+        name = self._names.get(id(target), self._names.get(id(base)))
+        if name is None:
+            return
+        if id(target) not in self._names:
+            is_row = op in ("zero_", "fill_") and not (args and args[0]) and base.ndim == 2 and target.ndim == 1
+            if is_row and name in self.draws:
+                row = target.storage_offset() // base.shape[1]
+                self.draws[name].zero_rows = (*self.draws[name].zero_rows, row)
+            else:
+                self.unknown.append(f"writes a part of {name} by {op}")
+        elif op == "normal_":
+            mean, std = (*args, *(kwargs.get(key, default) for key, default in (("mean", 0.0), ("std", 1.0))))[:2]
+            self.draws[name] = _Draw(float(std))
+            if mean:
+                self.unknown.append(f"draws {name} around {mean}")
+        elif op in ("zero_", "fill_"):
+            self.draws[name] = _Draw(None, float(args[0]) if args else 0.0)
+        else:
+            self.unknown.append(f"writes {name} by {op}")

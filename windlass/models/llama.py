@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from windlass.models.attention import Documents, attention
 from windlass.models.config import LlamaConfig
 from windlass.models.flops import model_flops_per_token
 from windlass.models.micro_batch_fusion import MicroBatches, over_micro_batches
@@ -88,19 +89,17 @@ class Attention(nn.Module):
         return rotate(query, rope), rotate(key, rope), value
 
     def mix(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents | None
     ) -> torch.Tensor:
         """Values weighted by the attention: (batch, seq_len, heads * head_dim)."""
-        mixed = F.scaled_dot_product_attention(
+        mixed = attention(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            enable_gqa=query.shape[2] != key.shape[2],
+            documents,
+            dropout=self.dropout if self.training else 0.0,
         )
-        return mixed.transpose(1, 2).flatten(2)
+        return mixed.flatten(2)
 
 
 class MLP(nn.Module):
@@ -134,27 +133,28 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: MicroBatches, rope: torch.Tensor, mask: MicroBatches | None) -> MicroBatches:
-        return over_micro_batches(self._forward, x, rope, mask)
+    def forward(self, x: MicroBatches, rope: torch.Tensor, documents: Any) -> MicroBatches:
+        """`documents`: of the batch, a list of each micro-batch's, or None."""
+        return over_micro_batches(self._forward, x, rope, documents)
 
-    def _forward(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, rope: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self.layer, x, rope, mask, use_reentrant=False)
-        return self.layer(x, rope, mask)
+            return checkpoint(self.layer, x, rope, documents, use_reentrant=False)
+        return self.layer(x, rope, documents)
 
-    def layer(self, x: torch.Tensor, rope: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    def layer(self, x: torch.Tensor, rope: torch.Tensor, documents: Documents | None) -> torch.Tensor:
         if self.saved_fraction is not None and torch.is_grad_enabled():
-            return token_wise(self, x, rope, mask, self.saved_fraction)
-        return self.after_attention(x, self.attention(*self.before_attention(x, rope), mask))
+            return token_wise(self, x, rope, documents, self.saved_fraction)
+        return self.after_attention(x, self.attention(*self.before_attention(x, rope), documents))
 
     def before_attention(self, x: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries, keys and values, see `Attention.project`."""
         return self.self_attn.project(self.input_layernorm(x), rope)
 
     def attention(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents | None
     ) -> torch.Tensor:
-        return self.self_attn.mix(query, key, value, mask)
+        return self.self_attn.mix(query, key, value, documents)
 
     def after_attention(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
         """The layer's output, of its input and of what `attention` made."""
@@ -195,7 +195,7 @@ class Llama(Model):
     ) -> MicroBatches:
         ids = input_ids if isinstance(input_ids, torch.Tensor) else input_ids[0]
         rope = rope_angles(ids.shape[1], self.config.head_dim, self.config.rope_theta, ids.device)
-        mask = None if document_ids is None else over_micro_batches(document_mask, document_ids)
+        documents = None if document_ids is None else _documents(document_ids)
         # A tied weight is used first and last. Under a name of its own each micro-batch adds up both gradients before
         # they join the other micro-batches', as they do when a micro-batch is a pass of its own.
         weight = (
@@ -206,7 +206,7 @@ class Llama(Model):
         x = self.embed_tokens(input_ids, weight)
         x = over_micro_batches(lambda part: part.to(self.compute_dtype), x)
         for layer in self.layers:
-            x = layer(x, rope, mask)
+            x = layer(x, rope, documents)
         x = self.norm(x)
         return run_head(x, weight, reduce) if self.lm_head is None else self.lm_head(x, reduce)
 
@@ -268,7 +268,8 @@ def rotate(x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def document_mask(document_ids: torch.Tensor) -> torch.Tensor:
-    """Which token may attend to which: bool (batch, 1, seq_len, seq_len), the same document and not later."""
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]
-    return same.tril()
+def _documents(document_ids: Any) -> Any:
+    """The documents of a batch, or of each micro-batch."""
+    if isinstance(document_ids, torch.Tensor):
+        return Documents.of(document_ids)
+    return [Documents.of(ids) for ids in document_ids]

@@ -27,8 +27,8 @@ class Head:
     Args:
         weight: (vocab_size, hidden_size), of any float dtype.
         bias: (vocab_size).
-        scale: of the products.
-        soft_cap: logits become `soft_cap * tanh(logits / soft_cap)`.
+        scale: multiplies the logits, bias included.
+        soft_cap: then logits become `soft_cap * tanh(logits / soft_cap)`.
     """
 
     weight: Tensor
@@ -37,7 +37,11 @@ class Head:
     soft_cap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype."""
+        """(..., vocab_size) of `hidden` (..., hidden_size), in its dtype.
+
+        They are as large as a vocabulary; losses need them a chunk of tokens at a time, see
+        `windlass.train.objectives.cross_entropy`.
+        """
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         logits = F.linear(hidden, self.weight.to(hidden.dtype), bias)
         if self.scale != 1.0:

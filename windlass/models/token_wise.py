@@ -22,6 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from windlass.models.attention import Documents
+
 
 class Layer(Protocol):
     """A layer in the parts that it is cut into."""
@@ -30,7 +32,7 @@ class Layer(Protocol):
         """Queries, keys and values (batch, seq_len, heads, head_dim) of tokens `x` (batch, seq_len, hidden)."""
         ...
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def attention(self, query: Tensor, key: Tensor, value: Tensor, documents: Documents | None) -> Tensor:
         """Returns what the attention makes of them: (batch, seq_len, heads * head_dim)."""
         ...
 
@@ -43,15 +45,15 @@ class Layer(Protocol):
         ...
 
 
-def token_wise(layer: Layer, x: Tensor, rope: Tensor, mask: Tensor | None, saved_fraction: float) -> Tensor:
+def token_wise(layer: Layer, x: Tensor, rope: Tensor, documents: Documents | None, saved_fraction: float) -> Tensor:
     """The output of `layer` for `x` (batch, seq_len, hidden), keeping what the saved fraction of the tokens needs."""
     num_kept = round(saved_fraction * x.shape[1])
     if num_kept == x.shape[1]:
-        return layer.after_attention(x, layer.attention(*layer.before_attention(x, rope), mask))
+        return layer.after_attention(x, layer.attention(*layer.before_attention(x, rope), documents))
     kept, rest = x[:, :num_kept], x[:, num_kept:]
     heads = layer.before_attention(kept, rope[:, :num_kept])
     parameters = layer.parameters_before_attention()
-    mixed = _Attention.apply(layer, rope[:, num_kept:], mask, rest, *heads, *parameters)
+    mixed = _Attention.apply(layer, rope[:, num_kept:], documents, rest, *heads, *parameters)
     kept = layer.after_attention(kept, mixed[:, :num_kept])
     rest = checkpoint(layer.after_attention, rest, mixed[:, num_kept:], use_reentrant=False)
     return torch.cat((kept, rest), dim=1)
@@ -61,11 +63,13 @@ class _Attention(torch.autograd.Function):
     """The attention over all tokens, which keeps queries, keys and values of the first of them."""
 
     @staticmethod
-    def forward(ctx: Any, layer: Layer, rope: Tensor, mask: Tensor | None, rest: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, layer: Layer, rope: Tensor, documents: Documents | None, rest: Tensor, *inputs: Tensor
+    ) -> Tensor:
         """`inputs`: queries, keys and values of the tokens that are kept, then the parameters before the attention."""
         ctx.layer, ctx.rope, ctx.replay = layer, rope, _Replay()
         heads = _join(inputs[:3], layer.before_attention(rest, rope))
-        mixed, saved = ctx.replay.record(lambda query, key, value: layer.attention(query, key, value, mask), heads)
+        mixed, saved = ctx.replay.record(lambda query, key, value: layer.attention(query, key, value, documents), heads)
         ctx.save_for_backward(rest, *inputs, *saved)
         return mixed
 

@@ -12,7 +12,6 @@ from windlass.models.config import LlamaConfig
 from windlass.models.llama import (
     Llama,
     RMSNorm,
-    document_mask,
     rope_angles,
     rotate,
 )
@@ -77,11 +76,6 @@ def test_a_masked_document_is_as_if_alone() -> None:
     torch.testing.assert_close(together[:, 5:], model(ids[:, 5:]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(together[:, :5], model(ids[:, :5]), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(together[:, 5:], model(ids)[:, 5:], atol=1e-2), "unmasked, it sees the first document"
-
-
-def test_the_mask_is_the_same_document_and_not_later() -> None:
-    mask = document_mask(torch.tensor([[0, 0, 1]]))
-    assert mask.tolist() == [[[[True, False, False], [True, True, False], [False, False, True]]]]
 
 
 def test_the_order_of_tokens_matters() -> None:

@@ -171,12 +171,12 @@ def test_without_gradients_it_is_the_loss_of_each_batch() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_blocks_can_be_traced(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of `torch.compile` but the compiler."""
+    """All of `torch.compile` but the compiler. (Documents break the graph: each batch has others.)"""
     batches = make_batches(2)
-    _, plain = fused(build(recompute=recompute), batches, masked=True)
+    _, plain = fused(build(recompute=recompute), batches, masked=False)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *args, **_: compile_(*args, backend="aot_eager", fullgraph=True))
-    _, traced = fused(build(recompute=recompute, compile_blocks=True), batches, masked=True)
+    _, traced = fused(build(recompute=recompute, compile_blocks=True), batches, masked=False)
     torch.testing.assert_close(plain, traced, rtol=1e-3, atol=1e-3)
 
 
