@@ -17,6 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from windlass.conf.plugins import load_plugins
 from windlass.conf.schema import ADDED_LATER, GROUPS, PATH_KEYS, Config, schema_of
 from windlass.conf.text_values import home_expanded
+from windlass.data.config import BYTES, ChatDataConfig, PreparedDataConfig
 from windlass.errors import ConfigError
 from windlass.files import atomic_file, sync_folder
 from windlass.untrusted import Malformed, convert, read_yaml
@@ -52,7 +53,15 @@ def to_config(composed: DictConfig) -> Config:
         path = getattr(owner, name, None)
         if path is not None:
             setattr(owner, name, home_expanded(key, path))
+    _resolve_tokenizer(config)
     return config
+
+
+def _resolve_tokenizer(config: Config) -> None:
+    """Sets a `data.tokenizer` that was left null: the folder of the model, and bytes for text where it has none."""
+    data = config.data
+    if isinstance(data, PreparedDataConfig) and data.tokenizer is None:
+        data.tokenizer = config.model.folder or (None if isinstance(data, ChatDataConfig) else BYTES)
 
 
 def _refuse_added_keys(node: DictConfig, schema: type, prefix: str = "") -> None:

@@ -52,13 +52,16 @@ class BatchMaker(Protocol):
         """Tokens behind a sequence that its labels need."""
         ...
 
-    def make_batch(self, tokens: np.ndarray, documents: np.ndarray, borders: Borders) -> Batch:
-        """Makes a batch of windows of the stream.
+    def make_batch(
+        self, tokens: np.ndarray, documents: np.ndarray, borders: Borders, counts: np.ndarray | None = None
+    ) -> Batch:
+        """Makes a batch of samples.
 
         Args:
             tokens: int64 [B, T + lookahead].
             documents: int32 of the same shape, the number of each token's document in its window, from 0.
             borders: with `Borders.none` a label may be of another document than its input.
+            counts: bool of the same shape, True for tokens that may be labels; None: all may, and it is left out.
         """
         ...
 
@@ -68,11 +71,15 @@ class NextTokens:
 
     lookahead = 1
 
-    def make_batch(self, tokens: np.ndarray, documents: np.ndarray, borders: Borders) -> Batch:
+    def make_batch(
+        self, tokens: np.ndarray, documents: np.ndarray, borders: Borders, counts: np.ndarray | None = None
+    ) -> Batch:
         """With `Borders.none` the last token of a document is to predict the first of the next; otherwise no label
         counts whose input is of another document."""
         labels = tokens[:, 1:].copy()
         if borders != Borders.none:
             labels[documents[:, 1:] != documents[:, :-1]] = IGNORE_INDEX
+        if counts is not None:
+            labels[~counts[:, 1:]] = IGNORE_INDEX
         input_ids, document_ids = tokens[:, :-1].copy(), documents[:, :-1].copy()
         return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), torch.from_numpy(document_ids))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from windlass.data.sources import Source
 
 SOURCES = Registry("data")
+BYTES = "bytes"
+"""The tokenizer that needs no file."""
 
 
 class Borders(StrEnum):
@@ -41,6 +43,31 @@ class TextFormat(Enum):
     json = "json"
 
 
+class ChatFormat(Enum):
+    """The ways to read a row of conversations: by its keys, or as one of them says."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
+
+
+class TooLong(StrEnum):
+    """The ways to treat documents that are longer than a sample."""
+
+    truncate = "truncate"
+    drop = "drop"
+    error = "error"
+
+
+class Packing(StrEnum):
+    """The ways to make samples of whole documents: as many as fit into each, or one each."""
+
+    documents = "documents"
+    none = "none"
+
+
 @dataclass
 class DataConfig:
     """The settings of a data group. `borders`: see `Borders`; a label across a border does not count unless `none`."""
@@ -59,8 +86,9 @@ class DataConfig:
 class PreparedDataConfig(DataConfig):
     """A group whose text is tokenised before the run, once, into `cache_dir`."""
 
-    tokenizer: str = "bytes"
-    """`bytes`, or the path of a Hugging Face `tokenizer.json`."""
+    tokenizer: str | None = None
+    """`bytes`, or the path of a Hugging Face `tokenizer.json`; null is the folder of the model, `bytes` where it has
+    none."""
     cache_dir: str | None = None
     """Where tokenised data is kept; null is `$XDG_CACHE_HOME/windlass` or `~/.cache/windlass`."""
     validation_fraction: float = bounded(0.05, above=0, below=1)
@@ -114,6 +142,27 @@ class ParquetDataConfig(PreparedDataConfig):
 
 
 @dataclass
+class ChatDataConfig(PreparedDataConfig):
+    """Conversations, a row each, in JSON Lines, JSON arrays and Parquet; answers alone are learned.
+
+    `path` is a file, a folder, or what `windlass data prepare --format chat` wrote.
+    """
+
+    name: str = "chat"
+    borders: Borders = Borders.attention
+    tokenizer: str | None = None
+    """The Hugging Face folder with the tokenizer and its chat template; null is the folder of the model."""
+    path: str = "???"
+    glob: str = "**/*"
+    follow_links: bool = False
+    format: ChatFormat = ChatFormat.auto
+    """`auto` goes by the keys of each row."""
+    packing: Packing = Packing.documents
+    too_long: TooLong = TooLong.truncate
+    """The way to treat conversations of more than `train.seq_len` tokens."""
+
+
+@dataclass
 class TokensDataConfig(DataConfig):
     """A folder that `windlass data prepare` wrote."""
 
@@ -124,4 +173,5 @@ class TokensDataConfig(DataConfig):
 SOURCES.add("stdlib", StdlibDataConfig, "windlass.data.sources:build_stdlib")
 SOURCES.add("text", TextDataConfig, "windlass.data.sources:build_text")
 SOURCES.add("parquet", ParquetDataConfig, "windlass.data.sources:build_parquet")
+SOURCES.add("chat", ChatDataConfig, "windlass.data.chat:build_chat")
 SOURCES.add("tokens", TokensDataConfig)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
-from windlass.data.json_rows import ArrayUnit, parse_row, text_of_row
-from windlass.data.parquet import ParquetUnit
+from windlass.data.chat_rows import conversation_of_row, to_text
+from windlass.data.config import ChatFormat
+from windlass.data.json_rows import ROW_DECODER, ArrayUnit, Row, parse_row, text_of_row
+from windlass.data.parquet import ParquetRowsUnit, ParquetUnit
 from windlass.data.source_files import (
     BLOCK_BYTES,
     Document,
@@ -81,6 +84,21 @@ class RecordsUnit:
         return self.file.size if self.file.codec is not None else self.stop - self.start
 
     def documents(self, tally: Tally) -> Iterator[Document]:
+        for offset, text, num_bytes in self._decoded(tally):
+            text = text.strip("\r\n") if self.text_key is None else self._text_of(text, self.text_key, offset, tally)
+            if text:
+                yield Document(f"{self.file.name}\0{offset}", text, num_bytes)
+            else:
+                tally.empty_documents += 1
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        """The records as JSON values, numbers included."""
+        for offset, record, num_bytes in self._decoded(tally):
+            refused = partial(self._bad_line, offset)
+            yield Row(f"{self.file.name}\0{offset}", parse_row(record, refused, ROW_DECODER), num_bytes, refused)
+
+    def _decoded(self, tally: Tally) -> Iterator[tuple[int, str, int]]:
+        """Byte offset, text and bytes of each record that is not blank."""
         for offset, record in self._records(tally):
             if not record.strip():
                 continue
@@ -88,13 +106,7 @@ class RecordsUnit:
                 text = decode(record, self.encoding_errors, tally)
             except UnicodeDecodeError as error:
                 raise not_utf8(self.file, offset + error.start) from None
-            if offset == 0:
-                text = text.removeprefix("\ufeff")
-            text = text.strip("\r\n") if self.text_key is None else self._text_of(text, self.text_key, offset, tally)
-            if text:
-                yield Document(f"{self.file.name}\0{offset}", text, len(record))
-            else:
-                tally.empty_documents += 1
+            yield offset, text.removeprefix("\ufeff") if offset == 0 else text, len(record)
 
     def _records(self, tally: Tally) -> Iterator[tuple[int, bytes]]:
         """Byte offset and content of each record. The last one may reach beyond `stop`."""
@@ -159,7 +171,30 @@ class RecordsUnit:
         return DataError("data.path", f"{self.file.path}:{line}", rule, fix)
 
 
-Unit = FilesUnit | RecordsUnit | ArrayUnit | ParquetUnit
+@dataclass(frozen=True)
+class ChatUnit:
+    """The rows of another unit as conversations; a document is the JSON of one, see `chat_rows.to_text`."""
+
+    rows: RecordsUnit | ArrayUnit | ParquetRowsUnit
+    format: str
+    """A `ChatFormat`."""
+
+    @property
+    def file(self) -> SourceFile:
+        return self.rows.file
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows.num_bytes
+
+    def documents(self, tally: Tally) -> Iterator[Document]:
+        chat_format = ChatFormat(self.format)
+        for row in self.rows.rows(tally):
+            conversation = conversation_of_row(row.value, chat_format, row.refused)
+            yield Document(row.identity, to_text(conversation, row.refused), row.num_bytes, row.refused)
+
+
+Unit = FilesUnit | RecordsUnit | ArrayUnit | ParquetUnit | ChatUnit
 
 
 def unit_files(unit: Unit) -> tuple[SourceFile, ...]:
@@ -171,6 +206,12 @@ def unit_identity(unit: Unit) -> dict[str, Any]:
 
     Of files without a time it leaves out where they lie: there the source's settings tell their content.
     """
+    if isinstance(unit, ChatUnit):
+        return {"kind": "ChatUnit", "format": unit.format, "rows": _plain(unit.rows)}
+    return _plain(unit)
+
+
+def _plain(unit: Unit | ParquetRowsUnit) -> dict[str, Any]:
     fields: dict[str, Any] = {"kind": type(unit).__name__, **asdict(unit)}
     for file in [fields["file"]] if "file" in fields else fields["files"]:
         if file["mtime_ns"] == 0:

@@ -6,7 +6,7 @@ import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from windlass.data.source_files import (
     BLOCK_BYTES,
@@ -24,16 +24,29 @@ Refusal = Callable[[str, str], DataError]
 """Rule and fix to the error that names the row."""
 
 _DECODER = json.JSONDecoder(parse_int=lambda digits: 0)
-"""No number of a row is used, and one of 5,000 digits takes its time."""
+"""No number of a row of text is used, and one of 5,000 digits takes its time."""
+ROW_DECODER = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) <= 20 else float(digits))
+"""Keeps the numbers of a row, which a description of a tool may hold."""
+
+
+class Row(NamedTuple):
+    """A row that is not a document as it is."""
+
+    identity: str
+    value: Any
+    num_bytes: int
+    refused: Refusal
+
+
 LONGEST_WORD = len("-Infinity") + len("\\ud83d\\ude00")
 """The longest word that may be cut off at the end of a block; its begin is that far before the end, at most."""
 AS_TEXT = "set data.format=text (--format text) if the file is a document as it is"
 
 
-def parse_row(row: str, refused: Refusal) -> Any:
+def parse_row(row: str, refused: Refusal, decoder: json.JSONDecoder = _DECODER) -> Any:
     """The JSON value `row`. Raises what `refused` makes."""
     try:
-        return _DECODER.decode(row)
+        return decoder.decode(row)
     except json.JSONDecodeError as error:
         raise refused(f"is not JSON ({error.msg})", "mend or remove the line") from None
     except RecursionError:
@@ -43,7 +56,7 @@ def parse_row(row: str, refused: Refusal) -> Any:
 def text_of_row(value: object, text_key: str, encoding_errors: str, tally: Tally, refused: Refusal) -> str:
     """The text of a row, which is to be an object that has it under `text_key`. Raises what `refused` makes."""
     if not isinstance(value, dict):
-        raise refused(f"must be a JSON object, not {_json_type(value)}", f"mend the line, or {AS_TEXT}")
+        raise refused(f"must be a JSON object, not {json_type(value)}", f"mend the line, or {AS_TEXT}")
     if text_key not in value:
         keys = _printable(shortened(", ".join(value) or "none"))
         raise refused(
@@ -53,7 +66,7 @@ def text_of_row(value: object, text_key: str, encoding_errors: str, tally: Tally
     text = value[text_key]
     if not isinstance(text, str):
         raise refused(
-            f"must hold a string under data.text_key={text_key!r}, not {_json_type(text)}",
+            f"must hold a string under data.text_key={text_key!r}, not {json_type(text)}",
             "mend the line, or set data.text_key (--text-key) to the key that holds the text",
         )
     try:
@@ -83,19 +96,25 @@ class ArrayUnit:
         return self.file.size
 
     def documents(self, tally: Tally) -> Iterator[Document]:
-        for index, (value, size) in enumerate(self._elements(tally)):
-            refused = self._refusal(f"{self.file.path}[{index}]")
-            text = text_of_row(value, self.text_key, self.encoding_errors, tally, refused)
+        for row in self._elements(tally, _DECODER):
+            text = text_of_row(row.value, self.text_key, self.encoding_errors, tally, row.refused)
             if text:
-                yield Document(f"{self.file.name}\0{index}", text, size)
+                yield Document(row.identity, text, row.num_bytes)
             else:
                 tally.empty_documents += 1
 
-    def _elements(self, tally: Tally) -> Iterator[tuple[Any, int]]:
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        return self._elements(tally, ROW_DECODER)
+
+    def _elements(self, tally: Tally, decoder: json.JSONDecoder) -> Iterator[Row]:
+        for index, (value, size) in enumerate(self._values(tally, decoder)):
+            yield Row(f"{self.file.name}\0{index}", value, size, self._refusal(f"{self.file.path}[{index}]"))
+
+    def _values(self, tally: Tally, decoder: json.JSONDecoder) -> Iterator[tuple[Any, int]]:
         """Each element, and about how many bytes it takes. One is in memory at a time, and a block of the file."""
         refused = self._refusal(self.file.path)
         with open_text(self.file) as stream:
-            text = _Text(self.file, stream, self.encoding_errors, tally)
+            text = _Text(self.file, stream, self.encoding_errors, tally, decoder)
             if text.next_character() != "[":
                 raise refused("is not a JSON array, as its beginning said", "mend the file")
             text.position += 1
@@ -118,8 +137,11 @@ class ArrayUnit:
 class _Text:
     """The part of a file's text that is not parsed yet, read a block at a time."""
 
-    def __init__(self, file: SourceFile, stream: BinaryIO, encoding_errors: str, tally: Tally) -> None:
+    def __init__(
+        self, file: SourceFile, stream: BinaryIO, encoding_errors: str, tally: Tally, decoder: json.JSONDecoder
+    ) -> None:
         self._file, self._stream, self._errors, self._tally = file, stream, encoding_errors, tally
+        self._row_decoder = decoder
         self._decoder = codecs.getincrementaldecoder("utf-8")("strict")
         self._num_read, self._is_over, self._is_mended = 0, False, False
         self._text, self.position = "", 0
@@ -143,7 +165,7 @@ class _Text:
         size = BLOCK_BYTES
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self.position)
+                value, end = self._row_decoder.raw_decode(self._text, self.position)
                 length = end - self.position
                 if end < len(self._text) or not self._more(size):  # a number may go on behind its end
                     self.position += length
@@ -179,7 +201,8 @@ class _Text:
         return not self._is_over or bool(text)
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """The kind of a JSON value, for messages."""
     names: dict[type, str] = {
         dict: "an object",
         list: "an array",

@@ -13,8 +13,9 @@ import torch
 from windlass.data.batch import IGNORE_INDEX, Batch, BatchMaker, NextTokens
 from windlass.data.config import Borders
 from windlass.data.permutation import permute
+from windlass.data.samples import Samples, StreamWindows
 from windlass.data.shards import TokenDataset
-from windlass.errors import DataError, IncompatibleCheckpoint
+from windlass.errors import IncompatibleCheckpoint
 
 PLAN_SAMPLES = 4096
 """Samples whose places are looked up together, so that numpy's overhead a call is shared."""
@@ -26,8 +27,10 @@ EVALUATION_SEED = 0
 class Loader(Iterator[Batch]):
     """Endless micro-batches of one data position, made ahead by a background thread.
 
-    Sample i is the tokens [i*T, i*T + T] of the stream: T inputs, and T labels one further, or what `maker` makes of
-    them. Position p of the run is the sample that the permutation of epoch p // num_samples puts at p % num_samples. At
+    Sample i of the stream is its tokens [i*T, i*T + T]: T inputs, and T labels one further, or what `maker` makes of
+    them; see `windlass.data.samples` for others.
+
+    Position p of the run is the sample that the permutation of epoch p // num_samples puts at p % num_samples. At
     cursor c data position r of R gets the positions c + r*B ... c + r*B + B - 1, and then the cursor rises by B*R. So
     the order depends on the cursor alone, and a run that goes on from a cursor, with any batch size and number of
     ranks, sees every sample once an epoch.
@@ -40,7 +43,8 @@ class Loader(Iterator[Batch]):
         prefetch: micro-batches that are kept ready.
         cursor: where to begin: samples that all ranks together have had before.
         pin_memory: put the tensors into page-locked memory (needs a GPU).
-        maker: makes batches of windows of the stream.
+        maker: makes batches of samples.
+        samples: None: windows of the stream.
 
     Raises:
         DataError: the stream is shorter than one sample.
@@ -61,10 +65,12 @@ class Loader(Iterator[Batch]):
         cursor: int = 0,
         pin_memory: bool = False,
         maker: BatchMaker | None = None,
+        samples: Samples | None = None,
     ) -> None:
         assert batch_size >= 1 and prefetch >= 1 and 0 <= data_rank < num_data_ranks and cursor >= 0
         self._maker = maker or NextTokens()
-        self.num_samples = count_samples(dataset, seq_len, self._maker.lookahead)
+        self.samples = samples or StreamWindows(dataset, seq_len, self._maker.lookahead)
+        self.num_samples = self.samples.num_samples
         """Samples in an epoch."""
         self._dataset, self._batch_size, self._seq_len = dataset, batch_size, seq_len
         self._data_rank, self._num_data_ranks, self._seed = data_rank, num_data_ranks, seed
@@ -98,6 +104,7 @@ class Loader(Iterator[Batch]):
             "num_samples": self.num_samples,
             "shuffle": self._shuffle,
             "fingerprint": self._dataset.fingerprint,
+            **self.samples.settings,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -119,12 +126,14 @@ class Loader(Iterator[Batch]):
             "seed": f"set train.seed={state.get('seed')}",
             "seq_len": f"set train.seq_len={state.get('seq_len')}",
             "shuffle": f"set data.shuffle={str(state.get('shuffle')).lower()}",
+            "packing": f"set data.packing={state.get('packing')}",
+            "too_long": f"set data.too_long={state.get('too_long')}",
         }
         for name, fix in fixes.items():
-            if state.get(name) != own[name]:
+            if state.get(name) != own.get(name):
                 rule = f"must be {state.get(name)} as in the checkpoint, which counts samples in that order"
                 key = {"seed": "train.seed", "seq_len": "train.seq_len"}.get(name, f"data.{name}")
-                raise IncompatibleCheckpoint(key, own[name], rule, f"{fix}, or start a new run")
+                raise IncompatibleCheckpoint(key, own.get(name), rule, f"{fix}, or start a new run")
         cursor = state["cursor"]
         if type(cursor) is not int or cursor < 0:
             raise ValueError(f"{cursor!r} is no number of samples")
@@ -152,7 +161,7 @@ class Loader(Iterator[Batch]):
             if self._shuffle:
                 samples = permute(samples, self.num_samples, self._seed, epochs)
             for of_batch in samples.reshape(positions.shape):
-                batch = make_batch(self._dataset, of_batch, self._seq_len, self._borders, self._maker)
+                batch = make_batch(self._dataset, of_batch, self._seq_len, self._borders, self._maker, self.samples)
                 yield batch.pin_memory() if self._pin_memory else batch
             cursor += stride * num_ahead
 
@@ -167,6 +176,7 @@ def evaluation_batches(
     num_data_ranks: int,
     borders: Borders = Borders.loss,
     maker: BatchMaker | None = None,
+    samples: Samples | None = None,
 ) -> Iterator[Batch]:
     """min(num_samples, max_samples) samples from all over the stream, always the same, each at one data position.
 
@@ -180,49 +190,45 @@ def evaluation_batches(
         DataError: the stream is shorter than one sample. At the call, not at the first batch.
     """
     maker = maker or NextTokens()
-    total = count_samples(dataset, seq_len, maker.lookahead)
-    num_samples = min(total, max_samples)
+    source = samples or StreamWindows(dataset, seq_len, maker.lookahead)
+    num_samples = min(source.num_samples, max_samples)
 
     def batches() -> Iterator[Batch]:
         for first in range(0, num_samples, batch_size * num_data_ranks):
             begin = first + data_rank * batch_size
-            samples = np.arange(begin, begin + batch_size)
-            padding = samples >= num_samples
-            chosen = permute(np.where(padding, 0, samples), total, EVALUATION_SEED)
-            batch = make_batch(dataset, chosen, seq_len, borders, maker)
+            numbers = np.arange(begin, begin + batch_size)
+            padding = numbers >= num_samples
+            chosen = permute(np.where(padding, 0, numbers), source.num_samples, EVALUATION_SEED)
+            batch = make_batch(dataset, chosen, seq_len, borders, maker, source)
             batch.labels[torch.from_numpy(padding)] = IGNORE_INDEX
             yield batch
 
     return batches()
 
 
-def count_samples(dataset: TokenDataset, seq_len: int, lookahead: int = 1) -> int:
-    """Samples of `seq_len` inputs, and `lookahead` tokens more, in the stream. Raises DataError if there is none."""
-    num_samples = (dataset.num_tokens - lookahead) // seq_len
-    if num_samples < 1:
-        raise DataError(
-            "train.seq_len",
-            seq_len,
-            f"the {dataset.split} text is too short: {dataset.num_tokens} tokens of {seq_len + lookahead} needed",
-            f"set train.seq_len to {dataset.num_tokens - lookahead} or less, or give more text",
-        )
-    return num_samples
-
-
 def make_batch(
-    dataset: TokenDataset, samples: np.ndarray, seq_len: int, borders: Borders, maker: BatchMaker | None = None
+    dataset: TokenDataset,
+    numbers: np.ndarray,
+    seq_len: int,
+    borders: Borders,
+    maker: BatchMaker | None = None,
+    samples: Samples | None = None,
 ) -> Batch:
-    """The `samples` [B] of the stream as a batch."""
+    """The samples `numbers` [B] as a batch; None for `samples`: windows of the stream."""
     maker = maker or NextTokens()
-    length, starts = seq_len + maker.lookahead, (samples * seq_len).tolist()
-    tokens = np.empty((len(samples), length), dtype=np.int64)
-    documents = np.empty((len(samples), length), dtype=np.int32)
-    for row, start in enumerate(starts):
-        tokens[row], documents[row] = dataset.window(start, length)
+    samples = samples or StreamWindows(dataset, seq_len, maker.lookahead)
+    shape = (len(numbers), seq_len + maker.lookahead)
+    tokens = np.empty(shape, dtype=np.int64)
+    documents = np.empty(shape, dtype=np.int32)
+    counts = np.empty(shape, dtype=bool) if samples.has_counts else None
+    for row, number in enumerate(numbers.tolist()):
+        samples.read(number, tokens[row], documents[row], None if counts is None else counts[row])
     if int(tokens.max()) > dataset.max_token_id:  # a flipped bit, which would be looked up beyond the embedding's end
-        for start in starts:
-            dataset.check_ids(start, length)
-    return maker.make_batch(tokens, documents, borders)
+        for number in numbers.tolist():
+            samples.check_ids(number)
+    if counts is None:
+        return maker.make_batch(tokens, documents, borders)
+    return maker.make_batch(tokens, documents, borders, counts)
 
 
 class _Producer:

@@ -52,6 +52,10 @@ class ShardInfo:
     tokens_sha256: str
     batch_num_tokens: list[int]
     """Tokens in each record batch, so that a position is found without opening the shard."""
+    num_targets: int | None = None
+    """Tokens that are learned, of which the shard has a column; null: it has none, and all of them are."""
+    max_token_id: int | None = None
+    """The largest token, where the manifest's frequencies are those of targets alone."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,12 @@ class SplitInfo:
     num_documents: int
     num_tokens: int
     shards: list[ShardInfo]
+
+    @property
+    def num_targets(self) -> int | None:
+        """Tokens that are learned; None: all of them."""
+        counts = [shard.num_targets for shard in self.shards if shard.num_targets is not None]
+        return sum(counts) if counts else None
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,7 @@ class Manifest:
         tokenizer: `spec` (`bytes`, or `tokenizer.json` in this folder), `name`, `fingerprint`, `vocab_size`,
             `eos_id`.
         settings: as `settings.json`.
-        unigram_entropy_nats: cross entropy in nats a token of the validation split under the training split's
+        unigram_entropy_nats: cross entropy in nats a target of the validation split under the training split's
             unigram frequencies with add-one smoothing, p(t) = (count(t) + 1) / (num_tokens + vocab_size). A
             model that ignores all context can do no better than about this.
         train_entropy_nats: entropy of the training split's unigram frequencies, -sum f(t) ln f(t).
@@ -98,6 +108,8 @@ class Manifest:
     train_entropy_nats: float
     fingerprint: str
     tally: Tally = field(default_factory=Tally)
+    tokenizer_files: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file of the tokenizer of conversations, by its name in this folder."""
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -134,6 +146,8 @@ def _check(manifest: Manifest) -> None:
         for i, shard in enumerate(split.shards):
             check_shard(shard, token_bytes, f"splits.{name}.shards[{i}]")
         require(sum(shard.num_tokens for shard in split.shards) == split.num_tokens, f"`splits.{name}` does not add up")
+    has_targets = {shard.num_targets is not None for split in manifest.splits.values() for shard in split.shards}
+    require(len(has_targets) <= 1, "`splits` have targets in some shards only")
 
 
 def check_shard(shard: ShardInfo, token_bytes: int, where: str) -> None:
@@ -146,6 +160,7 @@ def check_shard(shard: ShardInfo, token_bytes: int, where: str) -> None:
         # Each document has the token that ends it.
         "has an impossible number of documents": 0 < shard.num_documents <= shard.num_tokens,
         "has more tokens than bytes": shard.num_tokens * token_bytes <= shard.num_bytes,
+        "has an impossible number of targets": 0 <= (shard.num_targets or 0) <= shard.num_tokens,
     }
     for rule, holds in rules.items():
         if not holds:

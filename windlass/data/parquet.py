@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from windlass.data.json_rows import Row
 from windlass.data.source_files import (
     BLOCK_BYTES,
     REPLACE_FIX,
@@ -48,7 +50,7 @@ class ParquetUnit:
         row, num_bytes = self.first_row, 0
         with open_parquet(self.file) as parquet:
             for group in range(self.first_row_group, self.stop_row_group):
-                num_rows = self._batch_rows(parquet, group)
+                num_rows = _batch_rows(self.file, parquet, group, [self.column])
                 for batch in parquet.iter_batches(num_rows, [group], [self.column], use_threads=False):
                     for value in _as_binary(batch.column(0)).to_pylist():
                         if value is None:
@@ -68,27 +70,69 @@ class ParquetUnit:
         except UnicodeDecodeError as error:
             raise self._bad_row(row, f"is not UTF-8 at its byte {error.start}", REPLACE_FIX) from None
 
-    def _batch_rows(self, parquet: pq.ParquetFile, group: int) -> int:
-        """Rows to read at once, so that no batch takes much memory whatever the file says of itself."""
-        most = MAX_BATCH_ROWS
-        for chunk in _chunks(parquet.metadata.row_group(group), self.column):
-            num_bytes = max(1, chunk.total_uncompressed_size)
-            check_expansion(self.file, num_bytes)
-            most = min(most, BATCH_BYTES * max(1, chunk.num_values) // num_bytes)
-            if chunk.has_dictionary_page:  # each row may be the largest word of the dictionary
-                most = min(most, MAX_BATCH_BYTES // max(1, self._dictionary_bytes(chunk)))
-            if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each row may repeat the one before it
-                most = min(most, MAX_BATCH_BYTES // num_bytes)
-        return max(1, most)
-
-    def _dictionary_bytes(self, chunk: pq.ColumnChunkMetaData) -> int:
-        """The size of the uncompressed dictionary page, as its header says; of all pages if that cannot be read."""
-        with open_checked(self.file) as stream:
-            stream.seek(max(0, chunk.dictionary_page_offset or 0))
-            return _uncompressed_page_bytes(stream.read(32)) or chunk.total_uncompressed_size
-
     def _bad_row(self, row: int, rule: str, fix: str) -> DataError:
         return DataError("data.path", self.file.path, f"row {row} of column {self.column!r} {rule}", fix)
+
+
+@dataclass(frozen=True)
+class ParquetRowsUnit:
+    """As `ParquetUnit`, of rows of several columns, which may hold lists and structs."""
+
+    file: SourceFile
+    first_row_group: int
+    stop_row_group: int
+    first_row: int
+    num_rows: int
+    num_bytes: int
+    """The size of the columns, uncompressed, as the file's footer says."""
+    columns: tuple[str, ...]
+
+    def rows(self, tally: Tally) -> Iterator[Row]:
+        """The rows as JSON values. A field that a struct has and a row has not is null."""
+        number, num_bytes = self.first_row, 0
+        share = self.num_bytes // max(1, self.num_rows)
+        with open_parquet(self.file) as parquet:
+            for group in range(self.first_row_group, self.stop_row_group):
+                num_rows = _batch_rows(self.file, parquet, group, self.columns)
+                for batch in parquet.iter_batches(num_rows, [group], list(self.columns), use_threads=False):
+                    num_bytes += batch.nbytes
+                    check_expansion(self.file, num_bytes)
+                    batch.validate(full=True)  # strings that are not UTF-8 among others
+                    for value in batch.to_pylist():
+                        yield Row(f"{self.file.name}\0{number}", _without_nulls(value), share, self._refusal(number))
+                        number += 1
+
+    def _refusal(self, row: int) -> Callable[[str, str], DataError]:
+        return lambda rule, fix: DataError("data.path", self.file.path, f"row {row} {rule}", fix)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _batch_rows(file: SourceFile, parquet: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
+    """Rows to read at once, so that no batch takes much memory whatever the file says of itself."""
+    most = MAX_BATCH_ROWS
+    row_group = parquet.metadata.row_group(group)
+    for chunk in _chunks(row_group, columns):
+        num_bytes = max(1, chunk.total_uncompressed_size)
+        check_expansion(file, num_bytes)
+        num_rows = min(chunk.num_values, row_group.num_rows)  # a row of a list has several values
+        most = min(most, BATCH_BYTES * max(1, num_rows) // num_bytes)
+        if chunk.has_dictionary_page:  # each row may be the largest word of the dictionary
+            most = min(most, MAX_BATCH_BYTES // max(1, _dictionary_bytes(file, chunk)))
+        if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each row may repeat the one before it
+            most = min(most, MAX_BATCH_BYTES // num_bytes)
+    return max(1, most)
+
+
+def _dictionary_bytes(file: SourceFile, chunk: pq.ColumnChunkMetaData) -> int:
+    """The size of the uncompressed dictionary page, as its header says; of all pages if that cannot be read."""
+    with open_checked(file) as stream:
+        stream.seek(max(0, chunk.dictionary_page_offset or 0))
+        return _uncompressed_page_bytes(stream.read(32)) or chunk.total_uncompressed_size
 
 
 @contextmanager
@@ -115,21 +159,51 @@ def cut_parquet(file: SourceFile, column: str, encoding_errors: str, target: int
     """
     with open_parquet(file) as parquet:
         _check_column(file, parquet.schema_arrow, column)
-        groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
-        sizes = [
-            (group.num_rows, sum(chunk.total_uncompressed_size for chunk in _chunks(group, column))) for group in groups
-        ]
+        sizes = _group_sizes(file, parquet, [column])
+    for span in _cut_groups(sizes, target):
+        yield ParquetUnit(file, *span, column, encoding_errors)
+
+
+def cut_parquet_rows(
+    file: SourceFile, known: Sequence[str], needed: Sequence[Sequence[str]], target: int
+) -> Iterator[ParquetRowsUnit]:
+    """The units of `file`, of about `target` bytes each, with the columns of it that are `known`.
+
+    Raises:
+        DataError: it is damaged, has a column twice, or has no columns that are `needed`: all of any one of these.
+    """
+    with open_parquet(file) as parquet:
+        names = parquet.schema_arrow.names
+        columns = tuple(name for name in known if name in names)
+        if not any(set(wanted) <= set(columns) for wanted in needed) or any(names.count(name) > 1 for name in columns):
+            wanted = "; ".join(" and ".join(names) for names in needed)
+            rule = f"has the columns of no format once each ({wanted}); it has: {shortened(', '.join(names))}"
+            raise DataError("data.path", file.path, rule, "rename its columns, or leave it out with data.glob (--glob)")
+        sizes = _group_sizes(file, parquet, columns)
+    for span in _cut_groups(sizes, target):
+        yield ParquetRowsUnit(file, *span, columns)
+
+
+def _group_sizes(file: SourceFile, parquet: pq.ParquetFile, columns: Sequence[str]) -> list[tuple[int, int]]:
+    """Rows of each row group, and bytes of the columns in it."""
+    groups = [parquet.metadata.row_group(group) for group in range(parquet.metadata.num_row_groups)]
+    sizes = [
+        (group.num_rows, sum(chunk.total_uncompressed_size for chunk in _chunks(group, columns))) for group in groups
+    ]
     if any(num_rows < 0 or num_bytes < 0 for num_rows, num_bytes in sizes):
         raise DataError("data.path", file.path, "is not a sound Parquet file (a size is negative)", "write it again")
+    return sizes
+
+
+def _cut_groups(sizes: Sequence[tuple[int, int]], target: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """The first row group, the one behind the last, the first row, rows and bytes of each unit."""
     first_group = first_row = row = size = 0
     for group, (num_rows, num_bytes) in enumerate(sizes):
         size += num_bytes
         row += num_rows
         if size >= target or group + 1 == len(sizes):
             if row > first_row:
-                yield ParquetUnit(
-                    file, first_group, group + 1, first_row, row - first_row, size, column, encoding_errors
-                )
+                yield first_group, group + 1, first_row, row - first_row, size
             first_group, first_row, size = group + 1, row, 0
 
 
@@ -151,10 +225,11 @@ def _check_column(file: SourceFile, schema: pa.Schema, column: str) -> None:
         )
 
 
-def _chunks(row_group: pq.RowGroupMetaData, column: str) -> list[pq.ColumnChunkMetaData]:
-    """One; or two, where `a.b` is a column and a field of the column `a`."""
+def _chunks(row_group: pq.RowGroupMetaData, columns: Sequence[str]) -> list[pq.ColumnChunkMetaData]:
+    """Those of the columns, and of what is in them where they are lists and structs."""
     chunks = [row_group.column(i) for i in range(row_group.num_columns)]
-    return [chunk for chunk in chunks if chunk.path_in_schema == column]
+    inside = tuple(f"{column}." for column in columns)
+    return [chunk for chunk in chunks if chunk.path_in_schema in columns or chunk.path_in_schema.startswith(inside)]
 
 
 def _uncompressed_page_bytes(header: bytes) -> int | None:

@@ -19,7 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from windlass.data.config import DataConfig, PreparedDataConfig, TokensDataConfig
+from windlass.data.chat_tokenizer import FILES as CHAT_FILES
+from windlass.data.chat_tokenizer import TEMPLATES, ChatTokenizer, load_chat_tokenizer
+from windlass.data.config import BYTES, ChatDataConfig, DataConfig, PreparedDataConfig, TokensDataConfig
 from windlass.data.documents import RecordsUnit, Unit, unit_identity
 from windlass.data.manifest import (
     FORMAT_VERSION,
@@ -46,7 +48,7 @@ from windlass.data.tokenizer import HuggingFaceTokenizer, Tokenizer, load_tokeni
 from windlass.data.worker import Advanced, Finished, Setup, Task
 from windlass.errors import ConfigError, DataError, require
 from windlass.files import TEMPORARY_SUFFIX, atomic_file, cache_folder, open_growing, refuse_links, sync_folder
-from windlass.text import printable
+from windlass.text import override, printable
 from windlass.untrusted import Malformed, read_json
 
 RULES = 2
@@ -70,12 +72,24 @@ def prepared_folder(cfg: DataConfig, progress: bool = True) -> Path:
             fix = "set data.path=DIR, the folder given to `windlass data prepare --out`"
             raise ConfigError("data.path", cfg.path, "must name a prepared folder", fix)
         folder = Path(cfg.path).expanduser()
-        _say_left_out(Manifest.load(folder), progress)
+        manifest = Manifest.load(folder)
+        if manifest.splits["train"].num_targets is not None:
+            fix = f"{override('data', 'chat')} {override('data.path', cfg.path)}"
+            raise DataError("data.path", folder, "holds conversations, not all of which is learned", f"set {fix}")
+        _say_left_out(manifest, progress)
+        return folder
+    if isinstance(cfg, ChatDataConfig) and is_prepared(Path(cfg.path).expanduser()):
+        folder = Path(cfg.path).expanduser()
+        manifest = Manifest.load(folder)
+        if manifest.splits["train"].num_targets is None:
+            fix = f"set {override('data', 'tokens')} {override('data.path', cfg.path)}"
+            raise DataError("data.path", folder, "was prepared from text and not from conversations", fix)
+        _say_left_out(manifest, progress)
         return folder
     require(isinstance(cfg, PreparedDataConfig), "data", cfg.name, "has no source", "use data=stdlib, text or parquet")
     assert isinstance(cfg, PreparedDataConfig)
     source = cfg.source()
-    tokenizer = load_tokenizer(cfg.tokenizer)
+    tokenizer = _tokenizer_of(cfg)
     settings = _settings(source, tokenizer, cfg.validation_fraction)
     key = sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = _cache_dir(cfg.cache_dir) / f"{source.name}-{key}"
@@ -100,9 +114,21 @@ def vocab_size_of(cfg: DataConfig) -> int:
     Raises:
         ConfigError, DataError: the tokenizer, or the prepared folder, is not there.
     """
-    if isinstance(cfg, PreparedDataConfig):
-        return load_tokenizer(cfg.tokenizer).vocab_size
+    is_folder = isinstance(cfg, ChatDataConfig) and is_prepared(Path(cfg.path).expanduser())
+    if isinstance(cfg, PreparedDataConfig) and not is_folder:
+        return _tokenizer_of(cfg).vocab_size
     return Manifest.load(prepared_folder(cfg)).tokenizer["vocab_size"]
+
+
+def is_prepared(folder: Path) -> bool:
+    """True for a folder that a preparation wrote, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / SETTINGS).is_file()
+
+
+def _tokenizer_of(cfg: PreparedDataConfig) -> Tokenizer:
+    if isinstance(cfg, ChatDataConfig):
+        return load_chat_tokenizer(cfg.tokenizer)
+    return load_tokenizer(cfg.tokenizer or BYTES)
 
 
 def _say_left_out(manifest: Manifest, progress: bool) -> None:
@@ -136,13 +162,14 @@ def prepare(
         DataError: the text cannot be read, a split would have no documents, or the disk is full.
         KeyboardInterrupt: on Ctrl-C, with the folder ready to be resumed.
     """
-    require(
-        0 <= tokenizer.eos_id < tokenizer.vocab_size,
-        "data.tokenizer",
-        tokenizer.name,
-        f"its eos_id={tokenizer.eos_id} must be below its vocab_size={tokenizer.vocab_size}",
-        "correct the tokenizer",
-    )
+    if not isinstance(tokenizer, ChatTokenizer):  # which is not loaded unless there is something to do
+        require(
+            0 <= tokenizer.eos_id < tokenizer.vocab_size,
+            "data.tokenizer",
+            tokenizer.name,
+            f"its eos_id={tokenizer.eos_id} must be below its vocab_size={tokenizer.vocab_size}",
+            "correct the tokenizer",
+        )
     settings = _settings(source, tokenizer, validation_fraction)
     _make_folder(out_dir, key)
     with space_errors(out_dir):
@@ -169,7 +196,7 @@ def _settings(source: Source, tokenizer: Tokenizer, validation_fraction: float) 
         "rules": RULES,
         "source": source.settings,
         "input_files": source.fingerprint,
-        "tokenizer": tokenizer.fingerprint,
+        "tokenizer": tokenizer.files_fingerprint if isinstance(tokenizer, ChatTokenizer) else tokenizer.fingerprint,
         "validation_fraction": validation_fraction,
         "batch_tokens": BATCH_TOKENS,
     }
@@ -245,9 +272,16 @@ def _lay_out(folder: Path, settings: dict[str, Any], tokenizer: Tokenizer) -> No
     write_json(folder / SETTINGS, settings)  # first: from here on the folder is known as ours
     for name in (*SPLITS, UNITS):
         (folder / name).mkdir(exist_ok=True)
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        with atomic_file(folder / TOKENIZER_FILE) as file:
-            file.write(tokenizer.content)
+    for name, content in _tokenizer_files(tokenizer).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        with atomic_file(folder / name) as file:
+            file.write(content)
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    if isinstance(tokenizer, ChatTokenizer):
+        return tokenizer.files
+    return {TOKENIZER_FILE: tokenizer.content} if isinstance(tokenizer, HuggingFaceTokenizer) else {}
 
 
 def _tokenize(source: Source, setup: Setup, num_workers: int | None, progress: bool) -> None:
@@ -319,9 +353,10 @@ def _finish(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict[s
         split: SplitInfo(sum(s.num_documents for s in infos), sum(s.num_tokens for s in infos), infos)
         for split, infos in shards.items()
     }
+    files = _tokenizer_files(tokenizer)
     manifest = Manifest(
         tokenizer={
-            "spec": TOKENIZER_FILE if isinstance(tokenizer, HuggingFaceTokenizer) else tokenizer.name,
+            "spec": TOKENIZER_FILE if TOKENIZER_FILE in files else tokenizer.name,
             "name": tokenizer.name,
             "fingerprint": tokenizer.fingerprint,
             "vocab_size": tokenizer.vocab_size,
@@ -330,11 +365,15 @@ def _finish(source: Source, tokenizer: Tokenizer, folder: Path, settings: dict[s
         settings=settings,
         dtype=token_dtype(tokenizer.vocab_size).name,
         splits=splits,
-        max_token_id=int(np.flatnonzero(counts["train"] + counts["validation"])[-1]),
+        max_token_id=max(
+            int(np.flatnonzero(counts["train"] + counts["validation"])[-1]),
+            *(shard.max_token_id or 0 for split in splits.values() for shard in split.shards),
+        ),
         unigram_entropy_nats=unigram_cross_entropy(counts["train"], counts["validation"]),
         train_entropy_nats=entropy(counts["train"]),
         fingerprint=_stream_fingerprint(tokenizer, splits),
         tally=tally,
+        tokenizer_files={name: sha256(files[name]).hexdigest() for name in sorted(files)},
     )
     for split in SPLITS:
         sync_folder(folder / split)
@@ -371,7 +410,9 @@ def _discard(folder: Path) -> None:
     """Take back what was prepared here. The settings go last: until then the folder is known as ours."""
     for name in (UNITS, *SPLITS):
         shutil.rmtree(folder / name)
-    (folder / TOKENIZER_FILE).unlink(missing_ok=True)
+    for name in (TOKENIZER_FILE, *CHAT_FILES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
     (folder / SETTINGS).unlink()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import errno
+import json
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
+from windlass.data.chat_rendering import RowRefused
+from windlass.data.chat_tokenizer import ChatTokenizer
 from windlass.data.documents import Unit, split_position
 from windlass.data.manifest import SPLITS, ShardInfo, check_shard, shard_file, unit_file, write_json
 from windlass.data.source_files import Document
@@ -103,15 +106,13 @@ def write_unit(
             for split in SPLITS
         }
         for group in _groups(unit.documents(tally)):
-            texts = [document.text for document in group]
-            tally.characters += sum(map(len, texts))
-            for document, ids in zip(group, encode_counting(tokenizer, texts, tally), strict=True):
+            for document, ids, targets in _encoded(tokenizer, group, tally):
                 if ids.size == 0:
                     tally.tokenless_documents += 1
                     continue
                 position = split_position(document.identity)
                 lowest, highest = min(lowest, position), max(highest, position)
-                writers["validation" if position < validation_fraction else "train"].add(ids)
+                writers["validation" if position < validation_fraction else "train"].add(ids, targets)
             on_progress(sum(document.num_bytes for document in group))
         shards = {split: info for split, writer in writers.items() if (info := writer.finish()) is not None}
     counts = {split: writers[split].token_counts for split in shards}
@@ -121,8 +122,30 @@ def write_unit(
     return result
 
 
+def _encoded(
+    tokenizer: Tokenizer, group: list[Document], tally: Tally
+) -> Iterator[tuple[Document, np.ndarray, np.ndarray | None]]:
+    """The documents with their tokens, and flags of those that are learned where not all are."""
+    texts = [document.text for document in group]
+    tally.characters += sum(map(len, texts))
+    if not isinstance(tokenizer, ChatTokenizer):
+        for document, ids in zip(group, encode_counting(tokenizer, texts, tally), strict=True):
+            yield document, ids, None
+        return
+    for document in group:
+        try:
+            encoded = tokenizer.encode_conversation(json.loads(document.text), tally)
+        except RowRefused as error:
+            assert document.refused is not None
+            raise document.refused(error.rule, error.fix) from None
+        yield document, encoded.ids, encoded.targets
+
+
 class ShardWriter:
-    """Documents into an Arrow IPC file with one column `tokens: large_list<uint16|uint32>`, uncompressed.
+    """Documents into an Arrow IPC file with a column `tokens: large_list<uint16|uint32>`, uncompressed.
+
+    Of a tokenizer of conversations there is another column, `targets: large_list<uint8>`, with 1 for each token that is
+    learned, and no token is added behind a document.
 
     A context manager. The file appears under its name when the body ends after `finish`, and does not if the
     body raises or no document was added.
@@ -134,7 +157,14 @@ class ShardWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._eos = np.array([tokenizer.eos_id], dtype=self._dtype)
         item = pa.field("item", pa.from_numpy_dtype(self._dtype), nullable=False)
-        self._schema = pa.schema([pa.field("tokens", pa.large_list(item), nullable=False)])
+        columns = [pa.field("tokens", pa.large_list(item), nullable=False)]
+        self._has_targets = isinstance(tokenizer, ChatTokenizer)
+        if self._has_targets:
+            flag = pa.field("item", pa.uint8(), nullable=False)
+            columns.append(pa.field("targets", pa.large_list(flag), nullable=False))
+        self._schema = pa.schema(columns)
+        self._pending_targets: list[np.ndarray] = []
+        self._num_targets = self._max_token_id = 0
         self._pending: list[np.ndarray] = []
         self._pending_tokens = 0
         self._num_documents = 0
@@ -151,8 +181,13 @@ class ShardWriter:
     def __exit__(self, *exc_info: Any) -> None:
         self._stack.__exit__(*exc_info)
 
-    def add(self, ids: np.ndarray) -> None:
-        """Add a document of `ids`, integers [num_tokens], and the end-of-document id after it."""
+    def add(self, ids: np.ndarray, targets: np.ndarray | None = None) -> None:
+        """Adds a document of `ids`, integers [num_tokens], and the end-of-document id after it.
+
+        Args:
+            targets: uint8 [num_tokens], 1 for each that is learned; the document has its end then.
+        """
+        assert (targets is not None) == self._has_targets
         if ids.size and (int(ids.max()) >= self._vocab_size or int(ids.min()) < 0):
             raise ConfigError(
                 "data.tokenizer",
@@ -160,10 +195,13 @@ class ShardWriter:
                 f"must return ids below its vocab_size={self._vocab_size}",
                 "correct the tokenizer's vocab_size",
             )
-        num_tokens = ids.size + 1
+        end = self._eos if targets is None else self._eos[:0]
+        num_tokens = ids.size + end.size
         if self._pending and self._pending_tokens + num_tokens > BATCH_TOKENS:
             self._flush()
-        self._pending += [ids.astype(self._dtype, copy=False), self._eos]
+        self._pending += [ids.astype(self._dtype, copy=False), end]
+        if targets is not None:
+            self._pending_targets.append(targets)
         self._pending_tokens += num_tokens
         self._num_documents += 1
         if self._pending_tokens >= BATCH_TOKENS:
@@ -184,6 +222,8 @@ class ShardWriter:
             sha256=self._sink.digest.hexdigest(),
             tokens_sha256=self._tokens_sha256.hexdigest(),
             batch_num_tokens=self._batch_num_tokens,
+            num_targets=self._num_targets if self._has_targets else None,
+            max_token_id=self._max_token_id if self._has_targets else None,
         )
 
     def _flush(self) -> None:
@@ -193,16 +233,26 @@ class ShardWriter:
         values = np.concatenate(self._pending)
         lengths = np.fromiter((array.size for array in self._pending), np.int64, len(self._pending))
         offsets = np.zeros(len(self._pending) // 2 + 1, dtype=np.int64)
-        np.cumsum(lengths[0::2] + 1, out=offsets[1:])
+        np.cumsum(lengths[0::2] + lengths[1::2], out=offsets[1:])
         self._tokens_sha256.update(np.diff(offsets).astype("<i8").tobytes())
         self._tokens_sha256.update(values.astype(values.dtype.newbyteorder("<"), copy=False).data)
-        self.token_counts += np.bincount(values, minlength=self._vocab_size)
-        column = pa.LargeListArray.from_arrays(
-            pa.array(offsets), pa.array(values), type=self._schema.field("tokens").type
-        )
-        self._arrow.write_batch(pa.record_batch([column], schema=self._schema))
+        columns = [values]
+        counted = values
+        if self._has_targets:
+            targets = np.concatenate(self._pending_targets)
+            self._tokens_sha256.update(targets.data)
+            columns.append(targets)
+            counted = values[targets != 0]
+            self._num_targets += counted.size
+            self._max_token_id = max(self._max_token_id, int(values.max()))
+        self.token_counts += np.bincount(counted, minlength=self._vocab_size)
+        arrays = [
+            pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(column), type=field.type)
+            for column, field in zip(columns, self._schema, strict=True)
+        ]
+        self._arrow.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._batch_num_tokens.append(values.size)
-        self._pending, self._pending_tokens = [], 0
+        self._pending, self._pending_targets, self._pending_tokens = [], [], 0
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -21,6 +21,7 @@ MAX_OPEN_SHARDS = 512
 MAX_CACHED_BATCHES = 4096
 K = TypeVar("K")
 V = TypeVar("V")
+_Mapped = tuple[np.ndarray, np.ndarray, np.ndarray | None]
 
 
 class TokenDataset:
@@ -46,6 +47,8 @@ class TokenDataset:
         info = self.manifest.splits[split]
         self.num_tokens = info.num_tokens
         self.num_documents = info.num_documents
+        self.num_targets = info.num_targets
+        """Tokens that are learned; None: all of them, and the shards have no column of it."""
         self.vocab_size: int = self.manifest.tokenizer["vocab_size"]
         self.eos_id: int = self.manifest.tokenizer["eos_id"]
         self.max_token_id = self.manifest.max_token_id
@@ -60,7 +63,7 @@ class TokenDataset:
         self._batch_stops = np.cumsum([n for shard in self._shards for n in shard.batch_num_tokens], dtype=np.int64)
         self._shard_first_batch = np.cumsum([0] + [len(shard.batch_num_tokens) for shard in self._shards])
         self._readers: _Cache[int, pa.RecordBatchFileReader] = _Cache(MAX_OPEN_SHARDS, self._open_shard)
-        self._batches: _Cache[int, tuple[np.ndarray, np.ndarray]] = _Cache(MAX_CACHED_BATCHES, self._map_batch)
+        self._batches: _Cache[int, _Mapped] = _Cache(MAX_CACHED_BATCHES, self._map_batch)
 
     def window(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [start, start + length) of the stream.
@@ -81,7 +84,7 @@ class TokenDataset:
         position = start
         batch = int(np.searchsorted(self._batch_stops, start, side="right"))
         while position < stop:
-            values, offsets = self._batches(batch)
+            values, offsets, _ = self._batches(batch)
             batch_start = int(self._batch_stops[batch]) - len(values)
             low, high = position - batch_start, min(stop - batch_start, len(values))
             first, last = np.searchsorted(offsets, (low, high))
@@ -93,6 +96,31 @@ class TokenDataset:
             starts_document[0] = 0
         tokens = pieces[0] if len(pieces) == 1 else np.concatenate([np.empty(0, self.dtype), *pieces])
         return tokens, np.cumsum(starts_document, dtype=np.int32)
+
+    def targets(self, start: int, length: int) -> np.ndarray | None:
+        """Flags of tokens [start, start + length) of the stream: uint8 [length], not 0 for those that are learned.
+
+        None where all of them are. `window` says whether the stream has these tokens.
+        """
+        if self.num_targets is None:
+            return None
+        pieces: list[np.ndarray] = [np.empty(0, np.uint8)]
+        position, stop = start, start + length
+        batch = int(np.searchsorted(self._batch_stops, start, side="right"))
+        while position < stop:
+            _, _, flags = self._batches(batch)
+            assert flags is not None
+            batch_start = int(self._batch_stops[batch]) - len(flags)
+            high = min(stop - batch_start, len(flags))
+            pieces.append(flags[position - batch_start : high])
+            position, batch = batch_start + high, batch + 1
+        return np.concatenate(pieces)
+
+    def document_starts(self) -> np.ndarray:
+        """The place of each document in the stream, and of its end: int64 [num_documents + 1]."""
+        firsts = self._batch_stops - np.diff(self._batch_stops, prepend=0)
+        starts = [self._batches(batch)[1] + first for batch, first in enumerate(firsts.tolist())]
+        return np.concatenate([*starts, np.array([self.num_tokens])]).astype(np.int64)
 
     def verify(self) -> None:
         """Compare every shard with its checksum. Raises DataError for the first that differs."""
@@ -121,8 +149,8 @@ class TokenDataset:
             raise _damaged(self.folder / shard.file, "its number of record batches is not that of the manifest")
         return reader
 
-    def _map_batch(self, batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Views of a record batch: tokens [num_tokens] and document starts, int64 [num_documents]."""
+    def _map_batch(self, batch: int) -> _Mapped:
+        """Views of a record batch: tokens [num_tokens], document starts, int64 [num_documents], flags of targets."""
         index = int(np.searchsorted(self._shard_first_batch, batch, side="right")) - 1
         shard, local = self._shards[index], batch - int(self._shard_first_batch[index])
         try:
@@ -131,19 +159,24 @@ class TokenDataset:
             column = record_batch.column(0)
             values = column.values.to_numpy(zero_copy_only=True)
             offsets = column.offsets.to_numpy(zero_copy_only=True)
+            flags = None
+            if self.num_targets is not None:
+                flags = record_batch.column(1).values.to_numpy(zero_copy_only=True)
         except (pa.ArrowException, AttributeError, IndexError, ValueError, MemoryError, OSError) as error:
             raise _damaged(self.folder / shard.file, str(error)) from None
         is_whole = len(offsets) > 1 and offsets[0] == 0 and offsets[-1] == len(values)
         if not is_whole or len(values) != shard.batch_num_tokens[local] or values.dtype != self.dtype:
             raise _damaged(self.folder / shard.file, f"record batch {local} is not as the manifest says")
-        return values, offsets[:-1]
+        if flags is not None and (len(flags) != len(values) or flags.dtype != np.uint8):
+            raise _damaged(self.folder / shard.file, f"the targets of record batch {local} are not those of its tokens")
+        return values, offsets[:-1], flags
 
     def check_ids(self, start: int, length: int) -> None:
         """Raises DataError, with the shard, if a token of [start, start + length) is above `max_token_id`."""
         batch = int(np.searchsorted(self._batch_stops, start, side="right"))
         last = int(np.searchsorted(self._batch_stops, start + length - 1, side="right"))
         for number in range(batch, last + 1):
-            values, _ = self._batches(number)
+            values, _, _ = self._batches(number)
             if (highest := int(values.max())) > self.max_token_id:
                 shard = self._shards[int(np.searchsorted(self._shard_first_batch, number, side="right")) - 1]
                 raise _damaged(

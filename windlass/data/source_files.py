@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +50,8 @@ class Document(NamedTuple):
     text: str
     num_bytes: int
     """Its share of the unit's `num_bytes`."""
+    refused: Callable[[str, str], DataError] | None = None
+    """Makes the error that names its place, of a rule and a fix, where the tokenizer may find fault with it."""
 
 
 @dataclass(frozen=True)

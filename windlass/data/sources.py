@@ -83,7 +83,7 @@ def build_stdlib(config: StdlibDataConfig) -> Source:
 
 def build_text(config: TextDataConfig) -> Source:
     return text_source(
-        [_given(config.path)],
+        [given_path(config.path)],
         glob=config.glob,
         text_key=config.text_key,
         encoding_errors=config.encoding_errors.value,
@@ -95,7 +95,7 @@ def build_text(config: TextDataConfig) -> Source:
 
 def build_parquet(config: ParquetDataConfig) -> Source:
     return parquet_source(
-        [_given(config.path)],
+        [given_path(config.path)],
         glob=config.glob,
         text_key=config.text_key,
         encoding_errors=config.encoding_errors.value,
@@ -130,7 +130,7 @@ def stdlib_source() -> Source:
         except OSError as error:
             raise unreadable(file.path, error) from None
     settings = {"source": "stdlib", "python": platform.python_version(), "content": content.hexdigest()}
-    return Source("stdlib", settings, tuple(_cut_files(files, SKIP, _unit_bytes(files))))
+    return Source("stdlib", settings, tuple(_cut_files(files, SKIP, unit_bytes(files))))
 
 
 def text_source(
@@ -159,7 +159,7 @@ def text_source(
         DataError: as `list_files`; or a file is of a kind that is not read.
     """
     files = list_files(inputs, glob, follow_links)
-    target = _unit_bytes(files)
+    target = unit_bytes(files)
     if separator is not None:
         separator = separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t")
     settings = {
@@ -173,7 +173,7 @@ def text_source(
     whole: list[SourceFile] = []
     formats: dict[str, int] = {}
     for file in files:
-        kind = _format_of(file) if format == "auto" else format
+        kind = format_of(file) if format == "auto" else format
         if file.unpacked_name.endswith(JSON_SUFFIX):
             formats[kind] = formats.get(kind, 0) + 1
         if kind == "text" and not separator:
@@ -184,14 +184,14 @@ def text_source(
         if kind == "json":
             units.append(ArrayUnit(file, text_key, encoding_errors))
         elif kind == "jsonl":
-            units.extend(_cut_records(file, b"\n", text_key, encoding_errors, target))
+            units.extend(cut_records(file, b"\n", text_key, encoding_errors, target))
         elif separator:
-            units.extend(_cut_records(file, separator.encode("utf-8"), None, encoding_errors, target))
+            units.extend(cut_records(file, separator.encode("utf-8"), None, encoding_errors, target))
     units.extend(_cut_files(whole, encoding_errors, target))
     return Source("text", settings, tuple(units), tuple(sorted(formats.items())))
 
 
-def _format_of(file: SourceFile) -> str:
+def format_of(file: SourceFile) -> str:
     """`text`, `jsonl` or `json`. Raises DataError for a file whose name says that it is something else."""
     name = file.unpacked_name
     if name.endswith(JSONL_SUFFIXES):
@@ -225,7 +225,7 @@ def parquet_source(
 ) -> Source:
     """Parquet files; a document a row of the string column `text_key`. Reads the footer of every file."""
     files = list_files(inputs, glob, follow_links)
-    target = _unit_bytes(files)
+    target = unit_bytes(files)
     units = [unit for file in files for unit in cut_parquet(file, text_key, encoding_errors, target)]
     if not units:
         raise DataError("data.path", inputs[0], f"its {len(files)} Parquet files have no rows", "give files with rows")
@@ -271,7 +271,7 @@ def list_files(inputs: Sequence[str | Path], glob: str, follow_links: bool = Fal
     return [file for file in files if file.size]
 
 
-def _given(path: str) -> str:
+def given_path(path: str) -> str:
     if path in ("", "???"):
         raise ConfigError("data.path", path, "must name the file or folder to train on", "set data.path=FOLDER")
     return path
@@ -369,7 +369,7 @@ def _refuse_doubles(files: Iterable[SourceFile]) -> None:
         seen.add(real)
 
 
-def _unit_bytes(files: Sequence[SourceFile]) -> int:
+def unit_bytes(files: Sequence[SourceFile]) -> int:
     """Large enough to be worth a file each; small enough for all cores, and to lose little when killed."""
     total = sum(file.size for file in files)
     return min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, total // UNITS_AIMED_AT))
@@ -388,7 +388,7 @@ def _cut_files(files: Sequence[SourceFile], encoding_errors: str, target: int) -
         yield FilesUnit(tuple(group), encoding_errors)
 
 
-def _cut_records(
+def cut_records(
     file: SourceFile, separator: bytes, text_key: str | None, encoding_errors: str, target: int
 ) -> Iterator[RecordsUnit]:
     # Where a separator can overlap itself ("\n\n" in "\n\n\n"), its places depend on where the search began:

@@ -23,6 +23,10 @@ class Tally:
     """Have bytes or escapes that are not UTF-8, which were replaced or left out as `encoding_errors` says."""
     separators: int = 0
     """Found between documents."""
+    answers: int = 0
+    """In conversations."""
+    unended_answers: int = 0
+    """No special token is right behind them, so that a model does not learn to end them."""
 
     def add(self, other: Tally) -> None:
         for name, value in vars(other).items():
@@ -41,5 +45,10 @@ def left_out(tally: Tally) -> list[str]:
         ),
         (tally.unknown_tokens, "tokens stand for what the tokenizer does not know (unk)"),
         (tally.mended_documents, "documents or files are not UTF-8 and were mended (data.encoding_errors)"),
+        (
+            tally.unended_answers,
+            f"of {tally.answers:,} answers have no special token behind them in the chat template: the model does not"
+            " learn to end them",
+        ),
     )
     return [f"{number:,} {clause}" for number, clause in clauses if number]

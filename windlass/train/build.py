@@ -22,6 +22,7 @@ from windlass.data.batch import Batch
 from windlass.data.config import Borders
 from windlass.data.kept_tokenizer import KEY, KeptTokenizer
 from windlass.data.loader import Loader, evaluation_batches
+from windlass.data.samples import Samples, build_samples
 from windlass.data.shards import TokenDataset
 from windlass.errors import ConfigError, require
 from windlass.machine.peak_flops import peak_device_flops
@@ -124,6 +125,8 @@ class Run(StepParts):
     checkpoint: Checkpointer | None
     metrics: Metrics
     console: Console
+    validation_samples: Samples | None = None
+    """None: windows of its stream."""
     last_evaluation: Evaluation | None = None
 
     def snapshot(self) -> float:
@@ -189,6 +192,7 @@ class Run(StepParts):
             num_data_ranks=self.mesh.num_data_ranks,
             borders=self.config.data.borders,
             maker=self.objective,
+            samples=self.validation_samples,
         )
         result = evaluate(self.model, self.objective, batches, self.mask_documents, self.mesh, goes_on)
         self.engine.free_gathered()
@@ -316,6 +320,7 @@ def build_loader(config: Config, dataset: TokenDataset, mesh: Mesh, objective: O
         prefetch=config.data.prefetch,
         pin_memory=mesh.device.type == "cuda",
         maker=objective,
+        samples=build_samples(config.data, dataset, train.seq_len, objective.lookahead),
     )
 
 

@@ -24,7 +24,9 @@ from windlass.checkpoint.kept_files import keep
 from windlass.checkpoint.manager import Restored
 from windlass.conf.schema import Config
 from windlass.conf.store import load_config, save_config, to_plain
+from windlass.data.config import ChatDataConfig
 from windlass.data.kept_tokenizer import tokenizer_of
+from windlass.data.samples import PackedDocuments, Samples, build_samples
 from windlass.data.shards import TokenDataset
 from windlass.errors import EXIT_FAILURE, CorruptCheckpoint, RunFolderError, WindlassError
 from windlass.files import make_folder, open_growing, refuse_links
@@ -245,6 +247,7 @@ def _build_run(
     state = TrainState()
     data = mesh.agree(lambda: build_loader(config, datasets[0], mesh, parts.objective))
     stack.callback(data.close)
+    validation_samples = mesh.agree(lambda: _packed(config, datasets[1]))
     plain_config = to_plain(config)
     tokenizer, content = mesh.agree(lambda: tokenizer_of(datasets[0]))
     files = mesh.agree(lambda: carried_files(config, parts.model, tokenizer, content) if mesh.rank == 0 else None)
@@ -271,6 +274,7 @@ def _build_run(
         scheduler=scheduler,
         data=data,
         validation=datasets[1],
+        validation_samples=validation_samples,
         state=state,
         checkpoint=checkpoint,
         metrics=metrics,
@@ -295,6 +299,13 @@ def _build_run(
             set_aside=[name_of(path) for path in restored.set_aside],
         )
     return run, restored
+
+
+def _packed(config: Config, dataset: TokenDataset) -> Samples | None:
+    """The plan of whole documents, made once; None for windows of the stream, which need none."""
+    if not isinstance(config.data, ChatDataConfig):
+        return None
+    return build_samples(config.data, dataset, config.train.seq_len, lookahead=1)
 
 
 def _open_metrics(parts: StepParts, plain_config: dict[str, Any], peak_flops: float) -> Metrics:
@@ -348,6 +359,8 @@ def _say_start(
         f"data    {config.data.name}, {dataset.num_tokens:,} tokens of {dataset.num_documents:,} documents, "
         f"unigram entropy {dataset.unigram_entropy_nats:.4f} nats/token"
     )
+    if isinstance(run.data.samples, PackedDocuments):
+        say(f"packed  {_packing_of(run.data.samples, dataset)}")
     for number, reason in enumerate(() if decision is None else decision.reasons):
         say(f"{'' if number else 'saved':<8}{reason}")
     say(f"run     {config.run_dir}")
@@ -370,6 +383,15 @@ def _say_parity(run: Run) -> None:
         run.console.message(
             f"warning: of {run.mesh.num_nodes} nodes, snapshots keep {kept} parity shards and not {wanted}"
         )
+
+
+def _packing_of(samples: PackedDocuments, dataset: TokenDataset) -> str:
+    figures = samples.figures
+    learned = (dataset.num_targets or 0) / max(1, dataset.num_tokens)
+    return (
+        f"{figures.num_documents:,} conversations in {samples.num_samples:,} samples, {figures.fill_fraction:.1%} "
+        f"full, {figures.num_truncated:,} truncated, {figures.num_dropped:,} left out; {learned:.1%} of tokens learned"
+    )
 
 
 def _say_end(run: Run, dataset: TokenDataset, stop: StopRequest, ending: Ending) -> None:
