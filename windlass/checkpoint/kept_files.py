@@ -117,7 +117,7 @@ def read_all_kept(info: object, checkpoint: Location, leave_out: str = "") -> di
 
 
 def kept_problems(info: object, checkpoint: Location) -> list[str]:
-    """What is wrong with the files of a checkpoint, each as a clause. Raises RunFolderError as `read_kept`."""
+    """The problems of the files of a checkpoint, each as a clause. Raises RunFolderError as `read_kept`."""
     problems = []
     try:
         files = kept_files(info, checkpoint)

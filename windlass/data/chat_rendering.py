@@ -70,7 +70,9 @@ class Renderer:
         if not rendering.startswith(before) and conversation["messages"][number]["role"] == ANSWERS:
             # What comes before the content of an answer, such as its reasoning, is said by the model, too: the answer
             # begins where the model is asked to go on.
-            before = self.render({**conversation, "messages": conversation["messages"][:number]}, True)
+            asked = {**conversation, "messages": conversation["messages"][:number]}
+            prompt = self.render(asked, True)
+            before = before if prompt == self.render(asked, False) else prompt
         stop = len(rendering) - len(after)
         if len(before) > stop or not rendering.startswith(before) or not rendering.endswith(after):
             raise RowRefused(

@@ -1,4 +1,4 @@
-"""What a checkpoint records of the tokenizer of its run, whose file is among the kept files. Torch-free."""
+"""The record in a checkpoint of the tokenizer of its run, whose file is among the kept files. Torch-free."""
 
 from __future__ import annotations
 

@@ -307,7 +307,7 @@ class HeadForm:
 
 
 class _Output(dict[str, Any]):
-    """Of a decoder: its last hidden state, and nothing else."""
+    """A decoder's output: its last hidden state, and nothing else."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)

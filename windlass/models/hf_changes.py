@@ -16,7 +16,7 @@ TOKENIZER_FILES = tuple(name for name in CARRIED if name not in (CONFIG, GENERAT
 """Those that tokenizers of transformers consist of, with the template that is made of their tokens."""
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPE_KEYS = ("dtype", "torch_dtype")
-"""Of config.json: the second is that of transformers 4."""
+"""The keys of config.json that name it: the second is that of transformers 4."""
 
 DTYPES_KEY = "weight_dtypes"
 """The key in a checkpoint's `info`: the dtypes that its model was imported with, as `compact` has them."""

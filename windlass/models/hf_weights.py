@@ -50,7 +50,6 @@ class FileWeights:
 
     def __init__(self, folder: Path, causal: Any, parameters: Mapping[str, Tensor], key: str) -> None:
         self._folder, self._causal, self._key = HuggingFaceFolder(folder, key), causal, key
-        self.dtypes = {dtype for _, dtype in self._folder.tensors.values()}
         expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
         self._sources: dict[str, _Source] = {}
         self._tied_head: str | None = None
@@ -200,10 +199,9 @@ class DrawnWeights:
     """
 
     def __init__(self, causal: Any, parameters: Mapping[str, Tensor], key: str) -> None:
-        self.dtypes = {torch.float32}
         recorder = _Recorder(dict(parameters))
         for item in (*causal.modules(), *parameters.values()):
-            item._is_hf_initialized = False
+            setattr(item, "_is_hf_initialized", False)  # noqa: B010  # transformers' own mark, on what has no such name
         with torch.no_grad(), recorder:
             causal.apply(causal._init_weights)
         self._draws = recorder.draws
@@ -215,6 +213,10 @@ class DrawnWeights:
                 f"draws its first weights in a way that is not known here: it {unknown[0]}",
                 "begin with weights: model.path=DIR",
             )
+
+    def file_dtypes(self) -> dict[str, str]:
+        """No file has any of them."""
+        return {}
 
     def fill(self, name: str, local: Tensor, fragment: Fragment, seed: int) -> None:
         draw = self._draws[name]

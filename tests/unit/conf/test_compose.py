@@ -27,7 +27,12 @@ from windlass.train.config import DType
 CONF = Path(str(resources.files(windlass.conf)))
 PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name in GROUPS)
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
-MANDATORY = {"data=text": ["data.path=corpus"], "data=parquet": ["data.path=rows"], "data=tokens": ["data.path=shards"]}
+MANDATORY = {
+    "model=hf": ["model.path=m"],
+    "data=text": ["data.path=corpus"],
+    "data=parquet": ["data.path=rows"],
+    "data=tokens": ["data.path=shards"],
+}
 
 
 def test_the_defaults_compose_into_dataclasses() -> None:
@@ -105,7 +110,7 @@ def test_the_run_folder_follows_the_model() -> None:
         (["+train.foo=3"], "train.foo", r"train\.foo=3: is no key of this configuration. Fix: leave the override out"),
         (["+foo=3"], "foo", r"is no key of this configuration. Fix: leave the override out"),
         (["++data.foo=3"], "data.foo", r"is no key of this configuration"),
-        (["model=tinny"], "model", r"model=tinny: must be one of llama_130m,.* tiny\. Fix: did you mean tiny\?"),
+        (["model=tinny"], "model", r"model=tinny: must be one of hf, llama_130m,.* tiny\. Fix: did you mean tiny\?"),
         (["parallel=zero"], "parallel", r"must be one of ddp, hsdp, none, zero1, zero2, zero3\."),
         (["modle=tiny"], "modle", r"did you mean model\?"),
         (["+experiment=nothing_of_that_name"], "experiment", r"experiment=nothing_of_that_name"),
