@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.checkpoint import checkpoint
 
 from windlass.errors import ConfigError, WindlassError
@@ -338,11 +337,6 @@ def read_head(causal: Any, base_name: str, head_name: str) -> HeadForm:
     Raises:
         ConfigError: it is neither a scale nor a soft cap, or hidden states are changed before they get there.
     """
-    with unset_fake_temporarily():  # a plan builds the model of tensors without storage, and these have numbers
-        return _read_head(causal, base_name, head_name)
-
-
-def _read_head(causal: Any, base_name: str, head_name: str) -> HeadForm:
     config = causal.config.get_text_config()
     form = HeadForm(
         scale=getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0),
