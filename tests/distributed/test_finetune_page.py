@@ -1,4 +1,4 @@
-"""Every block of docs/finetune.md runs as it stands, with a small model and a few conversations in place of the user's."""
+"""Every block of docs/finetune.md runs as it stands, with a small model in place of the user's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from support.huggingface import write_folder
 
 PAGE = (Path(__file__).parents[2] / "docs" / "finetune.md").read_text()
-SECTIONS = {title: text for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)}
+SECTIONS: dict[str, str] = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 FIRST = ["Train", "Ask it", "Take it with you"]
 OTHERS = ["One GPU", "A few GPUs, or machines", "A laptop"]
 
@@ -50,6 +50,7 @@ def losses(run_dir: Path) -> list[float]:
     return [line["val/loss"] for line in lines if line.get("val/loss") is not None]
 
 
+@pytest.mark.full
 def test_a_model_is_trained_asked_and_taken_along(folder: Path) -> None:
     said = {title: [run(folder, block) for block in blocks(title)] for title in FIRST}
     before, *_, after = losses(folder / "runs" / "mine")
