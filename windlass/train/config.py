@@ -62,6 +62,8 @@ class TrainConfig:
     """Compile each block with `torch.compile`."""
     eval_every: int = bounded(100, at_least=0)
     """Steps between evaluations; 0 evaluates only at the end."""
+    eval_first: bool = False
+    """Evaluate before the first step, too: what a model that is not new knew already."""
     eval_samples: int = bounded(128, at_least=1)
     """Most sequences of the validation split to evaluate, over all ranks; always the same ones."""
     log_every: int = bounded(10, at_least=1)

@@ -26,6 +26,8 @@ def train(run: Run, stop: StopRequest, heartbeat: Heartbeat) -> Ending:
     clock, stragglers = StepClock(), StragglerWatch(mesh, run.metrics, run.console)
     stall_s = 0.0  # of the snapshot after the step before
     first_step = state.step
+    if cfg.eval_first and state.step == 0:
+        evaluate(run, heartbeat)
     while state.step < cfg.steps:
         heartbeat.begin_step()
         clock.begin()
