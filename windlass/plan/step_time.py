@@ -218,7 +218,9 @@ def _cut_product(op: Op) -> tuple[Any, Any, float]:
     share = 2 * math.prod(batch) * math.prod(dims) / whole
     # What is added has the product's shape, or is a bias of its columns.
     added = [_with_shape(leaf, (dims[0], dims[2])[-len(leaf.shape) :]) for leaf in op.args[:-2]]
-    return (*added, *operands), op.kwargs, share
+    result = (*batch, dims[0], dims[2])
+    kwargs = {name: _with_shape(leaf, result) if name == "out" else leaf for name, leaf in op.kwargs.items()}
+    return (*added, *operands), kwargs, share
 
 
 def _first_of_batch(leaf: Any) -> Any:

@@ -100,14 +100,14 @@ def test_a_product_with_a_bias_is_cut_with_it() -> None:
 
 @pytest.mark.slow
 def test_what_a_cut_product_takes_anew_is_counted(machine: Machine) -> None:
-    """The logits of 256 tokens are 64 MiB, taken anew each time; the product that is timed is smaller."""
-    config = compose([*SMALL, "train.batch_size=2", "model.vocab_size=65536"])
+    """The hidden layers of 256 tokens are 64 MiB, taken anew each time; the product that is timed is smaller."""
+    config = compose([*SMALL, "train.batch_size=2", "model.vocab_size=256", "model.intermediate_size=65536"])
     trace = trace_step(config, 1)
     time = step_time(trace, machine, 1)
-    (logits,) = (op for op in trace.op_of.values() if op.flops and op.args[-1].shape == (192, 65536))
-    assert logits.flops > MAX_REPLAY_FLOPS and trace.ops[logits.key] == 1
-    products = [op for op in trace.op_of.values() if op.flops > MAX_REPLAY_FLOPS]
-    assert 0 < time.pages_s <= len(products) * (64 << 20) * machine.op_s["1 fresh pages"]
+    products = [op for op in trace.op_of.values() if op.flops and op.args[-1].shape == (192, 65536)]
+    assert products and all(op.flops > MAX_REPLAY_FLOPS for op in products)
+    num_large = sum(trace.ops[op.key] for op in trace.op_of.values() if op.flops > MAX_REPLAY_FLOPS)
+    assert 0 < time.pages_s <= num_large * (64 << 20) * machine.op_s["1 fresh pages"]
     assert time.pages_s >= (64 << 20) * machine.op_s["1 fresh pages"]
 
 
@@ -220,3 +220,13 @@ def test_the_command(machine: Machine, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert not (machine_file().parent / "run").exists()
     assert main([*arguments, "--ranks", "0"]) == 2
     assert "--ranks=0" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_product_into_a_buffer_is_timed_with_a_buffer_of_its_size() -> None:
+    trace = trace_step(compose([*SMALL, "train.batch_size=2", "model.vocab_size=65536"]), 1)
+    products = [op for op in trace.op_of.values() if op.flops > MAX_REPLAY_FLOPS and "out" in op.kwargs]
+    assert products, "the logits of a chunk go into the buffer of all chunks"
+    for op in products:
+        (*_, left, right), kwargs, share = _cut(op)
+        assert share < 1 and kwargs["out"].shape == (left.shape[0], right.shape[1])

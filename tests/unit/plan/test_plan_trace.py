@@ -85,7 +85,9 @@ def test_the_operators_and_the_state_are_those_of_a_real_step(overrides: tuple[s
     traced = calls_of(trace)
     for name in ignored:
         del calls[name], traced[name]
-    assert calls == traced
+    # Which labels count is looked for where there are any: once a loss.
+    lookup = ("aten.ne.Scalar", "aten.nonzero.default", "aten.select.int")
+    assert calls == traced + Counter(dict.fromkeys(lookup, config.train.grad_accum_steps))
     assert trace.optimizer_bytes == optimizer_bytes
 
 
