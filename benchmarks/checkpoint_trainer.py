@@ -15,7 +15,7 @@ from windlass.conf.schema import Config
 from windlass.parallel.clip_grad import clip_grad_norm_
 from windlass.parallel.mesh import Mesh
 from windlass.train.build import build_parts
-from windlass.train.objectives.next_token import cross_entropy_sum
+from windlass.train.objectives.cross_entropy import cross_entropy_sum
 
 SHAPE = {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1376, "num_layers": 10, "num_heads": 8}
 
@@ -71,7 +71,8 @@ class Trainer:
         """One step; returns the seconds that it stood in `wait_staged`."""
         input_ids, labels = next(self.batches)
         self.parts.engine.begin_micro_step(is_last=True)
-        (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
+        loss_sum = self.model(input_ids, None, lambda hidden, head: cross_entropy_sum(hidden, head, labels))
+        (loss_sum / self.num_tokens).backward()
         clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
         waited_s = _seconds(wait_staged)
         self.optimizer.step()

@@ -164,6 +164,19 @@ def _receive(pipe: Connection) -> tuple[Any, str | None]:
         return None, "died without a word"
 
 
+def peak_memory_of(run: Callable[[], Any]) -> tuple[Any, int]:
+    """The result of `run`, and the most bytes that the process held meanwhile less what it held before."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = _status_bytes("VmRSS")
+    result = run()
+    return result, _status_bytes("VmHWM") - before
+
+
+def _status_bytes(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def die_with_parent() -> None:
     """A benchmark that is ended must not leave processes that compute on."""
     if sys.platform == "linux":

@@ -30,7 +30,7 @@ from windlass.parallel.collectives import all_gather_object
 from windlass.parallel.fragment import local_tensor
 from windlass.parallel.mesh import Mesh
 from windlass.train.build import build_parts
-from windlass.train.objectives.next_token import cross_entropy_sum
+from windlass.train.objectives.cross_entropy import cross_entropy_sum
 
 PARTS = ("processes", "model", "agents", "plan", "fence", "rebuild", "open", "read", "first step")
 """In their order. `processes`: from the kill to a process group of new ones; `agents`: found, or started, and asked;
@@ -118,7 +118,8 @@ class Trainer:
     def step(self, checkpointer: Checkpointer) -> None:
         input_ids, labels = next(self.batches)
         self.parts.engine.begin_micro_step(is_last=True)
-        (cross_entropy_sum(self.model(input_ids), labels) / self.num_tokens).backward()
+        loss_sum = self.model(input_ids, None, lambda hidden, head: cross_entropy_sum(hidden, head, labels))
+        (loss_sum / self.num_tokens).backward()
         clip_grad_norm_(self.model.parameters(), self.max_norm, self.mesh)
         checkpointer.wait_staged()
         self.optimizer.step()

@@ -29,6 +29,7 @@ from windlass.models.hf_files import read_files
 from windlass.models.hf_weights import DrawnWeights, FileWeights
 from windlass.models.micro_batch_fusion import MicroBatches
 from windlass.models.spec import Head, Model, Reduction
+from windlass.models.values import real_tensors
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.zero import Unit
 
@@ -61,7 +62,8 @@ class HFModel(Model):
         self.__dict__["_causal"] = causal
         self._base_name: str = causal.base_model_prefix
         self._head_name = _name_of(causal, causal.get_output_embeddings())
-        self._head_form = read_head(causal, self._base_name, self._head_name)
+        with real_tensors():
+            self._head_form = read_head(causal, self._base_name, self._head_name)
         self.is_tied = _untie(causal)
         self.layers = _layers_of(causal)
         self._num_attended = 0

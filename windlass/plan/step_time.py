@@ -258,9 +258,10 @@ def _made(leaf: Any, bound: int) -> Any:
     """A tensor as `leaf` says, of ones or of indexes below `bound`."""
     if not isinstance(leaf, TensorSpec):
         return leaf
-    made = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype)
     if leaf.dtype == torch.bool:
-        return made.fill_(0)  # what looks for something finds next to nothing
+        return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype).fill_(0)  # little to find
     if leaf.dtype.is_floating_point:
-        return made.fill_(1)
-    return made.copy_(torch.arange(made.numel()).remainder_(bound).view(made.shape))
+        return torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype).fill_(1)
+    extent = 1 + sum((size - 1) * step for size, step in zip(leaf.shape, leaf.stride, strict=True))
+    numbers = torch.arange(max(0, extent)).remainder_(bound).to(leaf.dtype)
+    return numbers.as_strided(leaf.shape, leaf.stride)  # also where a dim has stride 0, as positions have

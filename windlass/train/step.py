@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from windlass.data.batch import Batch
 from windlass.data.config import Borders
@@ -100,7 +99,8 @@ def forward(
 ) -> list[Tensor]:
     """The summed loss of each micro-batch, in one pass that they share.
 
-    Of several, only one micro-batch's logits exist at a time: backward computes those of the others again.
+    Of several, only one micro-batch's logits, or gradients of the head, exist at a time: backward computes those of the
+    others again.
 
     Args:
         batches: one, or as many as shall share a pass where the model fuses micro-batches; on the model's device.
@@ -126,11 +126,37 @@ def reduction(objective: Objective, batch: Batch, recompute: bool) -> Reduction:
         return objective.loss_sum(hidden, head, batch)
 
     def recomputed(hidden: Tensor, head: Head) -> Tensor:
-        if not torch.is_grad_enabled():
-            return loss_sum(hidden, head)
-        return checkpoint(loss_sum, hidden, head, use_reentrant=False, preserve_rng_state=False)
+        return _Recomputed.apply(loss_sum, head, hidden, head.weight, head.bias)
 
     return recomputed if recompute else loss_sum
+
+
+class _Recomputed(torch.autograd.Function):
+    """A reduction that runs without gradients, and again in backward.
+
+    `checkpoint` would run it with gradients both times, and losses in chunks make theirs in the forward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, reduce: Reduction, head: Head, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.reduce, ctx.scale, ctx.soft_cap = reduce, head.scale, head.soft_cap
+        ctx.save_for_backward(hidden, weight, bias)
+        return reduce(hidden, head)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [
+            None if tensor is None else tensor.detach().requires_grad_(is_needed)
+            for tensor, is_needed in zip(ctx.saved_tensors, needed, strict=True)
+        ]
+        hidden, weight, bias = inputs
+        assert hidden is not None and weight is not None
+        with torch.enable_grad():
+            result = ctx.reduce(hidden, Head(weight, bias, ctx.scale, ctx.soft_cap))
+        wanted = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
+        found = iter(torch.autograd.grad(result, wanted, grads[0]))
+        return None, None, *(next(found) if is_needed else None for is_needed in needed)
 
 
 def made_up_batch(objective: Objective, batch_size: int, seq_len: int) -> Batch:

@@ -11,6 +11,10 @@ from windlass.data.batch import IGNORE_INDEX, Batch
 from windlass.models.config import LlamaConfig
 from windlass.models.llama import Llama
 from windlass.models.micro_batch_fusion import over_micro_batches
+from windlass.models.spec import Head
+from windlass.train.objectives import cross_entropy
+from windlass.train.objectives.objective import Objective
+from windlass.train.step import forward
 
 VOCAB = 67
 SEQ_LEN = 24
@@ -127,6 +131,15 @@ def test_each_unit_is_called_once_a_pass() -> None:
     assert calls == ["embed_tokens", "norm", "lm_head"]
 
 
+class WholeLogits(Objective):
+    """Keeps them for backward."""
+
+    def loss_sum(self, hidden: torch.Tensor, head: Head, batch: Batch) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(
+            head.logits(hidden).flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_of_one_micro_batch_at_most_are_saved(tied: bool) -> None:
     saved: set[int] = set()
@@ -141,12 +154,25 @@ def test_logits_of_one_micro_batch_at_most_are_saved(tied: bool) -> None:
     def count_logits(keep_logits: bool, num_slices: int) -> int:
         saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss_sums = forward_loss_sums(model, batches[:num_slices], mask_documents=False, keep_logits=keep_logits)
+            loss_sums = forward(model, WholeLogits(None), batches[:num_slices], False, keep_logits)
         assert len(loss_sums) == num_slices  # and they keep what was saved alive until here
         return len(saved)
 
     assert [count_logits(True, num_slices) for num_slices in (1, 3)] == [1, 1]
     assert [count_logits(False, num_slices) for num_slices in (1, 3)] == [0, 0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gradients_of_the_head_are_made_for_one_micro_batch_before_backward(
+    tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    add = cross_entropy._add_gradients
+    monkeypatch.setattr(cross_entropy, "_add_gradients", lambda *args: (made.append(1), add(*args)))
+    loss_sums = forward_loss_sums(build(tied=tied), make_batches(3), mask_documents=False)
+    assert len(made) == 1
+    torch.autograd.backward(loss_sums)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("tied", [False, True])
