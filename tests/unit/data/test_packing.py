@@ -54,7 +54,7 @@ def read(samples: PackedDocuments, number: int, seq_len: int) -> tuple[list[int]
     return tokens.tolist(), documents.tolist(), counts.tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 40), st.sampled_from(Packing))
 def test_each_document_once_and_none_cut(lengths: list[int], seq_len: int, packing: Packing) -> None:
     dataset: Any = Documents(lengths)
