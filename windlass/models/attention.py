@@ -27,6 +27,8 @@ _WINDOW_BLOCK = 128
 _MAX_QUERIES, _MIN_QUERIES = 256, 16
 _SCORES_BYTES = 32 << 20
 """The size of the scores that exist at a time where the softmax is explicit."""
+_LENGTHS_OF_HALVES = 64
+"""Documents of half precision are lengthened to multiples of it on CPUs."""
 _VARLEN_MAX_HEAD_DIM, _FLEX_MIN_HEAD_DIM = 256, 16
 
 OneDocument = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -297,9 +299,10 @@ class _CPUDocuments(torch.autograd.Function):
         output = torch.empty(query.shape, dtype=query.dtype)
         sums = torch.empty(query.shape[:2], dtype=torch.promote_types(query.dtype, torch.float32))
         for *heads, mixed, log_sums in _split(lengths, query, key, value, output, sums):
+            length, heads = mixed.shape[2], _padded(*heads)
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, is_causal=True, scale=scale)
-            mixed.copy_(found[0])
-            log_sums.copy_(found[1])
+            mixed.copy_(found[0][:, :, :length])
+            log_sums.copy_(found[1][:, :, :length])
         ctx.save_for_backward(query, key, value, output, sums)
         ctx.lengths, ctx.scale = lengths, scale
         return output
@@ -310,10 +313,10 @@ class _CPUDocuments(torch.autograd.Function):
         results = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in saved[:3]]
         for grad, *heads, query, key, value in _split(ctx.lengths, grads[0], *saved, *results):
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad, *heads, 0.0, True, scale=ctx.scale
+                *_padded(grad, *heads), 0.0, True, scale=ctx.scale
             )
             for result, part in zip((query, key, value), found, strict=True):
-                result.copy_(part)
+                result.copy_(part[:, :, : result.shape[2]])
         return *results, None, None
 
 
@@ -323,6 +326,15 @@ def _split(lengths: Sequence[int], *tensors: Tensor) -> list[tuple[Tensor, ...]]
         return [tuple(tensor.unflatten(0, (len(lengths), -1)).transpose(1, 2) for tensor in tensors)]
     parts = zip(*(tensor.split(lengths) for tensor in tensors), strict=True)
     return [tuple(part.transpose(0, 1)[None] for part in document) for document in parts]
+
+
+def _padded(*parts: Tensor) -> list[Tensor]:
+    """With tokens of zeros behind them, which causal attention does not see and whose gradients are 0.
+
+    Products of halves keep a program for each length that they have seen, of 3 MiB: these have one of few.
+    """
+    extra = -parts[0].shape[2] % _LENGTHS_OF_HALVES if parts[0].element_size() == 2 else 0
+    return [F.pad(part, (0,) * (2 * part.ndim - 5) + (extra,)) for part in parts] if extra else list(parts)
 
 
 def _varlen_takes(query: Tensor, value: Tensor) -> bool:

@@ -296,3 +296,10 @@ def test_varlen_is_asked_for_the_same(window: int | None, monkeypatch: pytest.Mo
 def test_torchs_varlen_takes_what_it_is_given() -> None:
     """Its name and its arguments; it runs on CUDA alone."""
     assert module._varlen_function() is not None
+
+
+def test_halves_have_documents_of_few_lengths() -> None:
+    for dtype, lengths in ((torch.bfloat16, {64, 128}), (torch.float32, {5, 64, 70})):
+        parts = [module._padded(torch.ones(1, 2, length, 4, dtype=dtype)) for length in (5, 64, 70)]
+        assert {part.shape[2] for [part] in parts} == lengths
+        assert [int(part.sum()) for [part] in parts] == [8 * length for length in (5, 64, 70)]
