@@ -116,7 +116,7 @@ class HFConfig(ModelConfig):
         return Path(self.folder)
 
     def description(self) -> dict[str, Any]:
-        """What config.json says. Raises ConfigError."""
+        """The content of config.json. Raises ConfigError."""
         from windlass.models.hf_files import read_description
 
         return read_description(self.model_folder, self.path_key)

@@ -302,7 +302,7 @@ def _refuse_masks(config: HFConfig, parsed: Any) -> None:
 
 @dataclass(frozen=True)
 class HeadForm:
-    """What a family makes of the products of hidden states and head, see `Head`."""
+    """A scale and a cap that a family puts on the products of hidden states and head, see `Head`."""
 
     scale: float = 1.0
     soft_cap: float | None = None
