@@ -58,7 +58,9 @@ def carried_files(
         location, info = newest
         named, dtypes = kept_files(info, location), weight_dtypes(info)
         if named and _is_of(named, tokenizer):
-            return CarriedFiles(named, dtypes, {} if content is None else {TOKENIZER: content})
+            found = {**model.files(), **({} if content is None else {TOKENIZER: content})}
+            same = {name: data for name, data in found.items() if sha256_of(data) == named.get(name)}
+            return CarriedFiles(named, dtypes, same)  # what is at hand is written again, should it be lost there
         files = read_all_kept(info, location)
     elif files := dict(model.files()):
         dtypes = compact(model.file_dtypes())

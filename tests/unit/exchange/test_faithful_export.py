@@ -153,6 +153,7 @@ def test_kept_files_are_checked_and_go_where_the_run_goes(tmp_path: Path, mesh: 
     folder = write_folder(tmp_path / "hf")
     expected = files_of(folder)
     run_of(folder, tmp_path / "run", mesh)
+    shutil.copytree(folder, tmp_path / "copy")
     shutil.rmtree(folder)
     run = Path(shutil.move(tmp_path / "run", tmp_path / "moved"))
     assert files_of(export(run, tmp_path / "out")) == expected
@@ -170,7 +171,9 @@ def test_kept_files_are_checked_and_go_where_the_run_goes(tmp_path: Path, mesh: 
     kept.unlink()
     assert command("ckpt", "verify", run) == 1
     assert f"{kept.name} is not beside it any more" in refused(capsys, *wanted)
-    assert not (tmp_path / "no").exists()
+    run_of(tmp_path / "copy", run, mesh)  # a run that goes on, and has the folder, writes it again
+    assert command("ckpt", "verify", run) == 0
+    assert files_of(export(run, tmp_path / "healed")) == expected
 
 
 def test_a_kept_file_that_is_damaged_is_written_again(tmp_path: Path, mesh: Mesh) -> None:
