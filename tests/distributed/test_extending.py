@@ -45,7 +45,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 def kill_at(run: subprocess.Popen[bytes], run_dir: Path, step: int) -> None:
     """Kills the launcher, and with it its group, once the run has gone beyond `step` and has a checkpoint."""
     metrics, events = run_dir / "metrics.jsonl", run_dir / "events.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
 
     def is_there() -> bool:
         num_steps = len(metrics.read_text().splitlines()) if metrics.exists() else 0

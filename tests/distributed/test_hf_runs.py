@@ -16,7 +16,7 @@ STREAMED = ("offload=ssd", "offload.weights=streamed")
 
 
 def overrides(family: str, *others: str) -> tuple[str, ...]:
-    return ("model=hf", f"model.path={hf.folder_of(family)}", *STEPS, *others)
+    return ("model=hf", f"model.path={hf.folder_of(family)}", "data.tokenizer=bytes", *STEPS, *others)
 
 
 def losses(num_ranks: int, family: str, *others: str) -> list[float]:

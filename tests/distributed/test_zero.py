@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from support.ranks import run_ranks
 from support.toy import Layout, build, ragged_batch, toy_run, whole_weights
+
+from windlass.train.objectives.cross_entropy import cross_entropy_sum
 
 NUM_STEPS = 5
 SHARDINGS = ("ddp", "zero1", "zero2", "zero3")
@@ -114,7 +118,7 @@ def test_a_rank_holds_its_share_and_no_more(num_ranks: int) -> None:
 
 
 def plain_loop(num_steps: int) -> dict:
-    """What anyone would write, with torch alone: the model on one rank of `parallel=zero3` must equal this."""
+    """What anyone would write with our model and loss: the model on one rank of `parallel=zero3` must equal this."""
     layout = Layout("zero3")
     mesh = layout.parallel_config().build(torch.device("cpu"))
     model, _, _ = build(layout, mesh)
@@ -125,8 +129,11 @@ def plain_loop(num_steps: int) -> dict:
         num_tokens = sum(int((batch.labels != -100).sum()) for batch in batches)
         total = torch.zeros(())
         for batch in batches:
-            logits = model(batch.input_ids, batch.document_ids)
-            loss = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+            loss = model(batch.input_ids, batch.document_ids, partial(cross_entropy_sum, labels=batch.labels))
+            with torch.no_grad():
+                logits = model(batch.input_ids, batch.document_ids)
+            theirs = F.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+            assert loss.item() == pytest.approx(theirs.item(), rel=1e-6)
             (loss / num_tokens).backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(model.parameters(), layout.max_norm)

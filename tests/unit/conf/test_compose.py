@@ -29,6 +29,7 @@ PRESETS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.ya
 EXPERIMENTS = sorted(path.stem for path in CONF.glob("experiment/*.yaml"))
 MANDATORY = {
     "model=hf": ["model.path=m"],
+    "finetune": ["model.path=m", "data.path=chats"],
     "data=text": ["data.path=corpus"],
     "data=parquet": ["data.path=rows"],
     "data=chat": ["data.path=rows"],
@@ -63,7 +64,7 @@ def test_every_preset_composes_under_its_own_name(preset: str) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes(experiment: str) -> None:
-    assert type(compose([f"+experiment={experiment}"])) is Config
+    assert type(compose([f"+experiment={experiment}", *MANDATORY.get(experiment, [])])) is Config
 
 
 def test_overrides_reach_their_keys() -> None:
