@@ -1,5 +1,5 @@
 # make train     set up and train the small model on real text with 2 workers (ARGS="key=value ..." overrides)
-# make finetune  fine-tune a small chat model on real questions: ten minutes on two cores (ARGS="key=value ...")
+# make finetune  fine-tune a small chat model on real questions (ARGS="key=value ...")
 # make test      set up, lint, and the tests of every promise, each with one layout (ARGS="tests/unit -k data ..." chooses)
 # make test-all  the same with every layout, place and launcher, under an hour
 # make soak      the full fault campaigns (long)

