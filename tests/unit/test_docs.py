@@ -101,6 +101,7 @@ def docstrings(tree: ast.AST) -> Iterator[ast.Constant]:
                 yield statement.value
 
 
+@pytest.mark.slow
 def test_docstrings_begin_with_what_a_thing_does_or_is() -> None:
     found, num_docstrings = [], 0
     for path in sorted((ROOT / "windlass").rglob("*.py")):
