@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.errors import ConfigError
-from windlass.models.huggingface import ROTARY_BUFFER
+from windlass.models.huggingface import ROTARY_BUFFER, weight_differences
 from windlass.models.huggingface_folder import HuggingFaceFolder
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.random import fill_normal_
@@ -149,13 +149,7 @@ class FileWeights:
             )
 
     def _refuse_differences(self, expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> None:
-        differences = [f"it has no {name}" for name in expected if name not in found]
-        differences += [f"it has {name}, which the model has not" for name in found if name not in expected]
-        differences += [
-            f"{name} is {list(found[name])} and should be {list(shape)}"
-            for name, shape in expected.items()
-            if name in found and found[name] != shape
-        ]
+        differences = weight_differences(expected, found)
         if differences:
             more = f" and {len(differences) - 3} more differences" if len(differences) > 3 else ""
             raise self._refusal(

@@ -45,6 +45,13 @@ def check_weights(path: Location, model: LlamaConfig, found: Shapes) -> None:
 
 def check_expected(path: Location, expected: Shapes, found: Shapes) -> None:
     """Raises ConfigError unless the weights that were found are those that are expected, with their shapes."""
+    differences = weight_differences(expected, found)
+    if differences:
+        raise _other_weights(path, differences)
+
+
+def weight_differences(expected: Shapes, found: Shapes) -> list[str]:
+    """The differences of the weights that were found: missing, too many, of another shape; each as a clause."""
     differences = [f"it has no {name}" for name in expected if name not in found]
     differences += [f"it has {name}, which this model has not" for name in found if name not in expected]
     differences += [
@@ -52,8 +59,7 @@ def check_expected(path: Location, expected: Shapes, found: Shapes) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-    if differences:
-        raise _other_weights(path, differences)
+    return differences
 
 
 def _other_weights(path: Location, differences: list[str]) -> ConfigError:

@@ -215,7 +215,7 @@ def test_other_weights_are_refused_by_name(folder: Path) -> None:
     change_weights(folder, **{norm: None})
     assert f"it has no {norm}" in refused(folder)
     change_weights(folder, **{norm: torch.ones(64), "model.extra.weight": torch.ones(3)})
-    assert "it has model.extra.weight, which the model has not" in refused(folder)
+    assert "it has model.extra.weight, which this model has not" in refused(folder)
     change_weights(
         folder, **{"model.extra.weight": None, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     )
