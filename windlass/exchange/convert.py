@@ -42,7 +42,7 @@ from windlass.models.huggingface import (
     overrides,
     windlass_name,
 )
-from windlass.models.huggingface_folder import HuggingFaceFolder
+from windlass.models.huggingface_folder import HuggingFaceFolder, same_bits
 from windlass.text import override
 from windlass.train.build import TrainState
 
@@ -196,18 +196,13 @@ def import_huggingface(path: Path, output: Path, step: int | None, dtype: str | 
 
 def _check_head(folder: HuggingFaceFolder, embedding: str, head: str) -> None:
     """Raises ConfigError unless the two have the same values."""
-    if folder.tensors[embedding] != folder.tensors[head] or not _same_bits(folder.read(embedding), folder.read(head)):
+    if folder.tensors[embedding] != folder.tensors[head] or not same_bits(folder.read(embedding), folder.read(head)):
         raise ConfigError(
             "path",
             folder.folder,
             f"has {head} that differs from {embedding}, and its config.json says that they are tied",
             "set tie_word_embeddings to false there if the head is its own, or remove it from the weights",
         )
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Also where they are not a number."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 def import_dcp(path: Path, output: Path, step: int | None, dtype: str | None, optimizer_class: str | None) -> Exchanged:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from windlass.errors import ConfigError
 from windlass.models.huggingface import ROTARY_BUFFER, weight_differences
-from windlass.models.huggingface_folder import HuggingFaceFolder
+from windlass.models.huggingface_folder import HuggingFaceFolder, same_bits
 from windlass.parallel.fragment import Fragment
 from windlass.parallel.random import fill_normal_
 
@@ -140,7 +140,7 @@ class FileWeights:
         assert self._tied_head is not None
         embedding, head = self._sources[self._embedding].tensors[0][1], self._tied_head
         parts = [self._folder.read(name) for name in (embedding, head)]
-        if parts[0].shape != parts[1].shape or not _same_bits(*(part[fragment.slices] for part in parts)):
+        if parts[0].shape != parts[1].shape or not same_bits(*(part[fragment.slices] for part in parts)):
             raise ConfigError(
                 self._key,
                 self._folder.folder,
@@ -159,11 +159,6 @@ class FileWeights:
     def _refusal(self, rule: str) -> ConfigError:
         fix = "check that config.json and the weights are of the same model, and that no file is missing"
         return ConfigError(self._key, self._folder.folder, rule, fix)
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    """Also where they are not a number."""
-    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
 
 
 @dataclass

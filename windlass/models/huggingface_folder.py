@@ -150,3 +150,8 @@ class _Location:
 def _is_file_name(value: str) -> bool:
     """True if it names a file of the folder itself: an index must not lead anywhere else."""
     return value not in ("", "..") and value.isprintable() and Path(value).name == value
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """True if two tensors have the same bytes, also where they are not a number."""
+    return torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
